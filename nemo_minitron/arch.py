@@ -1,0 +1,117 @@
+"""The architecture of a GPT as data: sizes, legality, parameter and FLOP counts. Imports nothing heavy."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from nemo_minitron.errors import InputError
+
+WIDTH_AXES = ("hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A dense decoder-only GPT in Megatron-core's terms; sizes are global, never a rank's own.
+
+    `kv_channels` is the head dimension and is carried on its own: it stays when `hidden_size` is pruned.
+    """
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    kv_channels: int
+    vocab_size: int
+    gated_linear_unit: bool = True
+    normalization: str = "RMSNorm"
+    share_embeddings_and_output_weights: bool = False
+    add_bias_linear: bool = False
+    add_qkv_bias: bool = False
+    position_embedding_type: str = "rope"
+    max_position_embeddings: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("num_layers", *WIDTH_AXES, "kv_channels", "vocab_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise InputError(f"{name}={value!r}: must be a positive integer")
+        if self.num_attention_heads % self.num_query_groups:
+            raise InputError(
+                f"num_attention_heads={self.num_attention_heads} is not divisible by "
+                f"num_query_groups={self.num_query_groups}"
+            )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Architecture":
+        """Inverse of `to_dict`; unknown keys are refused.
+
+        Raises:
+            InputError: an unknown or missing key, an illegal size.
+        """
+        known = {f.name for f in dataclasses.fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise InputError(f"architecture: unknown key {unknown[0]!r}; known: {', '.join(sorted(known))}")
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise InputError(f"architecture: {error}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return dataclasses.asdict(self)
+
+    def replace(self, **sizes: Any) -> "Architecture":
+        """The same architecture with other sizes.
+
+        Raises:
+            InputError: an illegal size.
+        """
+        return dataclasses.replace(self, **sizes)
+
+    @property
+    def heads_per_group(self) -> int:
+        """Query heads that share one key/value head."""
+        return self.num_attention_heads // self.num_query_groups
+
+    @property
+    def query_size(self) -> int:
+        """Width of the attention output before its projection: heads x kv_channels, not hidden_size."""
+        return self.num_attention_heads * self.kv_channels
+
+    @property
+    def key_value_size(self) -> int:
+        """Width of all keys (or all values) of a token."""
+        return self.num_query_groups * self.kv_channels
+
+    def layer_parameters(self) -> int:
+        """Weights and biases of one transformer layer."""
+        h, f = self.hidden_size, self.ffn_hidden_size
+        qkv = self.query_size + 2 * self.key_value_size
+        fc1 = f * (2 if self.gated_linear_unit else 1)
+        weights = h * qkv + self.query_size * h + h * fc1 + f * h
+        norms = 2 * h * self._norm_vectors
+        linear_bias = (h + fc1 + h) if self.add_bias_linear else 0
+        qkv_bias = qkv if self.add_bias_linear or self.add_qkv_bias else 0
+        return weights + norms + linear_bias + qkv_bias
+
+    def non_embedding_parameters(self) -> int:
+        """Parameters without token and position embeddings and without the output layer."""
+        return self.num_layers * self.layer_parameters() + self.hidden_size * self._norm_vectors
+
+    def parameters(self) -> int:
+        """All parameters; a tied output layer counts once. The vocabulary is the true one, without padding."""
+        tables = 1 if self.share_embeddings_and_output_weights else 2
+        positions = self.max_position_embeddings if self.position_embedding_type == "learned_absolute" else 0
+        return self.non_embedding_parameters() + (tables * self.vocab_size + positions) * self.hidden_size
+
+    def flops_per_token(self, sequence_length: int) -> int:
+        """FLOPs of one forward pass per token (2 per multiply-add), causal attention counted in full, head included."""
+        matrices = self.num_layers * (self.layer_parameters() - 2 * self.hidden_size * self._norm_vectors)
+        attention = 2 * self.num_layers * sequence_length * self.query_size
+        return 2 * (matrices + attention + self.vocab_size * self.hidden_size)
+
+    @property
+    def _norm_vectors(self) -> int:
+        return 2 if self.normalization == "LayerNorm" else 1

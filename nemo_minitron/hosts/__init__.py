@@ -1,0 +1,62 @@
+"""Lets NeMo, Megatron-core and NeMo-Aligner run where there is no CUDA; does nothing where there is.
+
+Tried with nemo_toolkit 2.4.1, megatron-core 0.13.1, nemo-aligner 0.7.0 and torch 2.13.0. Every gap is one small named
+function in this package whose docstring says what breaks and where. They are applied in layers, since importing NeMo
+takes 15 s that work on Megatron alone need not pay:
+
+* `prepare_megatron()`: torch.cuda names, megatron-core;
+* `prepare_nemo()`: the above and NeMo 2;
+* `prepare_aligner()`: the above, NeMo 1 and NeMo-Aligner.
+"""
+
+import functools
+import logging
+
+import torch
+
+logger = logging.getLogger("nemo_minitron")
+
+
+@functools.cache
+def _cuda_was_present() -> bool:
+    """Asked once, before any stand-in is in place."""
+    return torch.cuda.is_available()
+
+
+@functools.cache
+def prepare_megatron() -> bool:
+    """Close the gaps of torch and megatron-core.
+
+    Returns:
+        True when stand-ins are active, False on a machine with CUDA (nothing was touched).
+    """
+    if _cuda_was_present():
+        return False
+    from nemo_minitron.hosts import cuda_names, megatron
+
+    cuda_names.close_gaps()
+    megatron.close_gaps()
+    logger.info("no CUDA here: CPU stand-ins are active (nemo_minitron.hosts), ranks talk over gloo")
+    return True
+
+
+@functools.cache
+def prepare_nemo() -> bool:
+    """`prepare_megatron` and the gaps of NeMo 2. Returns as `prepare_megatron`."""
+    if not prepare_megatron():
+        return False
+    from nemo_minitron.hosts import nemo2
+
+    nemo2.close_gaps()
+    return True
+
+
+@functools.cache
+def prepare_aligner() -> bool:
+    """`prepare_nemo` and the gaps of NeMo 1 and NeMo-Aligner. Returns as `prepare_megatron`."""
+    if not prepare_nemo():
+        return False
+    from nemo_minitron.hosts import aligner
+
+    aligner.close_gaps()
+    return True

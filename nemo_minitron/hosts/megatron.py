@@ -1,0 +1,80 @@
+"""Gaps of megatron-core 0.13.1 without CUDA, Transformer Engine and Apex."""
+
+import importlib
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from nemo_minitron.hosts.cuda_names import show_cpu_torch_to
+from nemo_minitron.hosts.norm import HostNorm
+
+
+def close_gaps() -> None:
+    """Apply every gap of this file, in order."""
+    factories_written_for_cuda()
+    random_states_of_the_cpu()
+    clipping_asserts_cuda_gradients()
+    local_norm_refuses_sequence_parallel()
+
+
+def factories_written_for_cuda() -> None:
+    """These modules write `device="cuda"` in factory calls: the pipeline schedules (`schedules.py:497`), the optimizer
+    and its clipping, broadcast of the batch, parameter norms, checkpoint exchange, the two-stage saver."""
+    names = (
+        "pipeline_parallel.schedules",
+        "optimizer.optimizer",
+        "optimizer.grad_scaler",
+        "optimizer.clip_grads",
+        "tensor_parallel.data",
+        "transformer.utils",
+        "utils",
+        "rerun_state_machine",
+        "dist_checkpointing.exchange_utils",
+        "dist_checkpointing.strategies.state_dict_saver",
+        "dist_checkpointing.strategies.two_stage",
+    )
+    show_cpu_torch_to(*(importlib.import_module(f"megatron.core.{name}") for name in names))
+
+
+def random_states_of_the_cpu() -> None:
+    """`tensor_parallel.random` reads and writes CUDA generators; here the CPU's, so dropout under tensor parallelism
+    keeps a stream for each rank. Its warning that the CPU's state changed inside a fork would then always fire."""
+    from megatron.core.tensor_parallel import random
+
+    random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+    random.logging.getLogger(random.__name__).addFilter(
+        lambda record: "CPU RNG state changed" not in record.getMessage()
+    )
+
+
+def clipping_asserts_cuda_gradients() -> None:
+    """`clip_grad_by_total_norm_fp32` asserts the type string 'torch.cuda.FloatTensor' of every gradient; the optimizer
+    holds the function by name too. Torch's own clipping with a given norm does the same."""
+    from megatron.core.optimizer import clip_grads, optimizer
+
+    def clip(parameters: Any, max_norm: float, total_norm: float, use_decoupled_grad: bool = False) -> None:
+        assert not use_decoupled_grad, "decoupled gradients belong to Transformer Engine's optimizers"
+        params = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
+        torch.nn.utils.clip_grads_with_norm_(params, max_norm, torch.tensor(float(total_norm)))
+
+    clip_grads.clip_grad_by_total_norm_fp32 = clip
+    optimizer.clip_grad_by_total_norm_fp32 = clip
+
+
+def local_norm_refuses_sequence_parallel() -> None:
+    """`WrappedTorchNorm` asserts against sequence parallelism and zero-centred gamma. `HostNorm` does both. Megatron
+    holds the class by name in the layer specs' backend and in the block's final norm."""
+    from megatron.core.models import backends
+    from megatron.core.models.gpt import gpt_layer_specs
+    from megatron.core.transformer import torch_norm, transformer_block
+
+    _replace(torch_norm.WrappedTorchNorm, HostNorm, (torch_norm, backends, gpt_layer_specs, transformer_block))
+
+
+def _replace(old: Any, new: Any, modules: Iterable[Any]) -> None:
+    for module in modules:
+        for name, value in list(vars(module).items()):
+            if value is old:
+                setattr(module, name, new)

@@ -1,0 +1,51 @@
+"""The one stand-in layer: a norm that knows sequence parallelism and zero-centred gamma.
+
+megatron-core 0.13.1 has such norms only with Transformer Engine or Apex; its torch norm refuses both.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class HostNorm(torch.nn.Module):
+    """LayerNorm or RMSNorm over the last dimension, with Megatron's arguments.
+
+    Input and output [s/tp, b, h] under sequence parallelism, [s, b, h] else, in the input's dtype. `weight` (and, for
+    LayerNorm, `bias`) [h] is replicated on every tensor-parallel rank and marked `sequence_parallel`, so that Megatron
+    sums its gradient over the ranks that saw different tokens (`finalize_model_grads`, megatron-core@0.13.1).
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        hidden_size: int,
+        eps: float = 1e-5,
+        persist_layer_norm: bool = False,
+        zero_centered_gamma: bool = False,
+        normalization: str = "LayerNorm",
+    ) -> None:
+        super().__init__()
+        if config.normalization not in ("LayerNorm", "RMSNorm"):
+            raise ValueError(f"normalization {config.normalization!r}: LayerNorm and RMSNorm are known")
+        self.normalized_shape, self.eps = (hidden_size,), eps
+        self.rms = config.normalization == "RMSNorm"
+        self.offset = 1.0 if config.layernorm_zero_centered_gamma else 0.0
+        self.weight = self._parameter(torch.full((hidden_size,), 1.0 - self.offset), config)
+        self.bias = None if self.rms else self._parameter(torch.zeros(hidden_size), config)
+
+    @staticmethod
+    def _parameter(value: Tensor, config: Any) -> torch.nn.Parameter:
+        parameter = torch.nn.Parameter(value.to(config.params_dtype))
+        parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        return parameter
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Norm of x [..., h] over h, same shape and dtype."""
+        weight = self.weight + self.offset if self.offset else self.weight
+        shape = tuple(weight.shape)
+        if self.rms:
+            return F.rms_norm(x, shape, weight, self.eps)
+        return F.layer_norm(x, shape, weight, self.bias, self.eps)
