@@ -15,6 +15,7 @@ class Architecture:
     """A dense decoder-only GPT in Megatron-core's terms; sizes are global, never a rank's own.
 
     `kv_channels` is the head dimension and is carried on its own: it stays when `hidden_size` is pruned.
+    `activation` is "silu", "gelu" or "squared_relu"; `rope_scaling_factor` is Llama 3.1's, None without scaling.
     """
 
     num_layers: int
@@ -31,6 +32,12 @@ class Architecture:
     add_qkv_bias: bool = False
     position_embedding_type: str = "rope"
     max_position_embeddings: int = 0
+    activation: str = "silu"
+    layernorm_epsilon: float = 1e-5
+    layernorm_zero_centered_gamma: bool = False
+    rotary_base: float = 10000.0
+    rotary_percent: float = 1.0
+    rope_scaling_factor: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_layers", *WIDTH_AXES, "kv_channels", "vocab_size"):
