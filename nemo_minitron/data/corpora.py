@@ -1,0 +1,250 @@
+"""Corpora: named sets of documents with a train and a valid split, and a hash that names their content."""
+
+import glob
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.errors import InputError
+
+SPLITS = ("train", "valid")
+DEFAULT_VALID_FRACTION = 0.05
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text. `path` is a stable id (no machine-specific part where the corpus has a choice)."""
+
+    path: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A corpus.
+
+    Args:
+        name: what the configuration calls it.
+        splits: "train" and "valid", each an iterable of documents that can be walked more than once (a list, or an
+            object that streams from disk); no document is empty.
+    """
+
+    name: str
+    splits: Mapping[str, Iterable[Document]]
+
+    @cached_property
+    def manifest_sha256(self) -> str:
+        """Hex sha256 over the sorted (split, path, sha256 of the UTF-8 bytes) of all documents. Reads the corpus once."""
+        rows = [
+            f"{split}\t{document.path}\t{hashlib.sha256(document.text.encode()).hexdigest()}\n"
+            for split in SPLITS
+            for document in self.splits[split]
+        ]
+        return hashlib.sha256("".join(sorted(rows)).encode()).hexdigest()
+
+
+class Stream:
+    """An iterable over documents that starts afresh each time it is walked and skips documents without text."""
+
+    def __init__(self, source: Callable[[], Iterator[Document]]) -> None:
+        self._source = source
+
+    def __iter__(self) -> Iterator[Document]:
+        return (document for document in self._source() if document.text.strip())
+
+
+def load_corpus(cfg: Mapping[str, Any]) -> Corpus:
+    """Open the corpus that a configuration names. Documents are read when they are walked, not here.
+
+    Args:
+        cfg: `name` and the keys of that corpus; keys of other corpora are ignored.
+            stdlib: none.
+            files: `train` and optionally `valid` (a glob or a list of globs, `**` allowed; a `.jsonl` file is one
+            document a line, any other file is one document), `text_key` ("text"), `valid_fraction` (0.05; held out by
+            content hash where `valid` is not given).
+            hf: `path` (a `datasets` id or directory), `config`, `revision`, `train_split` ("train"), `valid_split`
+            (null: hold out `valid_fraction`), `text_key`.
+
+    Raises:
+        InputError: an unknown name, a missing key, a glob that matches nothing, an empty split; and, while documents
+            are walked, a line that is no JSON object with that text key, or a file that is not UTF-8.
+    """
+    from nemo_minitron.data.stdlib import stdlib_corpus
+
+    openers: dict[str, Callable[[Mapping[str, Any]], Corpus]] = {
+        "stdlib": lambda _: stdlib_corpus(),
+        "files": files_corpus,
+        "hf": hf_corpus,
+    }
+    name = cfg.get("name")
+    if name not in openers:
+        raise InputError(f"data.name={name}: no such corpus; known: {', '.join(sorted(openers))}")
+    corpus = openers[str(name)](cfg)
+    for split in SPLITS:
+        if next(iter(corpus.splits[split]), None) is None:
+            raise InputError(f"data.name={name}: the {split} split is empty{_EMPTY_HINT[split]}")
+    return corpus
+
+
+_EMPTY_HINT = {
+    "train": "; it needs at least one document with text",
+    "valid": "; give held-out documents (data.valid, data.valid_split) or a larger data.valid_fraction",
+}
+
+
+def held_out(document: Document, fraction: float) -> bool:
+    """Whether a document belongs to the valid split: by its content, so that copies of it are on the same side."""
+    digest = hashlib.sha256(document.text.encode()).digest()
+    return int.from_bytes(digest[:8], "big") < fraction * 2**64
+
+
+def _with_hold_out(name: str, cfg: Mapping[str, Any], everything: Stream) -> Corpus:
+    fraction = cfg.get("valid_fraction")
+    fraction = DEFAULT_VALID_FRACTION if fraction is None else float(fraction)
+    if not 0.0 < fraction < 1.0:
+        raise InputError(f"data.valid_fraction={fraction}: must be above 0 and below 1")
+    return Corpus(
+        name,
+        {
+            "train": Stream(lambda: (d for d in everything if not held_out(d, fraction))),
+            "valid": Stream(lambda: (d for d in everything if held_out(d, fraction))),
+        },
+    )
+
+
+def files_corpus(cfg: Mapping[str, Any]) -> Corpus:
+    """Text files and JSONL files by glob; see `load_corpus` for the keys.
+
+    Raises:
+        InputError: no `train`, or a glob that matches no file.
+    """
+    text_key = cfg.get("text_key") or "text"
+    if not cfg.get("train"):
+        raise InputError(
+            "data.train is missing: data.name=files needs a glob or a list of globs of text or .jsonl files"
+        )
+    train = _matches(cfg["train"], "data.train")
+    if not cfg.get("valid"):
+        return _with_hold_out("files", cfg, Stream(lambda: _read_files(train, text_key)))
+    valid = _matches(cfg["valid"], "data.valid")
+    both = sorted(set(train) & set(valid))
+    if both:
+        raise InputError(
+            f"data.valid matches {both[0]}, which data.train matches too: a held-out file must not be trained on"
+        )
+    return Corpus(
+        "files",
+        {
+            "train": Stream(lambda: _read_files(train, text_key)),
+            "valid": Stream(lambda: _read_files(valid, text_key)),
+        },
+    )
+
+
+def _matches(patterns: str | Iterable[str], key: str) -> list[str]:
+    found: set[str] = set()
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        files = [path for path in glob.glob(pattern, recursive=True) if Path(path).is_file()]
+        if not files:
+            raise InputError(f"{key}={pattern}: matches no file")
+        found.update(files)
+    return sorted(found)
+
+
+def _read_files(paths: Iterable[str], text_key: str) -> Iterator[Document]:
+    for path in paths:
+        if path.endswith(".jsonl"):
+            yield from _read_jsonl(path, text_key)
+        else:
+            yield Document(path, _decode(Path(path).read_bytes(), path))
+
+
+def _read_jsonl(path: str, text_key: str) -> Iterator[Document]:
+    # Bytes, not text mode: a U+2028 inside a string is no line end, and an error can name its line.
+    with open(path, "rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            where = f"{path}, line {number}"
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(_decode(line, where))
+            except json.JSONDecodeError as error:
+                raise InputError(f"{where}: not JSON ({error.msg})") from None
+            yield Document(f"{path}:{number}", _text_of(row, text_key, where))
+
+
+def _decode(data: bytes, where: str) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where}: not UTF-8 (byte {error.start}: 0x{data[error.start]:02x})") from None
+
+
+def _text_of(row: Any, text_key: str, where: str) -> str:
+    if not isinstance(row, Mapping):
+        raise InputError(
+            f"{where}: expected a JSON object with the key '{text_key}', found {type(row).__name__}"
+        )
+    if text_key not in row:
+        raise InputError(
+            f"{where}: no key '{text_key}'; it has {', '.join(map(str, itertools.islice(row, 8)))}"
+        )
+    text = row[text_key]
+    if not isinstance(text, str):
+        raise InputError(f"{where}: '{text_key}' must be a string, found {type(text).__name__}")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        # JSON can spell half of a surrogate pair, which no UTF-8 text can hold.
+        raise InputError(
+            f"{where}: '{text_key}' holds an unpaired surrogate escape, which is no Unicode text"
+        ) from None
+    return text
+
+
+def hf_corpus(cfg: Mapping[str, Any]) -> Corpus:
+    """A dataset of the Hugging Face `datasets` library, memory-mapped, without remote code; see `load_corpus` for keys.
+
+    Raises:
+        InputError: no `path`, a dataset or split that cannot be loaded, or no such text column.
+    """
+    path = cfg.get("path")
+    if not path:
+        raise InputError(
+            "data.path is missing: data.name=hf needs a `datasets` id or a directory of data files"
+        )
+    text_key = cfg.get("text_key") or "text"
+    train = _hf_split(cfg, str(path), cfg.get("train_split") or "train", text_key)
+    if not cfg.get("valid_split"):
+        return _with_hold_out("hf", cfg, train)
+    return Corpus(
+        "hf", {"train": train, "valid": _hf_split(cfg, str(path), str(cfg["valid_split"]), text_key)}
+    )
+
+
+def _hf_split(cfg: Mapping[str, Any], path: str, split: str, text_key: str) -> Stream:
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(
+            path, cfg.get("config"), split=split, revision=cfg.get("revision"), trust_remote_code=False
+        )
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"data.path={path}, split {split}: cannot be loaded ({reason})") from error
+    if text_key not in rows.column_names:
+        raise InputError(
+            f"data.text_key={text_key}: {path} has no such column; it has {', '.join(rows.column_names)}"
+        )
+
+    def read() -> Iterator[Document]:
+        for number, row in enumerate(rows.select_columns([text_key])):
+            where = f"{path}/{split}:{number}"
+            yield Document(where, _text_of(row, text_key, where))
+
+    return Stream(read)

@@ -1,0 +1,234 @@
+"""A corpus as Megatron-core's indexed dataset: tokenized once, built atomically, cached under its content's hash."""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nemo_minitron.data.corpora import SPLITS, Corpus, Document
+from nemo_minitron.data.tokenizer import tokenizer_sha256
+from nemo_minitron.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Part of the cache's key: raise it whenever the same corpus and tokenizer would give other files.
+FORMAT_VERSION = 1
+_MANIFEST = "manifest.json"
+_BATCH_BYTES = 1 << 20
+_PROGRESS_EVERY_S = 10.0
+
+
+@dataclass(frozen=True)
+class IndexedCorpus:
+    """The index files of a corpus and what is in them.
+
+    Args:
+        corpus: the corpus's name.
+        train_prefix, valid_prefix: path prefixes; `.bin` and `.idx` files belong to each.
+        documents, tokens, bytes: by split; tokens with the end-of-document token of each document, bytes of UTF-8 text.
+        eod: the id that ends each document and is nowhere else.
+        vocab_size: the tokenizer's, before any padding for sharding.
+        manifest_sha256, tokenizer_sha256: what it was made from.
+        file_bytes: the size of each index file, by which a half-written directory is told.
+    """
+
+    corpus: str
+    train_prefix: str
+    valid_prefix: str
+    documents: dict[str, int]
+    tokens: dict[str, int]
+    bytes: dict[str, int]
+    eod: int
+    vocab_size: int
+    manifest_sha256: str
+    tokenizer_sha256: str
+    file_bytes: dict[str, int]
+
+    def prefix(self, split: str) -> str:
+        """The path prefix of "train" or "valid"."""
+        return {"train": self.train_prefix, "valid": self.valid_prefix}[split]
+
+    def to_json(self, path: str | Path) -> None:
+        """Write a manifest beside the index files; prefixes become relative to it, so that the directory can move."""
+        fields = asdict(self)
+        for split in SPLITS:
+            fields[f"{split}_prefix"] = os.path.relpath(self.prefix(split), Path(path).parent)
+        Path(path).write_text(json.dumps({"format_version": FORMAT_VERSION, **fields}, indent=2) + "\n")
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> "IndexedCorpus":
+        """Read a manifest.
+
+        Raises:
+            InputError: no file, no manifest of this format, or index files that are missing or of another size.
+        """
+        try:
+            fields = json.loads(Path(path).read_text())
+            version = fields.pop("format_version")
+            for split in SPLITS:
+                fields[f"{split}_prefix"] = os.path.normpath(Path(path).parent / fields[f"{split}_prefix"])
+            indexed = cls(**fields)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(
+                f"{path}: no manifest of an indexed corpus ({type(error).__name__}: {error})"
+            ) from error
+        if version != FORMAT_VERSION:
+            raise InputError(f"{path}: format version {version}, but this version reads {FORMAT_VERSION}")
+        for name, size in indexed.file_bytes.items():
+            file = Path(path).parent / name
+            if not file.is_file() or file.stat().st_size != size:
+                raise InputError(f"{file}: missing or half-written (expected {size} bytes)")
+        return indexed
+
+
+def build_indexed(
+    corpus: Corpus, tokenizer: "PreTrainedTokenizerBase", cache_dir: str | Path, *, seq_length: int
+) -> IndexedCorpus:
+    """Tokenize a corpus into Megatron-core's indexed format, or find it in the cache.
+
+    Documents are stored one by one, each with the end-of-document token after it, in the smallest integer type that
+    holds the vocabulary; nothing is padded. Special tokens spelled out in a text are read as plain text. The files
+    appear all at once, also when several processes build the same corpus; what a killed build left is redone.
+
+    Args:
+        corpus: what to read.
+        tokenizer: a Hugging Face tokenizer with an eos token.
+        cache_dir: a directory for this and other corpora.
+        seq_length: tokens in one training sequence; each split must hold one sequence and its last label.
+
+    Raises:
+        InputError: an empty split, or one that is shorter than a sequence.
+    """
+    key = hashlib.sha256(
+        json.dumps([FORMAT_VERSION, corpus.manifest_sha256, tokenizer_sha256(tokenizer)]).encode()
+    ).hexdigest()[:24]
+    cache = Path(cache_dir)
+    cache.mkdir(parents=True, exist_ok=True)
+    final = cache / f"{corpus.name}-{key}"
+    with exclusive(cache / f".{final.name}.lock"):
+        indexed = _finished(final)
+        if indexed is None:
+            _build(corpus, tokenizer, final)
+            indexed = IndexedCorpus.from_json(final / _MANIFEST)
+    _check_length(indexed, seq_length)
+    return indexed
+
+
+@contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """Hold a lock between processes, which ends with the process that holds it, however it ends."""
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            # Some network file systems have no locks. Two builds at once then only do the work twice.
+            print(f"{path.parent}: no file locks here ({error.strerror})", file=sys.stderr)
+        yield
+
+
+def _finished(final: Path) -> IndexedCorpus | None:
+    try:
+        return IndexedCorpus.from_json(final / _MANIFEST)
+    except InputError:
+        return None
+
+
+def _build(corpus: Corpus, tokenizer: "PreTrainedTokenizerBase", final: Path) -> None:
+    for left_over in final.parent.glob(f".{final.name}.tmp-*"):
+        shutil.rmtree(left_over, ignore_errors=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}.tmp-", dir=final.parent))
+    try:
+        _write(corpus, tokenizer, temporary)
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(temporary, final)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write(corpus: Corpus, tokenizer: "PreTrainedTokenizerBase", directory: Path) -> None:
+    counts = {split: _write_split(corpus, split, tokenizer, directory / split) for split in SPLITS}
+    IndexedCorpus(
+        corpus=corpus.name,
+        train_prefix=str(directory / "train"),
+        valid_prefix=str(directory / "valid"),
+        documents={split: counts[split]["documents"] for split in SPLITS},
+        tokens={split: counts[split]["tokens"] for split in SPLITS},
+        bytes={split: counts[split]["bytes"] for split in SPLITS},
+        eod=tokenizer.eos_token_id,
+        vocab_size=len(tokenizer),
+        manifest_sha256=corpus.manifest_sha256,
+        tokenizer_sha256=tokenizer_sha256(tokenizer),
+        file_bytes={file.name: file.stat().st_size for file in sorted(directory.iterdir())},
+    ).to_json(directory / _MANIFEST)
+
+
+def _write_split(
+    corpus: Corpus, split: str, tokenizer: "PreTrainedTokenizerBase", prefix: Path
+) -> dict[str, int]:
+    from megatron.core.datasets.indexed_dataset import (
+        DType,
+        IndexedDatasetBuilder,
+        get_bin_path,
+        get_idx_path,
+    )
+
+    builder = IndexedDatasetBuilder(get_bin_path(str(prefix)), dtype=DType.optimal_dtype(len(tokenizer)))
+    counts = {"documents": 0, "tokens": 0, "bytes": 0}
+    told = time.monotonic()
+    for batch in _batches(corpus.splits[split]):
+        encoded = tokenizer(
+            [document.text for document in batch],
+            add_special_tokens=False,
+            split_special_tokens=True,
+            return_attention_mask=False,
+            verbose=False,
+        )["input_ids"]
+        for document, ids in zip(batch, encoded, strict=True):
+            builder.add_document([*ids, tokenizer.eos_token_id], [len(ids) + 1])
+            counts["documents"] += 1
+            counts["tokens"] += len(ids) + 1
+            counts["bytes"] += len(document.text.encode())
+        if time.monotonic() - told > _PROGRESS_EVERY_S:
+            told = time.monotonic()
+            print(
+                f"tokenizing {corpus.name}/{split}: {counts['tokens']:,} tokens", file=sys.stderr, flush=True
+            )
+    if not counts["documents"]:
+        raise InputError(
+            f"data: the {split} split of corpus {corpus.name} is empty; it needs at least one document"
+        )
+    builder.finalize(get_idx_path(str(prefix)))
+    return counts
+
+
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += len(document.text)
+        if size >= _BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _check_length(indexed: IndexedCorpus, seq_length: int) -> None:
+    for split in SPLITS:
+        if indexed.tokens[split] < seq_length + 1:
+            raise InputError(
+                f"data: the {split} split of corpus {indexed.corpus} has {indexed.tokens[split]} tokens, but one sequence "
+                f"needs {seq_length + 1} (seq_length {seq_length} and the last label); use more text or a shorter seq_length"
+            )

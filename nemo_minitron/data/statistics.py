@@ -1,0 +1,78 @@
+"""Numbers that a language model's loss is held against: unigram entropy, and what xz makes of the same text."""
+
+import lzma
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from nemo_minitron.data.corpora import Corpus, Document
+
+_READ_TOKENS = 1 << 24
+_XZ_PRESET = 9
+XZ_WINDOW_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class XzBitsPerByte:
+    """Bits per byte of held-out text under `xz -9`: alone, and after the training files (null where those are larger than
+    xz's window of 64 MiB, which then would not hold them)."""
+
+    alone: float
+    given_train: float | None
+
+
+def unigram_entropy_nats(prefix: str) -> float:
+    """Entropy of the token frequencies of an indexed dataset, in nats per token: the loss of the best constant guess.
+
+    Args:
+        prefix: the path prefix of its `.bin` and `.idx` files.
+    """
+    from megatron.core.datasets.indexed_dataset import IndexedDataset, get_bin_path
+
+    dtype = IndexedDataset(prefix).index.dtype
+    tokens = np.memmap(get_bin_path(prefix), dtype=dtype, mode="r")
+    counts = np.zeros(0, dtype=np.int64)
+    for start in range(0, len(tokens), _READ_TOKENS):
+        part = np.bincount(tokens[start : start + _READ_TOKENS], minlength=len(counts))
+        part[: len(counts)] += counts
+        counts = part
+    frequencies = counts[counts > 0] / counts.sum()
+    return float(-(frequencies * np.log(frequencies)).sum())
+
+
+def compression_bits_per_byte(corpus: Corpus) -> XzBitsPerByte:
+    """What xz reaches on the held-out files, concatenated by path: alone, and as what they add to the training files.
+
+    The second is the difference between the compressed sizes of train + valid and of train, times 8, over valid's bytes.
+    """
+    train = sorted(corpus.splits["train"], key=lambda document: document.path)
+    valid = sorted(corpus.splits["valid"], key=lambda document: document.path)
+    valid_bytes = _size(valid)
+    alone = 8 * _xz_size(valid) / valid_bytes
+    if _size(train) + valid_bytes > XZ_WINDOW_BYTES:
+        return XzBitsPerByte(alone, None)
+    return XzBitsPerByte(alone, 8 * (_xz_size([*train, *valid]) - _xz_size(train)) / valid_bytes)
+
+
+def _size(documents: Iterable[Document]) -> int:
+    return sum(len(document.text.encode()) for document in documents)
+
+
+def _xz_size(documents: Iterable[Document]) -> int:
+    compressor = lzma.LZMACompressor(preset=_XZ_PRESET)
+    size = sum(len(compressor.compress(document.text.encode())) for document in documents)
+    return size + len(compressor.flush())
+
+
+def bits_per_byte(loss_nats_per_token: float, tokens: int, bytes: int) -> float:
+    """A mean loss in nats per token as bits per byte of text.
+
+    Args:
+        loss_nats_per_token: the mean over `tokens`.
+        tokens: how many tokens the text is, with end-of-document tokens where the loss counts them.
+        bytes: of the same text in UTF-8.
+    """
+    assert bytes > 0
+    return loss_nats_per_token * tokens / math.log(2) / bytes

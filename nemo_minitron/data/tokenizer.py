@@ -1,0 +1,119 @@
+"""Tokenizers: train a byte-level BPE, load one in Hugging Face format, and name one by its content."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nemo_minitron.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+EOS = "<|endoftext|>"
+PAD = "<|pad|>"
+_BYTES = 256
+
+# The split that llama.cpp knows as "qwen2": digits one by one, a run of spaces as one piece that leaves the last space to
+# the word after it, a word with one character before it (".join", "_name"), punctuation with the line end after it. A
+# known split matters: a GGUF reader has no regular expressions in its file, only the name of one.
+_PIECES = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int, out_dir: str | Path) -> "PreTrainedTokenizerBase":
+    """Train a byte-level BPE and write it where `AutoTokenizer.from_pretrained` reads it.
+
+    It is lossless on any Unicode text and deterministic. Id 0 is `<|endoftext|>`, end of document and also the
+    beginning of one (in packed text each document follows another's end); id 1 is `<|pad|>`, which no text holds.
+
+    Args:
+        texts: the text to learn from, walked once.
+        vocab_size: the size of the vocabulary, exactly, special tokens included; a multiple of 128 wastes no row of an
+            embedding that is sharded by the usual padding.
+        out_dir: gets tokenizer.json, tokenizer_config.json and special_tokens_map.json.
+
+    Raises:
+        InputError: a size too small for the 256 bytes and the special tokens, or larger than what the text gives.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Regex as Pattern
+    from transformers import PreTrainedTokenizerFast
+
+    smallest = _BYTES + len((EOS, PAD))
+    if vocab_size < smallest:
+        raise InputError(
+            f"data.vocab_size={vocab_size}: a byte-level vocabulary needs at least {smallest} entries"
+        )
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Pattern(_PIECES), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[EOS, PAD],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    if bpe.get_vocab_size() != vocab_size:
+        raise InputError(
+            f"data.vocab_size={vocab_size}: the text has pieces for only {bpe.get_vocab_size()} entries; "
+            f"use at most that many, or more text"
+        )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token=EOS, eos_token=EOS, pad_token=PAD, clean_up_tokenization_spaces=False
+    )
+    tokenizer.save_pretrained(str(out_dir))
+    return tokenizer
+
+
+def load_tokenizer(path_or_id: str | Path) -> "PreTrainedTokenizerBase":
+    """Load a Hugging Face tokenizer from a directory (never the network) or by its hub id, without remote code.
+
+    Raises:
+        InputError: it cannot be loaded, or it has no end-of-text token to end documents with.
+    """
+    from transformers import AutoTokenizer
+
+    name = str(path_or_id)
+    is_directory = Path(name).is_dir()
+    if not is_directory and (isinstance(path_or_id, Path) or name.startswith(("/", ".", "~"))):
+        raise InputError(
+            f"data.tokenizer={name}: no such directory; give a tokenizer's directory or a hub id"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, local_files_only=is_directory, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"data.tokenizer={name}: cannot be loaded ({reason})") from error
+    if tokenizer.eos_token_id is None:
+        raise InputError(
+            f"data.tokenizer={name}: has no end-of-text token (eos_token), which ends each document"
+        )
+    return tokenizer
+
+
+def tokenizer_sha256(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """Hex sha256 over what decides a tokenizer's output: its pieces, merges and rules, and the id that ends a document."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        rules = {"class": type(tokenizer).__name__, "vocab": tokenizer.get_vocab()}
+    else:
+        # Truncation and padding are settings of the last call that used the object, not the tokenizer's own.
+        rules = {
+            key: value
+            for key, value in json.loads(backend.to_str()).items()
+            if key not in ("truncation", "padding")
+        }
+    named = json.dumps({"rules": rules, "eos": tokenizer.eos_token_id}, sort_keys=True)
+    return hashlib.sha256(named.encode()).hexdigest()
