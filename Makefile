@@ -1,0 +1,48 @@
+# Everything runs in an environment outside the clone, shared by all clones with the same pins (scripts/environment.py).
+# Choices: PYTHON=python3.10  TORCH=auto|cpu|cuda  TORCH_INDEX=URL  EXTRAS=dev,search,wandb  NEMO_MINITRON_HOME=DIR
+#          ARGS='...' is added to pytest's, or to the demo's, command line
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help setup python demo test test-slow check format clean-env
+
+TORCH ?= auto
+TORCH_INDEX ?=
+EXTRAS ?= dev,search
+ARGS ?=
+
+# The package is taken from this clone, never from the environment.
+export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+
+ENVIRONMENT = PYTHON='$(PYTHON)' scripts/environment.sh
+CHOICES = --torch '$(TORCH)' --torch-index '$(TORCH_INDEX)' --extras '$(EXTRAS)'
+WITH_PY = PY=$$($(ENVIRONMENT) python $(CHOICES)) &&
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup:  ## make the environment (minutes once, seconds after that)
+	@$(WITH_PY) echo "environment: $$PY"
+
+python:  ## print the environment's interpreter: $(make -s python)
+	@$(ENVIRONMENT) python $(CHOICES)
+
+demo:  ## prune the demo teacher by width
+	@$(WITH_PY) "$$PY" recipes/prune.py +conf=width $(ARGS)
+
+test:  ## the tests that end in minutes
+	@$(WITH_PY) "$$PY" -m pytest -m "not slow" $(ARGS)
+
+# pytest's exit code 5 means that it selected nothing: fine only while no test is marked slow.
+test-slow:  ## the long tests
+	@$(WITH_PY) { "$$PY" -m pytest -m slow $(ARGS) || { code=$$?; [ $$code = 5 ] || exit $$code; \
+	    if grep -rqE 'mark\.slow' tests --include='*.py'; then echo "no slow test was selected" >&2; exit 5; fi; }; }
+
+check:  ## lint, format, types, spelling, shell syntax
+	@$(WITH_PY) "$$PY" -m ruff check . && "$$PY" -m ruff format --check . && "$$PY" -m mypy \
+	    && "$$PY" -m codespell_lib && scripts/check_shell.sh
+
+format:  ## let ruff format and repair
+	@$(WITH_PY) "$$PY" -m ruff format . && "$$PY" -m ruff check --fix .
+
+clean-env:  ## remove this clone's environment
+	@$(ENVIRONMENT) clean $(CHOICES)

@@ -1,0 +1,6 @@
+"""Small language models out of large ones: score, prune, distil, align, evaluate and export sharded Megatron GPT models.
+
+Importing this package is cheap: torch, Megatron-core and NeMo are imported by the modules that need them.
+"""
+
+__version__ = "0.1.0"
