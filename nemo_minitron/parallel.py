@@ -1,0 +1,174 @@
+"""The core's only collectives: thin functions over Megatron's parallel groups.
+
+A group is named "tp" (tensor), "pp" (pipeline), "dp" (data, context parallelism left out) or "cp" (context).
+Where nothing is initialised, or a group has one rank, sizes are 1, ranks are 0 and every call returns without
+communication. Tensors stay on their device: the same calls run on NCCL and on gloo.
+"""
+
+import sys
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+GroupName = Literal["tp", "pp", "dp", "cp"]
+ReduceOp = Literal["sum", "max", "min"]
+
+_GETTERS = {
+    "tp": "get_tensor_model_parallel_group",
+    "pp": "get_pipeline_model_parallel_group",
+    "dp": "get_data_parallel_group",
+    "cp": "get_context_parallel_group",
+}
+
+
+def process_group(name: GroupName) -> dist.ProcessGroup | None:
+    """The calling rank's group, None where Megatron's parallel state is not initialised."""
+    # Whoever initialised the parallel state has imported the module; importing it here would cost seconds.
+    state = sys.modules.get("megatron.core.parallel_state")
+    if state is None or not dist.is_initialized() or not state.model_parallel_is_initialized():
+        return None
+    return getattr(state, _GETTERS[name])()
+
+
+def group_size(name: GroupName) -> int:
+    """Ranks in the group, 1 where nothing is initialised."""
+    group = process_group(name)
+    return 1 if group is None else group.size()
+
+
+def group_rank(name: GroupName) -> int:
+    """The caller's rank in the group, 0 where nothing is initialised."""
+    group = process_group(name)
+    return 0 if group is None else group.rank()
+
+
+def tp_size() -> int:
+    """Tensor-parallel size."""
+    return group_size("tp")
+
+
+def tp_rank() -> int:
+    """Tensor-parallel rank."""
+    return group_rank("tp")
+
+
+def pp_size() -> int:
+    """Pipeline-parallel size (stages)."""
+    return group_size("pp")
+
+
+def pp_rank() -> int:
+    """Pipeline-parallel rank (stage)."""
+    return group_rank("pp")
+
+
+def dp_size() -> int:
+    """Data-parallel size, context parallelism left out."""
+    return group_size("dp")
+
+
+def dp_rank() -> int:
+    """Data-parallel rank, context parallelism left out."""
+    return group_rank("dp")
+
+
+def cp_size() -> int:
+    """Context-parallel size."""
+    return group_size("cp")
+
+
+def cp_rank() -> int:
+    """Context-parallel rank."""
+    return group_rank("cp")
+
+
+def all_reduce(t: Tensor, group: GroupName, op: ReduceOp = "sum") -> Tensor:
+    """Reduce t [any shape, alike on every rank of the group] in place; returns t for convenience."""
+    if group_size(group) > 1:
+        ops = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
+        dist.all_reduce(t, op=ops[op], group=process_group(group))
+    return t
+
+
+def all_gather(t: Tensor, group: GroupName) -> list[Tensor]:
+    """Each rank's t, by rank in the group. All ranks give the same shape and dtype."""
+    if group_size(group) == 1:
+        return [t]
+    t = t.contiguous()
+    gathered = [torch.empty_like(t) for _ in range(group_size(group))]
+    dist.all_gather(gathered, t, group=process_group(group))
+    return gathered
+
+
+def all_gather_tp(t: Tensor) -> list[Tensor]:
+    """`all_gather` over the tensor-parallel ranks."""
+    return all_gather(t, "tp")
+
+
+def gather_objects(value: Any, group: GroupName) -> list[Any]:
+    """Each rank's value, any picklable object, by rank in the group, on every rank. For small things."""
+    if group_size(group) == 1:
+        return [value]
+    gathered: list[Any] = [None] * group_size(group)
+    dist.all_gather_object(gathered, value, group=process_group(group))
+    return gathered
+
+
+def gather_over_pp(value: Any) -> list[Any]:
+    """`gather_objects` over the pipeline's stages."""
+    return gather_objects(value, "pp")
+
+
+def exchange_tp(send: list[Tensor]) -> list[Tensor]:
+    """All-to-all over the tensor-parallel ranks: `send[r]` goes to rank r, `result[r]` came from rank r.
+
+    Args:
+        send: one tensor for each rank; they (and those of the other ranks) may differ in dimension 0 only, where
+            0 rows are legal.
+
+    Returns:
+        Tensors of the same dtype and trailing shape; the caller's own entry holds what it sent to itself.
+    """
+    ranks = tp_size()
+    assert len(send) == ranks, f"{len(send)} tensors for {ranks} ranks"
+    if ranks == 1:
+        return list(send)
+    rows = torch.tensor([t.shape[0] for t in send], dtype=torch.int64, device=send[0].device)
+    incoming = torch.empty_like(rows)
+    dist.all_to_all_single(incoming, rows, group=process_group("tp"))
+    sizes = [int(n) for n in incoming]
+    packed = torch.cat(send).contiguous()
+    received = packed.new_empty(sum(sizes), *packed.shape[1:])
+    splits = [t.shape[0] for t in send]
+    dist.all_to_all_single(received, packed, sizes, splits, group=process_group("tp"))
+    return list(received.split(sizes))
+
+
+def broadcast_pp(t: Tensor, stage: int) -> Tensor:
+    """Overwrite t [any shape] on every stage with that of `stage`; returns t for convenience."""
+    group = process_group("pp")
+    if group is not None and group.size() > 1:
+        dist.broadcast(t, src=dist.get_global_rank(group, stage), group=group)
+    return t
+
+
+def exchange_pp(send: list[tuple[int, Tensor]], receive: list[tuple[int, Tensor]]) -> None:
+    """Point-to-point moves between pipeline stages, all in one batch; returns when the buffers are filled.
+
+    Args:
+        send: (destination stage, contiguous tensor).
+        receive: (source stage, contiguous buffer to fill). Between two stages, the n-th send matches the n-th
+            receive. The caller's own stage may appear in neither.
+    """
+    if not send and not receive:
+        return
+    group = process_group("pp")
+    assert group is not None, "moves between stages need an initialised pipeline group"
+    stages = [stage for stage, _ in send + receive]
+    assert pp_rank() not in stages, "a stage neither sends to nor receives from itself"
+    ops = [dist.P2POp(dist.isend, t, dist.get_global_rank(group, stage), group) for stage, t in send]
+    ops += [dist.P2POp(dist.irecv, t, dist.get_global_rank(group, stage), group) for stage, t in receive]
+    for work in dist.batch_isend_irecv(ops):
+        work.wait()
