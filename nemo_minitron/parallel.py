@@ -125,8 +125,8 @@ def exchange_tp(send: list[Tensor]) -> list[Tensor]:
     """All-to-all over the tensor-parallel ranks: `send[r]` goes to rank r, `result[r]` came from rank r.
 
     Args:
-        send: one tensor for each rank; they (and those of the other ranks) may differ in dimension 0 only, where
-            0 rows are legal.
+        send: one tensor for each rank; they (and those of the other ranks) may differ in dimension 0 only,
+            where 0 rows are legal.
 
     Returns:
         Tensors of the same dtype and trailing shape; the caller's own entry holds what it sent to itself.
