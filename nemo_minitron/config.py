@@ -1,0 +1,227 @@
+"""The schemas of the configuration, and the only place where it is validated.
+
+Hydra composes plain YAML; `parse` merges it into these dataclasses, so that an unknown key or a wrong type is refused
+with one line. What needs the model's sizes (targets, layouts) is checked in `pruning.plan.check_target`.
+"""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from nemo_minitron.errors import InputError
+
+SchemaT = TypeVar("SchemaT")
+
+PRECISIONS = ("32", "bf16-mixed")
+
+
+@dataclass
+class TrainerConfig:
+    """The parallel layout (MegatronStrategy's argument names), precision and batches."""
+
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    context_parallel_size: int = 1
+    data_parallel_size: int = 1
+    sequence_parallel: bool = False
+    num_nodes: int = 1
+    precision: str = "32"
+    micro_batch_size: int = 8
+    global_batch_size: int = 8
+    max_steps: int = 0
+    val_check_interval: int = 0
+    limit_val_batches: int = 0
+    log_every_n_steps: int = 10
+
+    @property
+    def ranks(self) -> int:
+        """Processes that the layout needs."""
+        model = self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+        return model * self.data_parallel_size
+
+
+@dataclass
+class OptimConfig:
+    """Adam (Megatron-core's optimizer) with warm-up and cosine decay. `lr`, `min_lr`: per step; `warmup_steps`: steps."""
+
+    lr: float = 1e-4
+    min_lr: float = 1e-5
+    warmup_steps: int = 40
+    weight_decay: float = 0.1
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    clip_grad: float = 1.0
+    use_distributed_optimizer: bool = False
+
+
+@dataclass
+class DataConfig:
+    """A corpus (`stdlib`, `files`, `hf`), its tokenizer, and how it is packed.
+
+    `tokenizer`: a Hugging Face directory or id; null takes the checkpoint's or, in pretraining, trains a BPE of
+    `vocab_size` on the train split. The other keys are those of `data.corpora.load_corpus`.
+    """
+
+    name: str = "stdlib"
+    seq_length: int = 512
+    tokenizer: str | None = None
+    vocab_size: int = 1024
+    cache_dir: str | None = None
+    seed: int = 1234
+    train: Any = None
+    valid: Any = None
+    text_key: str | None = None
+    valid_fraction: float | None = None
+    path: str | None = None
+    config: str | None = None
+    revision: str | None = None
+    train_split: str | None = None
+    valid_split: str | None = None
+
+
+@dataclass
+class ModelConfig:
+    """The architecture that `recipes/pretrain.py` trains from scratch: Llama, in Megatron-core's names."""
+
+    num_layers: int = MISSING
+    hidden_size: int = MISSING
+    ffn_hidden_size: int = MISSING
+    num_attention_heads: int = MISSING
+    num_query_groups: int = MISSING
+    kv_channels: int = MISSING
+    share_embeddings_and_output_weights: bool = False
+    rotary_base: float = 10000.0
+    init_method_std: float = 0.02
+
+
+@dataclass
+class PruneConfig:
+    """What to keep and how to choose it. A size is an integer, a fraction of the source ("3/4"), or null: left alone."""
+
+    hidden_size: Any = None
+    ffn_hidden_size: Any = None
+    num_attention_heads: Any = None
+    num_query_groups: Any = None
+    round_to: int = 16
+    importance: str = "activation"
+    seed: int = 0
+    batch: str = "l2"
+    sequence: str = "mean"
+    include_final_norm: bool = True
+    head_residual: bool = False
+    calibration_samples: int = 128
+    scores: str | None = None
+
+
+@dataclass
+class EvalConfig:
+    """`samples`: packed held-out sequences for the LM loss; null: one whole pass over the valid split."""
+
+    samples: int | None = 64
+
+
+@dataclass
+class CommonConfig:
+    """What every recipe has. Groups that a recipe does not use are composed all the same and stay untouched."""
+
+    run_dir: str = MISSING
+    overwrite: bool = False
+    seed: int = 1234
+    data: DataConfig = field(default_factory=DataConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    model: Any = None
+    prune: Any = None
+    distill: Any = None
+    align: Any = None
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    source: Any = None
+    student: Any = None
+    teacher: Any = None
+
+
+@dataclass
+class PretrainRecipe(CommonConfig):
+    """`recipes/pretrain.py`. `export_dir`: where the trained model is also written in Hugging Face format."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    export_dir: str | None = None
+
+
+@dataclass
+class PruneRecipe(CommonConfig):
+    """`recipes/prune.py`. `source`: a Hugging Face directory, a NeMo 2 directory, or a run directory that holds one."""
+
+    source: str = MISSING
+    prune: PruneConfig = field(default_factory=PruneConfig)
+
+
+def parse(schema: type[SchemaT], config: DictConfig) -> SchemaT:
+    """Merge a composed configuration into a schema and check it.
+
+    Raises:
+        InputError: an unknown key, a missing or wrongly typed value, an impossible layout or batch.
+    """
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(schema), _without_nulls(config))
+        result: Any = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None)
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{key}: {reason}" if key and key not in reason else reason) from None
+    if result.prune is None and isinstance(result, PruneRecipe):
+        raise InputError("prune: nothing to prune; choose a preset (+conf=width) or a group (prune=width)")
+    _check_trainer(result.trainer)
+    _check_positive(result)
+    return result
+
+
+def _without_nulls(config: DictConfig) -> DictConfig:
+    """A group that was not chosen composes to null; the schema's default stands for it."""
+    plain = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(plain, dict)
+    return OmegaConf.create({k: v for k, v in plain.items() if v is not None})
+
+
+def _check_trainer(t: TrainerConfig) -> None:
+    for name in ("tensor_model", "pipeline_model", "context", "data"):
+        key = f"{name}_parallel_size"
+        if getattr(t, key) < 1:
+            raise InputError(f"trainer.{key}={getattr(t, key)}: must be at least 1")
+    if t.precision not in PRECISIONS:
+        raise InputError(f"trainer.precision={t.precision}: must be one of {', '.join(PRECISIONS)}")
+    if t.micro_batch_size < 1 or t.global_batch_size % (t.micro_batch_size * t.data_parallel_size):
+        raise InputError(
+            f"trainer.global_batch_size={t.global_batch_size}: must be a positive multiple of micro_batch_size "
+            f"{t.micro_batch_size} x data_parallel_size {t.data_parallel_size}"
+        )
+    if t.sequence_parallel and t.tensor_model_parallel_size == 1:
+        raise InputError("trainer.sequence_parallel=true: needs trainer.tensor_model_parallel_size above 1")
+    world = int(os.environ.get("NEMO_MINITRON_NPROC") or os.environ.get("WORLD_SIZE") or 1)
+    if world != t.ranks:
+        raise InputError(
+            f"{world} rank{'s were' if world > 1 else ' was'} started, but the layout needs {t.ranks}: tensor "
+            f"{t.tensor_model_parallel_size} x pipeline {t.pipeline_model_parallel_size} x context "
+            f"{t.context_parallel_size} x data {t.data_parallel_size} (trainer.*_parallel_size)"
+        )
+
+
+def _check_positive(recipe: Any) -> None:
+    if recipe.data.seq_length < 2:
+        raise InputError(f"data.seq_length={recipe.data.seq_length}: must be at least 2 tokens")
+    if recipe.eval.samples is not None and recipe.eval.samples < 1:
+        raise InputError(f"eval.samples={recipe.eval.samples}: must be at least 1, or null for all")
+    if isinstance(recipe, PruneRecipe) and recipe.prune.calibration_samples < 1:
+        raise InputError(f"prune.calibration_samples={recipe.prune.calibration_samples}: must be at least 1")
+
+
+def cache_dir(data: DataConfig, part: str) -> Path:
+    """Where caches live: `data.cache_dir`, else $NEMO_MINITRON_HOME, else the user's cache directory."""
+    base = data.cache_dir or os.environ.get("NEMO_MINITRON_HOME")
+    if base is None:
+        base = str(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nemo_minitron")
+    return Path(base) / part

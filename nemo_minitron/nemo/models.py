@@ -1,0 +1,124 @@
+"""`Architecture` to NeMo 2 models and back."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from nemo_minitron import hosts
+from nemo_minitron.arch import Architecture
+from nemo_minitron.errors import InputError
+
+hosts.prepare_nemo()
+
+from nemo.collections.llm.fn.activation import squared_relu  # noqa: E402
+from nemo.collections import llm  # noqa: E402
+from nemo.collections.llm.gpt.model.base import HAVE_TE, local_layer_spec  # noqa: E402
+from nemo.collections.llm.gpt.model.llama import Llama31Config  # noqa: E402
+
+_ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "squared_relu": squared_relu}
+_NAMES = {function: name for name, function in _ACTIVATIONS.items()}
+
+
+def host_settings() -> dict[str, Any]:
+    """Config fields without which megatron-core refuses to run where Transformer Engine and Apex are missing."""
+    if HAVE_TE:
+        return {}
+    fusions = (
+        "gradient_accumulation_fusion",
+        "masked_softmax_fusion",
+        "persist_layer_norm",
+        "bias_dropout_fusion",
+        "bias_activation_fusion",
+        "apply_rope_fusion",
+        "cross_entropy_loss_fusion",
+    )
+    settings: dict[str, Any] = dict.fromkeys(fusions, False)
+    settings |= {"transformer_layer_spec": local_layer_spec, "use_cpu_initialization": not torch.cuda.is_available()}
+    return settings
+
+
+def to_config(architecture: Architecture, *, seq_length: int, precision: str = "32") -> "llm.GPTConfig":
+    """The NeMo config of an architecture, fit for this host.
+
+    `vocab_size` is set, so that NeMo pads nothing and every layout has the same rows.
+    """
+    a = architecture
+    base: Any = llm.LlamaConfig if a.gated_linear_unit and a.normalization == "RMSNorm" else llm.GPTConfig
+    if a.rope_scaling_factor is not None:
+        base = partial(Llama31Config, scale_factor=a.rope_scaling_factor)
+    dtype = torch.bfloat16 if precision.startswith("bf16") else torch.float32
+    return base(
+        num_layers=a.num_layers,
+        hidden_size=a.hidden_size,
+        ffn_hidden_size=a.ffn_hidden_size,
+        num_attention_heads=a.num_attention_heads,
+        num_query_groups=a.num_query_groups,
+        kv_channels=a.kv_channels,
+        vocab_size=a.vocab_size,
+        make_vocab_size_divisible_by=1,
+        seq_length=seq_length,
+        normalization=a.normalization,
+        activation_func=_ACTIVATIONS[a.activation],
+        gated_linear_unit=a.gated_linear_unit,
+        share_embeddings_and_output_weights=a.share_embeddings_and_output_weights,
+        add_bias_linear=a.add_bias_linear,
+        add_qkv_bias=a.add_qkv_bias,
+        position_embedding_type=a.position_embedding_type,
+        layernorm_epsilon=a.layernorm_epsilon,
+        layernorm_zero_centered_gamma=a.layernorm_zero_centered_gamma,
+        rotary_base=a.rotary_base,
+        rotary_percent=a.rotary_percent,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        bf16=dtype is torch.bfloat16,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        **host_settings(),
+    )
+
+
+def from_config(config: Any, vocab_size: int | None = None) -> Architecture:
+    """The architecture of a NeMo or Megatron-core config.
+
+    Args:
+        config: a `TransformerConfig` with NeMo's GPT fields.
+        vocab_size: where the config leaves it open (NeMo then takes the tokenizer's).
+
+    Raises:
+        InputError: a model that this project does not prune (experts, an unknown activation).
+    """
+    if getattr(config, "num_moe_experts", None):
+        raise InputError(f"num_moe_experts={config.num_moe_experts}: only dense models are supported")
+    if config.activation_func not in _NAMES:
+        raise InputError(f"activation {config.activation_func!r}: known are {', '.join(_ACTIVATIONS)}")
+    return Architecture(
+        num_layers=config.num_layers,
+        hidden_size=config.hidden_size,
+        ffn_hidden_size=config.ffn_hidden_size,
+        num_attention_heads=config.num_attention_heads,
+        num_query_groups=config.num_query_groups or config.num_attention_heads,
+        kv_channels=config.kv_channels or config.hidden_size // config.num_attention_heads,
+        vocab_size=config.vocab_size or vocab_size,
+        gated_linear_unit=config.gated_linear_unit,
+        normalization=config.normalization,
+        share_embeddings_and_output_weights=config.share_embeddings_and_output_weights,
+        add_bias_linear=config.add_bias_linear,
+        add_qkv_bias=config.add_qkv_bias,
+        position_embedding_type=config.position_embedding_type,
+        max_position_embeddings=config.seq_length if config.position_embedding_type == "learned_absolute" else 0,
+        activation=_NAMES[config.activation_func],
+        layernorm_epsilon=config.layernorm_epsilon,
+        layernorm_zero_centered_gamma=config.layernorm_zero_centered_gamma,
+        rotary_base=float(config.rotary_base),
+        rotary_percent=config.rotary_percent,
+        rope_scaling_factor=float(config.scale_factor) if isinstance(config, Llama31Config) else None,
+    )
+
+
+def to_model(config: "llm.GPTConfig", tokenizer: Any, optim: Any = None) -> "llm.GPTModel":
+    """The NeMo model of a config: `LlamaModel` for Llama configs, so that NeMo's own exporters know it."""
+    if isinstance(config, llm.LlamaConfig):
+        return llm.LlamaModel(config, optim=optim, tokenizer=tokenizer)
+    return llm.GPTModel(config, optim=optim, tokenizer=tokenizer)

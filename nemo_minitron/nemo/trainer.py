@@ -1,0 +1,105 @@
+"""NeMo 2's trainer and strategy from the configuration."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch
+import torch
+
+from nemo_minitron.config import DataConfig, OptimConfig, TrainerConfig
+from nemo_minitron.nemo import models
+
+import nemo.lightning as nl  # isort: skip
+from megatron.core.optimizer import OptimizerConfig  # isort: skip
+from nemo.lightning.pytorch.optim import CosineAnnealingScheduler, MegatronOptimizerModule  # isort: skip
+
+logging.getLogger("megatron.core").setLevel(logging.WARNING)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, numpy and torch; NeMo derives each model-parallel rank's seed from it (PL_GLOBAL_SEED)."""
+    lightning.pytorch.seed_everything(seed)
+
+
+def strategy(t: TrainerConfig, *, training: bool) -> nl.MegatronStrategy:
+    """MegatronStrategy for a layout. Without `training` no optimizer and no gradient buffers exist."""
+    dtype = torch.bfloat16 if t.precision.startswith("bf16") else torch.float32
+    inference: dict[str, Any] = {} if training else {"setup_optimizers": False, "ddp": "pytorch"}
+    return nl.MegatronStrategy(
+        tensor_model_parallel_size=t.tensor_model_parallel_size,
+        pipeline_model_parallel_size=t.pipeline_model_parallel_size,
+        context_parallel_size=t.context_parallel_size,
+        sequence_parallel=t.sequence_parallel,
+        pipeline_dtype=dtype,
+        # NeMo's own printer is disabled on all ranks but 0, where it enters a collective: a hang at the first
+        # checkpoint of two ranks (ProgressPrinter.on_train_batch_end, nemo_toolkit 2.4.1).
+        replace_progress_bar=False,
+        ckpt_async_save=False,
+        gradient_as_bucket_view=True,
+        **inference,
+    )
+
+
+def trainer(t: TrainerConfig, *, training: bool, callbacks: list[Any] | None = None) -> nl.Trainer:
+    """NeMo's Trainer: gloo ranks on the CPU where there is no CUDA, one GPU a rank where there is."""
+    cpu = models.hosts.prepare_megatron()
+    plugins = [nl.MegatronMixedPrecision(precision=t.precision)] if t.precision != "32" else []
+    return nl.Trainer(
+        accelerator="cpu" if cpu else "gpu",
+        devices=t.ranks // t.num_nodes,
+        num_nodes=t.num_nodes,
+        strategy=strategy(t, training=training),
+        plugins=plugins,
+        max_steps=t.max_steps or 1,
+        val_check_interval=t.val_check_interval or None,
+        limit_val_batches=t.limit_val_batches,
+        limit_test_batches=0,
+        num_sanity_val_steps=0,
+        log_every_n_steps=t.log_every_n_steps,
+        accumulate_grad_batches=1,
+        use_distributed_sampler=False,
+        enable_model_summary=False,
+        callbacks=callbacks,
+        logger=False,
+    )
+
+
+def optimizer(o: OptimConfig, t: TrainerConfig) -> MegatronOptimizerModule:
+    """Megatron-core's Adam under NeMo's cosine schedule, which ends at the last step."""
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=o.lr,
+        min_lr=o.min_lr,
+        weight_decay=o.weight_decay,
+        adam_beta1=o.adam_beta1,
+        adam_beta2=o.adam_beta2,
+        clip_grad=o.clip_grad,
+        use_distributed_optimizer=o.use_distributed_optimizer,
+        bf16=t.precision.startswith("bf16"),
+    )
+    schedule = CosineAnnealingScheduler(
+        max_steps=t.max_steps, warmup_steps=o.warmup_steps, constant_steps=0, min_lr=o.min_lr
+    )
+    return MegatronOptimizerModule(config=config, lr_scheduler=schedule)
+
+
+def training_data(indexed: Any, tokenizer: Any, d: DataConfig, t: TrainerConfig, cache: Path) -> Any:
+    """NeMo's PreTrainingDataModule over an indexed corpus: documents packed, never padded."""
+    from nemo.collections.llm.gpt.data.pre_training import PreTrainingDataModule
+
+    return PreTrainingDataModule(
+        paths={
+            "train": [indexed.train_prefix],
+            "validation": [indexed.valid_prefix],
+            "test": [indexed.valid_prefix],
+        },
+        seq_length=d.seq_length,
+        tokenizer=tokenizer,
+        micro_batch_size=t.micro_batch_size,
+        global_batch_size=t.global_batch_size,
+        seed=d.seed,
+        split=None,
+        num_workers=0,
+        index_mapping_dir=str(cache),
+    )

@@ -1,0 +1,160 @@
+"""What every recipe shares: Hydra around it, exit codes, the run directory, `result.json`, progress.
+
+Exit codes: 0 done; 2 bad input, one line, before any work; 1 a failure while running. HYDRA_FULL_ERROR=1 shows
+tracebacks for bad input too.
+"""
+
+import contextlib
+import io
+import json
+import os
+import re
+import resource
+import shutil
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+from nemo_minitron.config import CommonConfig, SchemaT, parse
+from nemo_minitron.errors import InputError
+
+RESULT = "result.json"
+
+
+def rank() -> int:
+    """This process's rank as the launcher set it, 0 where there is none."""
+    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
+
+
+def main(
+    name: str,
+    schema: type[SchemaT],
+    check: Callable[[SchemaT], Any],
+    run: Callable[[SchemaT, Any, Path], dict[str, Any]],
+) -> None:
+    """Compose the configuration of recipe `name`, check it, run it.
+
+    Args:
+        name: of the primary configuration, conf/NAME.yaml.
+        check: everything that can be refused before a model is loaded, and what is prepared once for all ranks
+            (conversion, indices). Its return value is handed to `run`.
+        run: the work; returns the fields of `result.json`.
+    """
+    started = False
+
+    @hydra.main(version_base="1.3", config_path=str(Path(__file__).parent.parent / "conf"), config_name=name)
+    def task(config: DictConfig) -> None:
+        nonlocal started
+        started = True
+        _carry_out(config, schema, check, run)
+
+    stderr = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(_Tee(stderr, lambda: started)):
+            task()
+    except SystemExit as stop:
+        if started or not stop.code:
+            raise
+        # Hydra refused the composition: an unknown preset, group or key.
+        _refuse(re.sub(r"\s+", " ", stderr.getvalue().split("Config search path")[0]).strip())
+
+
+class _Tee(io.TextIOBase):
+    """Holds back what Hydra prints before the task starts; passes everything through from then on."""
+
+    def __init__(self, held: io.StringIO, started: Callable[[], bool]) -> None:
+        self.held, self.started, self.stderr = held, started, sys.stderr
+
+    def write(self, text: str) -> int:
+        show = self.started() or os.environ.get("HYDRA_FULL_ERROR") == "1"
+        return (self.stderr if show else self.held).write(text)
+
+    def flush(self) -> None:
+        self.stderr.flush()
+
+    def fileno(self) -> int:
+        return self.stderr.fileno()
+
+    def isatty(self) -> bool:
+        return self.stderr.isatty()
+
+
+def _refuse(line: str) -> None:
+    if os.environ.get("HYDRA_FULL_ERROR") == "1":
+        traceback.print_exc()
+    print(f"error: {line}", file=sys.stderr, flush=True)
+    _leave(2)
+
+
+def _leave(code: int) -> None:
+    """Exit at once: threads and process groups of a failed rank must not keep it, and others wait for its end."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and code:
+        os._exit(code)
+    sys.exit(code)
+
+
+def _carry_out(config: DictConfig, schema: Any, check: Any, run: Any) -> None:
+    begin = time.monotonic()
+    try:
+        parsed = parse(schema, config)
+        directory = Path(parsed.run_dir)
+        prepared = _claim_and_check(parsed, directory, check)
+        if os.environ.get("NEMO_MINITRON_PREPARE") == "1":
+            OmegaConf.save(_resolved(config), directory / "resolved.yaml")
+            print(directory.resolve(), flush=True)
+            return
+        fields = run(parsed, prepared, directory)
+    except InputError as error:
+        _refuse(str(error))
+    except Exception:
+        traceback.print_exc()
+        print(f"error: the run failed; {parsed.run_dir} keeps what was finished", file=sys.stderr)
+        _leave(1)
+    else:
+        if rank() == 0:
+            path = write_result(directory, {**fields, "wall_s": round(time.monotonic() - begin, 2)})
+            print(path, flush=True)
+
+
+def _resolved(config: DictConfig) -> DictConfig:
+    return OmegaConf.create(OmegaConf.to_container(config, resolve=True))
+
+
+def _claim_and_check(parsed: CommonConfig, directory: Path, check: Callable[[Any], Any]) -> Any:
+    finished = directory / RESULT
+    if finished.exists() and not parsed.overwrite:
+        raise InputError(f"run_dir={directory}: already holds a result; choose another or say overwrite=true")
+    prepared = check(parsed)
+    if rank() == 0:
+        directory.mkdir(parents=True, exist_ok=True)
+        finished.unlink(missing_ok=True)
+    return prepared
+
+
+def fresh(path: Path) -> Path:
+    """Remove what an unfinished or overwritten run left at `path` (rank 0), and return it."""
+    if rank() == 0 and path.exists():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return path
+
+
+def peak_rss_gib() -> float:
+    """Peak resident memory of this process so far, in GiB."""
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3)
+
+
+def write_result(directory: Path, fields: dict[str, Any]) -> Path:
+    """Write RUN/result.json atomically: its presence is what says that a run is finished."""
+    path = (directory / RESULT).resolve()
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
+    os.replace(temporary, path)
+    return path

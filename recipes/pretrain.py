@@ -1,0 +1,13 @@
+"""Train a Llama-architecture GPT from scratch: python recipes/pretrain.py model=demo trainer.max_steps=100"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from nemo_minitron import recipe  # noqa: E402
+from nemo_minitron.config import PretrainRecipe  # noqa: E402
+from nemo_minitron.nemo import pretrain  # noqa: E402
+
+if __name__ == "__main__":
+    recipe.main("pretrain", PretrainRecipe, pretrain.check, pretrain.run)
