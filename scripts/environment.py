@@ -1,8 +1,8 @@
 """Makes the Python environment that the project's commands run in, and prints its interpreter.
 
-It lives outside the clone, in a directory named by a hash of what was asked for (the pins, the dependency lists, the
-Python, the flavour of torch), so that every clone with the same pins shares it and a second set-up only looks it up.
-The package itself is not installed there: commands take it from the clone they are started in.
+It lives outside the clone, in a directory named by a hash of what was asked for (the pins, the dependency
+lists, the Python, the flavour of torch), so that every clone with the same pins shares it and a second set-up
+only looks it up. The package itself is not installed there: commands take it from the clone they start in.
 
 Only the standard library is used, because this runs before anything is installed. Progress goes to stderr.
 """
@@ -55,7 +55,9 @@ def load_toml(path: Path) -> dict[str, Any]:
     for name in ("tomllib", "tomli", "pip._vendor.tomli"):
         with contextlib.suppress(ImportError):
             return importlib.import_module(name).loads(path.read_text())
-    raise SetupError("Python 3.10 needs pip to read pyproject.toml: apt-get install python3-pip, or use Python 3.11")
+    raise SetupError(
+        "Python 3.10 needs pip to read pyproject.toml: apt-get install python3-pip, or use Python 3.11"
+    )
 
 
 def requirements(extras: list[str]) -> list[str]:
@@ -68,7 +70,9 @@ def requirements(extras: list[str]) -> list[str]:
     lines = list(project["dependencies"])
     for extra in extras:
         if extra not in project["optional-dependencies"]:
-            raise SetupError(f"EXTRAS: no extra {extra!r}; there are {', '.join(project['optional-dependencies'])}")
+            raise SetupError(
+                f"EXTRAS: no extra {extra!r}; there are {', '.join(project['optional-dependencies'])}"
+            )
         lines += project["optional-dependencies"][extra]
     return lines
 
@@ -123,8 +127,8 @@ class Environment:
     def locked(self) -> Iterator[int]:
         """Holds the environment's lock; two set-ups of one environment wait for each other.
 
-        The kernel drops the lock with its last holder. pip inherits it, so a pip that outlives a killed set-up still
-        holds it, and the next set-up does not delete the directory under it.
+        The kernel drops the lock with its last holder. pip inherits it, so a pip that outlives a killed set-up
+        still holds it, and the next set-up does not delete the directory under it.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(f"{self.path}.lock", "w") as lock:
@@ -167,7 +171,16 @@ class Environment:
         wanted = self.path / "requirements.in"
         wanted.write_text("".join(f"{line}\n" for line in self.requirements))
         report = self.path / "resolution.json"
-        resolve = ["install", "--dry-run", "--report", str(report), "-c", str(self.constraints), "-r", str(wanted)]
+        resolve = [
+            "install",
+            "--dry-run",
+            "--report",
+            str(report),
+            "-c",
+            str(self.constraints),
+            "-r",
+            str(wanted),
+        ]
         self._pip("[3/5] resolving versions", resolve, lock)
         locked = self.path / "requirements.txt"
         lines = resolved(json.loads(report.read_text()))
@@ -188,8 +201,8 @@ class Environment:
     def _install_torch(self, lock: int) -> None:
         """Puts the right build of torch in first, so that the resolution after it finds it there.
 
-        Pip's own index offers the CUDA build on Linux. A local version (`+cpu`) is never on PyPI, so asking pip for it
-        costs one look at the index and finds it only where the user's pip configuration offers one.
+        Pip's own index offers the CUDA build on Linux. A local version (`+cpu`) is never on PyPI, so asking pip
+        for it costs one look at the index and finds it only where the user's pip configuration offers one.
         """
         pin = re.search(r"^torch==(\S+)", self.constraints.read_text(), re.MULTILINE)
         assert pin, "constraints.txt pins torch"
@@ -204,7 +217,11 @@ class Environment:
         if not index and not self._offered(torch):
             index = CPU_INDEX
         source = ["--index-url", index] if index else []
-        self._pip(f"[2/5] {torch} from {index or 'pip as configured'}", ["install", "--no-deps", *source, torch], lock)
+        self._pip(
+            f"[2/5] {torch} from {index or 'pip as configured'}",
+            ["install", "--no-deps", *source, torch],
+            lock,
+        )
 
     def _offered(self, requirement: str) -> bool:
         command = [self.python, "-I", "-m", "pip", "install", "--dry-run", "--no-deps", "-q", requirement]
@@ -223,7 +240,12 @@ class Environment:
             log.write(f"$ {' '.join(command)}\n")
             log.flush()
             process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=clean_environment(), pass_fds=[lock]
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=clean_environment(),
+                pass_fds=[lock],
             )
             while True:
                 try:
@@ -233,7 +255,9 @@ class Environment:
                     say(f"      ... {time.monotonic() - start:.0f} s")
         if status:
             tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-20:])
-            raise SetupError(f"{tail}\nfailed: {title.strip()} (exit code {status}); everything it said: {self.log}")
+            raise SetupError(
+                f"{tail}\nfailed: {title.strip()} (exit code {status}); everything it said: {self.log}"
+            )
 
 
 def clean_environment() -> dict[str, str]:
@@ -256,7 +280,9 @@ def refuse_cuda(lines: list[str]) -> None:
     found = sorted(name for name in names - SMALL_NVIDIA if CUDA_PACKAGE.fullmatch(name))
     if found or any(line.startswith("torch==") for line in lines):
         what = ", ".join(found) or "another torch"
-        raise SetupError(f"the resolution would install {what}, but torch is for the CPU; for CUDA: make setup TORCH=cuda")
+        raise SetupError(
+            f"the resolution would install {what}, but torch is for the CPU; for CUDA: make setup TORCH=cuda"
+        )
 
 
 def require_build_tools() -> None:
@@ -275,7 +301,9 @@ def require_build_tools() -> None:
             subprocess.run(["apt-get", *command], stdout=sys.stderr, env=environment)
         missing = missing_packages()
     if missing:
-        raise SetupError(f"{sys.executable} lacks {', '.join(missing)}: install what Debian calls by these names")
+        raise SetupError(
+            f"{sys.executable} lacks {', '.join(missing)}: install what Debian calls by these names"
+        )
 
 
 def missing_packages() -> list[str]:
@@ -294,14 +322,18 @@ def missing_packages() -> list[str]:
 
 def main() -> NoReturn:
     """Runs one command: `python` makes the environment and prints its interpreter, `clean` removes it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("command", choices=["python", "clean"])
     parser.add_argument("--torch", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--torch-index", default="", help="take torch from this index")
     parser.add_argument("--extras", default="dev,search", help="extras of pyproject.toml, comma-separated")
     options = parser.parse_args()
     try:
-        environment = Environment(options.torch, options.torch_index, list(filter(None, options.extras.split(","))))
+        environment = Environment(
+            options.torch, options.torch_index, list(filter(None, options.extras.split(",")))
+        )
         if options.command == "clean":
             with environment.locked():
                 shutil.rmtree(environment.path, ignore_errors=True)
