@@ -1,0 +1,138 @@
+"""Importance scores as an artifact: global, free of any parallel layout, one safetensors file."""
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from nemo_minitron.arch import Architecture
+from nemo_minitron.errors import InputError
+
+VERSION = 1
+_KEY = "nemo_minitron.scores"
+
+
+@dataclass
+class Scores:
+    """What each unit and layer of one model is worth, and how that was found out.
+
+    Attributes:
+        architecture: of the scored model; every index below is a global, 0-based one in it.
+        source_sha256: digest of the scored checkpoint.
+        batch: statistic over samples: "mean", "l2" or "var" (`importance.aggregation`).
+        sequence: statistic over a sample's tokens, likewise.
+        samples: calibration sequences, over all data-parallel ranks.
+        tokens: calibration tokens, likewise.
+        data_sha256: digest of the calibration data.
+        tensors: float32, on the CPU, global. Keys and shapes: "ffn_hidden_size" [num_layers,
+            ffn_hidden_size], "num_attention_heads" [num_layers, num_attention_heads], "num_query_groups"
+            [num_layers, num_query_groups], "hidden_size" [hidden_size], "layers/<metric>" [num_layers],
+            "blocks/<metric>/<n>" [num_layers - n + 1], whose entry i is the block of n layers that starts at
+            layer i. In all of them a higher score means: more is lost without it.
+
+    Raises:
+        InputError: a tensor whose name or shape does not fit `architecture`.
+    """
+
+    architecture: Architecture
+    source_sha256: str
+    batch: str
+    sequence: str
+    samples: int
+    tokens: int
+    data_sha256: str
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, tensor in self.tensors.items():
+            if (expected := _shape(name, self.architecture)) != tuple(tensor.shape):
+                raise InputError(f"scores of {name}: shape {list(tensor.shape)}, must be {list(expected)}")
+        self.tensors = {n: t.to("cpu", torch.float32).contiguous() for n, t in self.tensors.items()}
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the file whole or not at all; an existing one is replaced."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "tensors"}
+        values["architecture"] = self.architecture.to_dict()
+        path = Path(path)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            save_file(self.tensors, temporary, {_KEY: json.dumps({"version": VERSION, **values})})
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Scores":
+        """Read what `save` wrote.
+
+        Raises:
+            InputError: no such file, not a scores file, another version, or a damaged one.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = (file.metadata() or {}).get(_KEY)
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except FileNotFoundError:
+            raise InputError(f"{path}: no such scores file") from None
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{path}: not a scores file ({error})") from None
+        if metadata is None:
+            raise InputError(f"{path}: a safetensors file, but not one with scores")
+        return cls(tensors=tensors, **_parse(metadata, path))
+
+    def check_matches(self, architecture: Architecture, source_sha256: str) -> None:
+        """Refuse to be used on any but the scored model.
+
+        Raises:
+            InputError: the architecture or the checkpoint's digest is another one.
+        """
+        ours, theirs = self.architecture.to_dict(), architecture.to_dict()
+        for name in ours:
+            if ours[name] != theirs[name]:
+                raise InputError(
+                    f"scores of another model: it has {name}={ours[name]!r}, the source {theirs[name]!r}"
+                )
+        if self.source_sha256 != source_sha256:
+            raise InputError(
+                "scores of another model: they belong to the checkpoint with digest "
+                f"{self.source_sha256[:12]}, the source has {source_sha256[:12]}"
+            )
+
+
+def _parse(metadata: str, path: Any) -> dict[str, Any]:
+    names = {f.name for f in dataclasses.fields(Scores)} - {"tensors"}
+    try:
+        values = json.loads(metadata)
+        version = values.pop("version")
+        if version == VERSION and set(values) == names:
+            return {**values, "architecture": Architecture.from_dict(values["architecture"])}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(f"{path}: damaged scores file ({error})") from None
+    raise InputError(f"{path}: scores file of version {version!r}, this program reads version {VERSION}")
+
+
+def _shape(name: str, arch: Architecture) -> tuple[int, ...]:
+    axis = {
+        "ffn_hidden_size": (arch.num_layers, arch.ffn_hidden_size),
+        "num_attention_heads": (arch.num_layers, arch.num_attention_heads),
+        "num_query_groups": (arch.num_layers, arch.num_query_groups),
+        "hidden_size": (arch.hidden_size,),
+    }
+    if name in axis:
+        return axis[name]
+    kind, _, rest = name.partition("/")
+    length = rest.rpartition("/")[2]
+    if kind == "layers" and rest:
+        return (arch.num_layers,)
+    if kind == "blocks" and length.isdecimal() and 1 <= int(length) <= arch.num_layers:
+        return (arch.num_layers - int(length) + 1,)
+    raise InputError(
+        f"scores of {name!r}: must be one of {', '.join(axis)}, layers/METRIC or blocks/METRIC/LENGTH"
+    )
