@@ -119,7 +119,7 @@ class Environment:
         if not (self.path / STAMP).is_file():
             return False
         try:
-            return subprocess.run([self.python, "-I", "-c", ""], capture_output=True).returncode == 0
+            return subprocess.run([str(self.python), "-I", "-c", ""], capture_output=True).returncode == 0
         except OSError:
             return False
 
@@ -127,8 +127,8 @@ class Environment:
     def locked(self) -> Iterator[int]:
         """Holds the environment's lock; two set-ups of one environment wait for each other.
 
-        The kernel drops the lock with its last holder. pip inherits it, so a pip that outlives a killed set-up
-        still holds it, and the next set-up does not delete the directory under it.
+        The kernel drops the lock with its last holder. pip inherits it, so a pip that outlives a killed
+        set-up still holds it, and the next set-up does not delete the directory under it.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(f"{self.path}.lock", "w") as lock:
@@ -193,7 +193,7 @@ class Environment:
 
     def _update_pip(self, lock: int) -> None:
         # --report came with pip 22.2, reading metadata without downloading the wheel a little later.
-        query = [self.python, "-I", "-c", "import pip; print(pip.__version__)"]
+        query = [str(self.python), "-I", "-c", "import pip; print(pip.__version__)"]
         version = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split(".")
         if int(version[0]) < 23:
             self._pip("      newer pip", ["install", "--upgrade", "pip"], lock)
@@ -201,8 +201,8 @@ class Environment:
     def _install_torch(self, lock: int) -> None:
         """Puts the right build of torch in first, so that the resolution after it finds it there.
 
-        Pip's own index offers the CUDA build on Linux. A local version (`+cpu`) is never on PyPI, so asking pip
-        for it costs one look at the index and finds it only where the user's pip configuration offers one.
+        PyPI holds the CUDA build for Linux and never a local version (`+cpu`): so asking pip for that one
+        costs a look at the index, and finds it only where the user's pip configuration offers one.
         """
         pin = re.search(r"^torch==(\S+)", self.constraints.read_text(), re.MULTILINE)
         assert pin, "constraints.txt pins torch"
@@ -224,13 +224,12 @@ class Environment:
         )
 
     def _offered(self, requirement: str) -> bool:
-        command = [self.python, "-I", "-m", "pip", "install", "--dry-run", "--no-deps", "-q", requirement]
-        return subprocess.run(command, capture_output=True, env=clean_environment()).returncode == 0
+        ask = [str(self.python), "-I", "-m", "pip", "install", "--dry-run", "--no-deps", "-q", requirement]
+        return subprocess.run(ask, capture_output=True, env=clean_environment()).returncode == 0
 
     def _pip(self, title: str, arguments: list[str], lock: int) -> None:
-        flags = ["--no-input", "--disable-pip-version-check", "--progress-bar=off"]
-        flags = flags if arguments[0] == "install" else flags[1:2]
-        self._run(title, [str(self.python), "-I", "-m", "pip", *arguments, *flags], lock)
+        quiet = ["--no-input", "--disable-pip-version-check"]
+        self._run(title, [str(self.python), "-I", "-m", "pip", *quiet, *arguments], lock)
 
     def _run(self, title: str, command: list[str], lock: int) -> None:
         """Runs one step with its output in the log, saying every half minute that it is alive."""
