@@ -1,0 +1,317 @@
+"""The plan of a pruning: which units of the source stay. A JSON file that any parallel layout can carry
+out."""
+
+import dataclasses
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import Tensor
+
+from nemo_minitron.arch import Architecture
+from nemo_minitron.errors import InputError
+from nemo_minitron.pruning import ranking
+from nemo_minitron.pruning.checks import check_plan
+from nemo_minitron.pruning.target import check_target
+
+if TYPE_CHECKING:
+    from nemo_minitron.importance.scores import Scores
+
+VERSION = 1
+_KEYS = ("version", "source_sha256", "source", "target", "scores", "kept", "head_residual")
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Kept indices, 0-based and global in the source model, ascending; None is an axis left alone.
+
+    The per-layer axes hold one list for each *kept* layer, in order. Heads are query heads; where groups are
+    pruned, `num_attention_heads` lists the heads kept inside the kept groups.
+    """
+
+    layers: list[int] | None = None
+    hidden_size: list[int] | None = None
+    ffn_hidden_size: list[list[int]] | None = None
+    num_attention_heads: list[list[int]] | None = None
+    num_query_groups: list[list[int]] | None = None
+
+
+@dataclass(frozen=True)
+class PrunePlan:
+    """What to keep of a model of architecture `source` so that it becomes `target`.
+
+    Attributes:
+        source_sha256: digest of the source checkpoint, as the scores give it.
+        scores: how the kept units were chosen (importance, aggregation, samples, seed, ...): plain values.
+        head_residual: None, or for each kept layer the pairs (kept head, pruned head) of the head residual
+            (arXiv 2407.14679 §2.2): the kept head's query weights q become q + (q - those of the pruned one).
+
+    Raises:
+        InputError: kept indices that do not fit source and target.
+    """
+
+    source_sha256: str
+    source: Architecture
+    target: Architecture
+    scores: dict[str, Any] = field(default_factory=dict)
+    kept: Kept = field(default_factory=Kept)
+    head_residual: list[list[list[int]]] | None = None
+
+    def __post_init__(self) -> None:
+        check_plan(self)
+
+    @property
+    def source_layers(self) -> list[int]:
+        """The source index of each of the target's layers."""
+        return list(range(self.source.num_layers)) if self.kept.layers is None else self.kept.layers
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return {"version": VERSION, **dataclasses.asdict(self)}
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan as JSON: a whole file or none."""
+        place = Path(path)
+        text = json.dumps({name: self.to_dict()[name] for name in _KEYS}, allow_nan=False)
+        descriptor, temporary = tempfile.mkstemp(dir=place.parent, prefix=f".{place.name}.")
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                file.write(text + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            # mkstemp is private to the user; the plan is meant to be read as any other file.
+            os.chmod(temporary, 0o666 & ~_umask())
+            os.replace(temporary, place)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "PrunePlan":
+        """Read and check a plan.
+
+        Raises:
+            InputError: no such file, not JSON, or anything that is no plan; names the file and the key.
+        """
+        try:
+            return _from_dict(_read_json(Path(path)))
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
+
+
+def _umask() -> int:
+    current = os.umask(0o077)
+    os.umask(current)
+    return current
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+    except OSError as error:
+        raise InputError(f"cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"no JSON that a plan can be read from ({error})") from None
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _from_dict(values: Any) -> PrunePlan:
+    _check_keys("the plan", values, _KEYS)
+    if values["version"] != VERSION or isinstance(values["version"], bool):
+        raise InputError(f"version: {values['version']!r}, this release reads {VERSION}")
+    kept_names = [f.name for f in dataclasses.fields(Kept)]
+    _check_keys("kept", values["kept"], kept_names)
+    if not isinstance(values["scores"], dict):
+        raise InputError("scores: must be an object")
+    return PrunePlan(
+        source_sha256=values["source_sha256"],
+        source=_architecture("source", values["source"]),
+        target=_architecture("target", values["target"]),
+        scores=values["scores"],
+        kept=Kept(**values["kept"]),
+        head_residual=values["head_residual"],
+    )
+
+
+def _check_keys(where: str, values: Any, names: Sequence[str]) -> None:
+    if not isinstance(values, dict):
+        raise InputError(f"{where}: must be an object")
+    for name in names:
+        if name not in values:
+            raise InputError(f"{where}: key {name!r} is missing")
+    if unknown := sorted(set(values) - set(names)):
+        raise InputError(f"{where}: unknown key {unknown[0]!r}")
+
+
+def _architecture(key: str, values: Any) -> Architecture:
+    if not isinstance(values, dict):
+        raise InputError(f"{key}: must be an object")
+    try:
+        architecture = Architecture.from_dict(values)
+    except InputError as error:
+        raise InputError(f"{key}: {error}") from None
+    for f in dataclasses.fields(Architecture):
+        # Dataclasses do not check types: "false" would pass for a true flag.
+        value, default = getattr(architecture, f.name), f.default
+        kind: Any = float | int | None if f.name == "rope_scaling_factor" else type(default)
+        kind = float | int if kind is float else kind
+        legal = default is dataclasses.MISSING or isinstance(value, kind)
+        if not legal or (isinstance(value, bool) and not isinstance(default, bool)):
+            raise InputError(f"{key}.{f.name}: {value!r} is of the wrong type")
+    return architecture
+
+
+# ---- choosing --------------------------------------------------------------------------------------------
+
+
+def make_plan(
+    source: Architecture,
+    target: Architecture,
+    scores: "Scores | None" = None,
+    *,
+    importance: Literal["activation", "random"] = "activation",
+    seed: int = 0,
+    source_sha256: str,
+    keep_layers: Sequence[int] | None = None,
+    drop_layers: Sequence[int] | None = None,
+    layer_metric: str = "block_influence",
+    contiguous: bool = False,
+    protect_first: int = 0,
+    protect_last: int = 0,
+    head_residual: bool = False,
+) -> PrunePlan:
+    """Choose the units of `source` that stay: the highest scores; the same inputs always give the same plan.
+
+    `hidden_size` is chosen once for the whole network, the other width axes layer by layer (arXiv 2407.14679
+    §2.2): whole query groups first, then the best heads inside each kept group, so that all groups keep the
+    same number. An axis of which source and target have the same size is left alone.
+
+    Args:
+        source: the scored model's architecture.
+        target: what to make of it.
+        scores: of `source`; not needed for random importance, nor where an explicit list of layers is all
+            there is.
+        importance: "activation" ranks by `scores`; "random" ranks by `seed` and nothing else, as the control.
+        seed: for random importance.
+        source_sha256: digest of the source checkpoint.
+        keep_layers: explicit layers to keep, 0-based.
+        drop_layers: explicit layers to drop, 0-based.
+        layer_metric: which layer scores to use where the layers are not listed.
+        contiguous: drop one block of neighbouring layers.
+        protect_first: number of first layers that are never dropped (listed ones apart).
+        protect_last: number of last layers that are never dropped (listed ones apart).
+        head_residual: let kept heads take in pruned ones (see `PrunePlan.head_residual`).
+
+    Raises:
+        InputError: a target that `source` cannot be pruned to; layers listed wrongly; scores of another
+            model, or without an axis that is needed, or with NaN.
+    """
+    check_target(source, target)
+    if scores is not None:
+        scores.check_matches(source, source_sha256)
+    listed = ranking.explicit_layers(source.num_layers, keep_layers, drop_layers)
+    if listed is not None and len(listed) != target.num_layers:
+        raise InputError(f"num_layers={target.num_layers}: but the listed layers keep {len(listed)}")
+    how, tensors, metric = _importance(source, scores, importance, seed, layer_metric)
+    layers = listed
+    if listed is None and target.num_layers != source.num_layers:
+        limits: dict[str, Any] = {
+            "contiguous": contiguous,
+            "protect_first": protect_first,
+            "protect_last": protect_last,
+        }
+        layers = ranking.least_important_dropped(
+            tensors, metric, source.num_layers, target.num_layers, **limits
+        )
+        how |= limits | ({"layer_metric": metric} if metric else {})
+    elif listed is not None:
+        how["layers"] = "listed"
+    kept = _choose_width(source, target, tensors, layers)
+    residual = _residual(source, target, tensors, kept) if head_residual else None
+    return PrunePlan(source_sha256, source, target, how, kept, residual)
+
+
+def _importance(
+    source: Architecture, scores: "Scores | None", importance: str, seed: int, layer_metric: str
+) -> tuple[dict[str, Any], Mapping[str, Tensor], str | None]:
+    """How the units are chosen, for the record; the scores; the name of the layer metric, None for random."""
+    if importance == "random":
+        return {"importance": "random", "seed": seed}, ranking.random_scores(source, seed), None
+    if importance != "activation":
+        raise InputError(f"importance={importance!r}: must be activation or random")
+    if scores is None:
+        return {"importance": "activation"}, {}, layer_metric
+    made = ("batch", "sequence", "samples", "tokens", "data_sha256")
+    return {"importance": "activation", **{n: getattr(scores, n) for n in made}}, scores.tensors, layer_metric
+
+
+def _choose_width(
+    source: Architecture, target: Architecture, scores: Mapping[str, Tensor], layers: list[int] | None
+) -> Kept:
+    kept_layers = range(source.num_layers) if layers is None else layers
+    hidden = ffn = heads = groups = None
+    if target.hidden_size != source.hidden_size:
+        hidden = ranking.top_k(_axis(scores, "hidden_size"), target.hidden_size)
+    if target.ffn_hidden_size != source.ffn_hidden_size:
+        by_layer = _axis(scores, "ffn_hidden_size")
+        ffn = [ranking.top_k(by_layer[layer], target.ffn_hidden_size) for layer in kept_layers]
+    if target.num_query_groups != source.num_query_groups:
+        by_layer = _axis(scores, "num_query_groups")
+        groups = [ranking.top_k(by_layer[layer], target.num_query_groups) for layer in kept_layers]
+    if target.num_attention_heads != source.num_attention_heads:
+        heads = _choose_heads(source, target, scores, groups, kept_layers)
+    return Kept(layers, hidden, ffn, heads, groups)
+
+
+def _choose_heads(
+    source: Architecture,
+    target: Architecture,
+    scores: Mapping[str, Tensor],
+    groups: list[list[int]] | None,
+    layers: Sequence[int],
+) -> list[list[int]]:
+    old, new = source.heads_per_group, target.heads_per_group
+    if old == new:  # Only whole groups go, no ranking of heads is needed.
+        assert groups is not None
+        return [[group * old + head for group in kept for head in range(old)] for kept in groups]
+    by_layer, everyone = _axis(scores, "num_attention_heads"), list(range(source.num_query_groups))
+    return [
+        ranking.top_heads(by_layer[layer], everyone if groups is None else groups[i], old, new)
+        for i, layer in enumerate(layers)
+    ]
+
+
+def _residual(
+    source: Architecture, target: Architecture, scores: Mapping[str, Tensor], kept: Kept
+) -> list[list[list[int]]]:
+    if target.heads_per_group == source.heads_per_group:
+        raise InputError("head_residual: no query group loses heads, there is nothing to take in")
+    by_layer, everyone = _axis(scores, "num_attention_heads"), list(range(source.num_query_groups))
+    layers = range(source.num_layers) if kept.layers is None else kept.layers
+    return [
+        ranking.residual_pairs(
+            by_layer[layer],
+            everyone if kept.num_query_groups is None else kept.num_query_groups[i],
+            source.heads_per_group,
+            target.heads_per_group,
+        )
+        for i, layer in enumerate(layers)
+    ]
+
+
+def _axis(scores: Mapping[str, Tensor], axis: str) -> Tensor:
+    if axis not in scores:
+        raise InputError(f"{axis}: the scores hold none; they hold {', '.join(sorted(scores)) or 'nothing'}")
+    values = scores[axis]
+    if bool(values.isnan().any()):
+        raise InputError(
+            f"{axis}: the scores hold NaN at {values.isnan().nonzero()[0].tolist()} (layer, unit)"
+        )
+    return values
