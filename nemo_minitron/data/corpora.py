@@ -4,6 +4,7 @@ import glob
 import hashlib
 import itertools
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,8 +31,8 @@ class Corpus:
 
     Args:
         name: what the configuration calls it.
-        splits: "train" and "valid", each an iterable of documents that can be walked more than once (a list, or an
-            object that streams from disk); no document is empty.
+        splits: "train" and "valid", each an iterable of documents that can be walked more than once (a list,
+            or an object that streams from disk); no document is empty.
     """
 
     name: str
@@ -39,7 +40,10 @@ class Corpus:
 
     @cached_property
     def manifest_sha256(self) -> str:
-        """Hex sha256 over the sorted (split, path, sha256 of the UTF-8 bytes) of all documents. Reads the corpus once."""
+        """Hex sha256 over the sorted (split, path, sha256 of the UTF-8 bytes) of all documents.
+
+        Reads the corpus once, and holds its paths in memory but not its texts.
+        """
         rows = [
             f"{split}\t{document.path}\t{hashlib.sha256(document.text.encode()).hexdigest()}\n"
             for split in SPLITS
@@ -49,7 +53,7 @@ class Corpus:
 
 
 class Stream:
-    """An iterable over documents that starts afresh each time it is walked and skips documents without text."""
+    """Documents from a function that opens them anew for each walk; those without text are passed over."""
 
     def __init__(self, source: Callable[[], Iterator[Document]]) -> None:
         self._source = source
@@ -64,15 +68,15 @@ def load_corpus(cfg: Mapping[str, Any]) -> Corpus:
     Args:
         cfg: `name` and the keys of that corpus; keys of other corpora are ignored.
             stdlib: none.
-            files: `train` and optionally `valid` (a glob or a list of globs, `**` allowed; a `.jsonl` file is one
-            document a line, any other file is one document), `text_key` ("text"), `valid_fraction` (0.05; held out by
-            content hash where `valid` is not given).
-            hf: `path` (a `datasets` id or directory), `config`, `revision`, `train_split` ("train"), `valid_split`
-            (null: hold out `valid_fraction`), `text_key`.
+            files: `train` and optionally `valid` (a glob or a list of globs, `**` allowed; a `.jsonl` file is
+            one document a line, any other file is one document), `text_key` ("text"), `valid_fraction`
+            (0.05; held out by content hash where `valid` is not given).
+            hf: `path` (a `datasets` id or directory), `config`, `revision`, `train_split` ("train"),
+            `valid_split` (null: hold out `valid_fraction`), `text_key`.
 
     Raises:
-        InputError: an unknown name, a missing key, a glob that matches nothing, an empty split; and, while documents
-            are walked, a line that is no JSON object with that text key, or a file that is not UTF-8.
+        InputError: an unknown name, a missing key, a glob that matches nothing, an empty split; and, while
+            documents are walked, a line that is no JSON object with that key, or a file that is not UTF-8.
     """
     from nemo_minitron.data.stdlib import stdlib_corpus
 
@@ -98,15 +102,15 @@ _EMPTY_HINT = {
 
 
 def held_out(document: Document, fraction: float) -> bool:
-    """Whether a document belongs to the valid split: by its content, so that copies of it are on the same side."""
+    """Whether a document belongs to the valid split: by its content, so that copies stay on one side."""
     digest = hashlib.sha256(document.text.encode()).digest()
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
 
 
 def _with_hold_out(name: str, cfg: Mapping[str, Any], everything: Stream) -> Corpus:
     fraction = cfg.get("valid_fraction")
-    fraction = DEFAULT_VALID_FRACTION if fraction is None else float(fraction)
-    if not 0.0 < fraction < 1.0:
+    fraction = DEFAULT_VALID_FRACTION if fraction is None else fraction
+    if not isinstance(fraction, float) or not 0.0 < fraction < 1.0:
         raise InputError(f"data.valid_fraction={fraction}: must be above 0 and below 1")
     return Corpus(
         name,
@@ -129,42 +133,43 @@ def files_corpus(cfg: Mapping[str, Any]) -> Corpus:
             "data.train is missing: data.name=files needs a glob or a list of globs of text or .jsonl files"
         )
     train = _matches(cfg["train"], "data.train")
-    if not cfg.get("valid"):
-        return _with_hold_out("files", cfg, Stream(lambda: _read_files(train, text_key)))
-    valid = _matches(cfg["valid"], "data.valid")
+    valid = _matches(cfg["valid"], "data.valid") if cfg.get("valid") else []
     both = sorted(set(train) & set(valid))
     if both:
         raise InputError(
-            f"data.valid matches {both[0]}, which data.train matches too: a held-out file must not be trained on"
+            f"data.valid matches {both[0]}, which data.train matches too; a held-out file is not trained on"
         )
+    # Ids are relative to what the files have in common: the same files elsewhere are the same corpus.
+    root = os.path.commonpath([os.path.dirname(path) for path in [*train, *valid]])
+    train_stream = Stream(lambda: _read_files(train, root, text_key))
+    if not valid:
+        return _with_hold_out("files", cfg, train_stream)
     return Corpus(
-        "files",
-        {
-            "train": Stream(lambda: _read_files(train, text_key)),
-            "valid": Stream(lambda: _read_files(valid, text_key)),
-        },
+        "files", {"train": train_stream, "valid": Stream(lambda: _read_files(valid, root, text_key))}
     )
 
 
 def _matches(patterns: str | Iterable[str], key: str) -> list[str]:
     found: set[str] = set()
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        files = [path for path in glob.glob(pattern, recursive=True) if Path(path).is_file()]
+        matches = glob.glob(os.path.expanduser(pattern), recursive=True)
+        files = [os.path.abspath(path) for path in matches if os.path.isfile(path)]
         if not files:
-            raise InputError(f"{key}={pattern}: matches no file")
+            raise InputError(f"{key}={pattern}: matches no file; give a glob such as 'texts/**/*.txt'")
         found.update(files)
     return sorted(found)
 
 
-def _read_files(paths: Iterable[str], text_key: str) -> Iterator[Document]:
+def _read_files(paths: list[str], root: str, text_key: str) -> Iterator[Document]:
     for path in paths:
+        name = os.path.relpath(path, root)
         if path.endswith(".jsonl"):
-            yield from _read_jsonl(path, text_key)
+            yield from _read_jsonl(path, name, text_key)
         else:
-            yield Document(path, _decode(Path(path).read_bytes(), path))
+            yield Document(name, _decode(Path(path).read_bytes(), path))
 
 
-def _read_jsonl(path: str, text_key: str) -> Iterator[Document]:
+def _read_jsonl(path: str, name: str, text_key: str) -> Iterator[Document]:
     # Bytes, not text mode: a U+2028 inside a string is no line end, and an error can name its line.
     with open(path, "rb") as lines:
         for number, line in enumerate(lines, start=1):
@@ -173,9 +178,11 @@ def _read_jsonl(path: str, text_key: str) -> Iterator[Document]:
                 continue
             try:
                 row = json.loads(_decode(line, where))
-            except json.JSONDecodeError as error:
-                raise InputError(f"{where}: not JSON ({error.msg})") from None
-            yield Document(f"{path}:{number}", _text_of(row, text_key, where))
+            except InputError:
+                raise
+            except (ValueError, RecursionError) as error:
+                raise InputError(f"{where}: not JSON ({error})") from None
+            yield Document(f"{name}:{number}", _text_of(row, text_key, where))
 
 
 def _decode(data: bytes, where: str) -> str:
@@ -208,7 +215,9 @@ def _text_of(row: Any, text_key: str, where: str) -> str:
 
 
 def hf_corpus(cfg: Mapping[str, Any]) -> Corpus:
-    """A dataset of the Hugging Face `datasets` library, memory-mapped, without remote code; see `load_corpus` for keys.
+    """A dataset of the Hugging Face `datasets` library, memory-mapped, without remote code.
+
+    See `load_corpus` for the keys.
 
     Raises:
         InputError: no `path`, a dataset or split that cannot be loaded, or no such text column.
@@ -244,7 +253,6 @@ def _hf_split(cfg: Mapping[str, Any], path: str, split: str, text_key: str) -> S
 
     def read() -> Iterator[Document]:
         for number, row in enumerate(rows.select_columns([text_key])):
-            where = f"{path}/{split}:{number}"
-            yield Document(where, _text_of(row, text_key, where))
+            yield Document(f"{split}:{number}", _text_of(row, text_key, f"{path}, {split} row {number}"))
 
     return Stream(read)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EndOfDocument:
-    """What GPTDataset asks of a tokenizer: the id that ends a document. There is no `pad`, since nothing is padded."""
+    """What GPTDataset asks of a tokenizer: the id that ends a document. No `pad`, since nothing is padded."""
 
     eod: int
 
@@ -42,10 +42,11 @@ def gpt_dataset(
 ) -> "GPTDataset":
     """Sequences packed from one split's documents, shuffled by `seed`: the same samples in every process.
 
-    A sample holds `tokens`, `labels` (the next tokens) and `position_ids`, int64 [s], `loss_mask`, float32 [s], all
-    ones, and on request `attention_mask`, bool [1, s, s], true where attention is forbidden (the local layer spec needs
-    it). Sequences run on through document ends; the tokens after the last whole sequence of an epoch go to the next
-    epoch or, at the end, unused. Where torch.distributed is initialised, every rank must make the call.
+    A sample holds `tokens`, `labels` (the next tokens) and `position_ids`, int64 [s], `loss_mask`, float32
+    [s], all ones, and on request `attention_mask`, bool [1, s, s], true where attention is forbidden (the
+    local layer spec needs it). Sequences run on through document ends; the tokens after an epoch's last whole
+    sequence open the next epoch or, at the end, stay unused. Where torch.distributed is initialised, every
+    rank must call.
 
     Args:
         prefix: the path prefix of the split's `.bin` and `.idx` files.
@@ -88,7 +89,11 @@ def gpt_dataset(
 
 @contextmanager
 def _one_builder(cache_dir: Path) -> Iterator[None]:
-    """Keep GPTDataset's cache sound: it writes its files in place and takes any file that it finds for a whole one."""
+    """Keep GPTDataset's cache sound: it writes files in place and takes any that it finds for whole.
+
+    It also reads them with pickle allowed; a file that holds pickled objects is removed here before it is
+    read.
+    """
     if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
         yield
         return

@@ -1,4 +1,4 @@
-"""A corpus as Megatron-core's indexed dataset: tokenized once, built atomically, cached under its content's hash."""
+"""A corpus as Megatron-core's indexed dataset: tokenized once, built atomically, cached by content."""
 
 import fcntl
 import hashlib
@@ -6,8 +6,8 @@ import json
 import os
 import shutil
 import sys
-import tempfile
 import time
+import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -35,7 +35,7 @@ class IndexedCorpus:
     Args:
         corpus: the corpus's name.
         train_prefix, valid_prefix: path prefixes; `.bin` and `.idx` files belong to each.
-        documents, tokens, bytes: by split; tokens with the end-of-document token of each document, bytes of UTF-8 text.
+        documents, tokens, bytes: by split; tokens with each document's end-of-document token, bytes of UTF-8.
         eod: the id that ends each document and is nowhere else.
         vocab_size: the tokenizer's, before any padding for sharding.
         manifest_sha256, tokenizer_sha256: what it was made from.
@@ -59,7 +59,7 @@ class IndexedCorpus:
         return {"train": self.train_prefix, "valid": self.valid_prefix}[split]
 
     def to_json(self, path: str | Path) -> None:
-        """Write a manifest beside the index files; prefixes become relative to it, so that the directory can move."""
+        """Write a manifest beside the index files; prefixes become relative to it: the directory can move."""
         fields = asdict(self)
         for split in SPLITS:
             fields[f"{split}_prefix"] = os.path.relpath(self.prefix(split), Path(path).parent)
@@ -70,7 +70,7 @@ class IndexedCorpus:
         """Read a manifest.
 
         Raises:
-            InputError: no file, no manifest of this format, or index files that are missing or of another size.
+            InputError: no file, no manifest of this format, or index files missing or of another size.
         """
         try:
             fields = json.loads(Path(path).read_text())
@@ -96,9 +96,10 @@ def build_indexed(
 ) -> IndexedCorpus:
     """Tokenize a corpus into Megatron-core's indexed format, or find it in the cache.
 
-    Documents are stored one by one, each with the end-of-document token after it, in the smallest integer type that
-    holds the vocabulary; nothing is padded. Special tokens spelled out in a text are read as plain text. The files
-    appear all at once, also when several processes build the same corpus; what a killed build left is redone.
+    Documents are stored one by one, each with the end-of-document token after it, in the smallest integer
+    type that holds the vocabulary; nothing is padded. Special tokens spelled out in a text are read as plain
+    text. The files appear all at once, also when several processes build the same corpus; what a killed build
+    left is redone.
 
     Args:
         corpus: what to read.
@@ -112,28 +113,27 @@ def build_indexed(
     key = hashlib.sha256(
         json.dumps([FORMAT_VERSION, corpus.manifest_sha256, tokenizer_sha256(tokenizer)]).encode()
     ).hexdigest()[:24]
-    cache = Path(cache_dir)
-    cache.mkdir(parents=True, exist_ok=True)
-    final = cache / f"{corpus.name}-{key}"
-    with exclusive(cache / f".{final.name}.lock"):
-        indexed = _finished(final)
-        if indexed is None:
-            _build(corpus, tokenizer, final)
-            indexed = IndexedCorpus.from_json(final / _MANIFEST)
+    final = Path(cache_dir) / f"{corpus.name}-{key}"
+    # Before the lock, so that a finished corpus can be read where nothing may be written.
+    indexed = _finished(final) or _build_once(corpus, tokenizer, final)
     _check_length(indexed, seq_length)
     return indexed
 
 
 @contextmanager
-def exclusive(path: Path) -> Iterator[None]:
-    """Hold a lock between processes, which ends with the process that holds it, however it ends."""
+def exclusive(path: Path) -> Iterator[bool]:
+    """Hold a lock between processes, which ends with the process that holds it, however it ends.
+
+    Yields whether there is a lock: some network file systems have none.
+    """
     with open(path, "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
+            locked = True
         except OSError as error:
-            # Some network file systems have no locks. Two builds at once then only do the work twice.
             print(f"{path.parent}: no file locks here ({error.strerror})", file=sys.stderr)
-        yield
+            locked = False
+        yield locked
 
 
 def _finished(final: Path) -> IndexedCorpus | None:
@@ -143,15 +143,31 @@ def _finished(final: Path) -> IndexedCorpus | None:
         return None
 
 
+def _build_once(corpus: Corpus, tokenizer: "PreTrainedTokenizerBase", final: Path) -> IndexedCorpus:
+    final.parent.mkdir(parents=True, exist_ok=True)
+    with exclusive(final.parent / f".{final.name}.lock") as locked:
+        indexed = _finished(final)
+        if indexed is None:
+            # Under the lock these are what killed builds left; without it, someone may be writing one.
+            for left_over in final.parent.glob(f".{final.name}.tmp-*") if locked else ():
+                shutil.rmtree(left_over, ignore_errors=True)
+            shutil.rmtree(final, ignore_errors=True)
+            _build(corpus, tokenizer, final)
+            indexed = IndexedCorpus.from_json(final / _MANIFEST)
+    return indexed
+
+
 def _build(corpus: Corpus, tokenizer: "PreTrainedTokenizerBase", final: Path) -> None:
-    for left_over in final.parent.glob(f".{final.name}.tmp-*"):
-        shutil.rmtree(left_over, ignore_errors=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}.tmp-", dir=final.parent))
+    # Not tempfile.mkdtemp, which would close the directory to other users of a shared cache.
+    temporary = final.parent / f".{final.name}.tmp-{uuid.uuid4().hex}"
+    temporary.mkdir()
     try:
         _write(corpus, tokenizer, temporary)
-        if final.exists():
-            shutil.rmtree(final)
         os.replace(temporary, final)
+    except OSError:
+        # Without locks another process may have been first, and a directory replaces only an empty one.
+        if _finished(final) is None:
+            raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -229,6 +245,7 @@ def _check_length(indexed: IndexedCorpus, seq_length: int) -> None:
     for split in SPLITS:
         if indexed.tokens[split] < seq_length + 1:
             raise InputError(
-                f"data: the {split} split of corpus {indexed.corpus} has {indexed.tokens[split]} tokens, but one sequence "
-                f"needs {seq_length + 1} (seq_length {seq_length} and the last label); use more text or a shorter seq_length"
+                f"data: the {split} split of corpus {indexed.corpus} has {indexed.tokens[split]} tokens, but "
+                f"one sequence needs {seq_length + 1} (seq_length {seq_length} and the last label); "
+                f"give more text or a shorter seq_length"
             )

@@ -1,5 +1,6 @@
-"""Numbers that a language model's loss is held against: unigram entropy, and what xz makes of the same text."""
+"""Numbers that a language model's loss is held against: unigram entropy, and what xz makes of the text."""
 
+import itertools
 import lzma
 import math
 from collections.abc import Iterable
@@ -16,15 +17,17 @@ XZ_WINDOW_BYTES = 64 * 2**20
 
 @dataclass(frozen=True)
 class XzBitsPerByte:
-    """Bits per byte of held-out text under `xz -9`: alone, and after the training files (null where those are larger than
-    xz's window of 64 MiB, which then would not hold them)."""
+    """Bits per byte of held-out text under `xz -9`: alone, and as what it adds to the training files.
+
+    The second is None where the two together are larger than xz's window of 64 MiB, which then forgets some.
+    """
 
     alone: float
     given_train: float | None
 
 
 def unigram_entropy_nats(prefix: str) -> float:
-    """Entropy of the token frequencies of an indexed dataset, in nats per token: the loss of the best constant guess.
+    """Entropy of an indexed dataset's token frequencies, in nats per token: the best constant guess's loss.
 
     Args:
         prefix: the path prefix of its `.bin` and `.idx` files.
@@ -43,17 +46,17 @@ def unigram_entropy_nats(prefix: str) -> float:
 
 
 def compression_bits_per_byte(corpus: Corpus) -> XzBitsPerByte:
-    """What xz reaches on the held-out files, concatenated by path: alone, and as what they add to the training files.
+    """What `xz -9` reaches on the held-out documents, concatenated in the corpus's order.
 
-    The second is the difference between the compressed sizes of train + valid and of train, times 8, over valid's bytes.
+    `given_train` is the compressed size of train + valid less that of train, times 8, over the bytes of
+    valid.
     """
-    train = sorted(corpus.splits["train"], key=lambda document: document.path)
-    valid = sorted(corpus.splits["valid"], key=lambda document: document.path)
+    train, valid = corpus.splits["train"], corpus.splits["valid"]
     valid_bytes = _size(valid)
     alone = 8 * _xz_size(valid) / valid_bytes
     if _size(train) + valid_bytes > XZ_WINDOW_BYTES:
         return XzBitsPerByte(alone, None)
-    return XzBitsPerByte(alone, 8 * (_xz_size([*train, *valid]) - _xz_size(train)) / valid_bytes)
+    return XzBitsPerByte(alone, 8 * (_xz_size(itertools.chain(train, valid)) - _xz_size(train)) / valid_bytes)
 
 
 def _size(documents: Iterable[Document]) -> int:

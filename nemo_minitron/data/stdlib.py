@@ -1,6 +1,7 @@
-"""The embedded default corpus: the source of Python's own standard library, real text that is on every machine."""
+"""The embedded default corpus: the source of Python's own standard library, real text on every machine."""
 
 import hashlib
+import os
 import re
 import sys
 import sysconfig
@@ -11,8 +12,8 @@ from pathlib import Path
 from nemo_minitron.data.corpora import Corpus, Document, Stream
 from nemo_minitron.errors import InputError
 
-# Of all bytes, how many go to valid as whole packages and how many as single modules; none larger than the limit, so
-# that the held-out split is many authors' code and no single giant.
+# Of all bytes, how many go to valid as whole packages and how many as single modules; none larger than the
+# limit, so that the held-out split is many authors' code and no single giant.
 _VALID_PACKAGE_SHARE = 0.03
 _VALID_MODULE_SHARE = 0.02
 _LARGEST_VALID_SHARE = 0.0125
@@ -72,10 +73,11 @@ _SAME_SOURCE_AS = {
 
 
 def stdlib_corpus(root: Path | None = None) -> Corpus:
-    """The `*.py` of a standard library, without tests and generated tables, split by whole top-level packages.
+    """The `*.py` of a standard library, without tests and generated tables, split by whole packages.
 
-    The side is decided by the sha256 of the top-level name (and, through limits on the shares, by sizes), so that one
-    Python version gives one split on every machine. `path` is relative to the library's directory.
+    The sha256 of the top-level name decides the side (with limits on the shares, which come from sizes), so
+    that the same Python version gives the same split everywhere. `path` is relative to the library's
+    directory.
 
     Args:
         root: the library's directory; the running interpreter's own by default.
@@ -110,7 +112,7 @@ def stdlib_corpus(root: Path | None = None) -> Corpus:
 
 
 def top_level(path: str) -> str:
-    """The unit of the split: the top-level package or module of a path, or the one that it shares text with."""
+    """The unit of the split: a path's top-level package or module, or the one that it shares text with."""
     name = path.split("/")[0].removesuffix(".py")
     return _SAME_SOURCE_AS.get(name, name)
 
@@ -128,10 +130,18 @@ def _valid_groups(sizes: dict[str, int], packages: set[str]) -> set[str]:
 
 
 def _source_files(root: Path) -> Iterator[Path]:
-    for path in sorted(root.rglob("*.py")):
-        relative = path.relative_to(root)
-        if _EXCLUDED_PARTS.isdisjoint(relative.parts) and not _EXCLUDED_TOP.match(relative.parts[0]):
-            if not _GENERATED_FILE.match(relative.as_posix()):
+    for directory, subdirectories, files in os.walk(root):
+        at_top = Path(directory) == root
+        # In place, so that os.walk does not enter site-packages and its many thousand files.
+        subdirectories[:] = [
+            name
+            for name in subdirectories
+            if name not in _EXCLUDED_PARTS and not (at_top and _EXCLUDED_TOP.match(name))
+        ]
+        for name in files:
+            path = Path(directory, name)
+            generated = _GENERATED_FILE.match(path.relative_to(root).as_posix())
+            if name.endswith(".py") and not generated and not (at_top and _EXCLUDED_TOP.match(name)):
                 yield path
 
 

@@ -15,9 +15,9 @@ EOS = "<|endoftext|>"
 PAD = "<|pad|>"
 _BYTES = 256
 
-# The split that llama.cpp knows as "qwen2": digits one by one, a run of spaces as one piece that leaves the last space to
-# the word after it, a word with one character before it (".join", "_name"), punctuation with the line end after it. A
-# known split matters: a GGUF reader has no regular expressions in its file, only the name of one.
+# The split that llama.cpp knows as "qwen2": digits one by one, a run of spaces as one piece that leaves the
+# last space to the word after it, a word with one character before it (".join", "_name"), punctuation with
+# the line end after it. A known split matters: a GGUF file holds no regular expression, only the name of one.
 _PIECES = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -27,20 +27,20 @@ _PIECES = (
 def train_bpe(texts: Iterable[str], vocab_size: int, out_dir: str | Path) -> "PreTrainedTokenizerBase":
     """Train a byte-level BPE and write it where `AutoTokenizer.from_pretrained` reads it.
 
-    It is lossless on any Unicode text and deterministic. Id 0 is `<|endoftext|>`, end of document and also the
-    beginning of one (in packed text each document follows another's end); id 1 is `<|pad|>`, which no text holds.
+    It is lossless on any Unicode text and deterministic. Id 0 is `<|endoftext|>`, end of document and also
+    the beginning of one (in packed text each document follows another's end); id 1 is `<|pad|>`, never used
+    in text.
 
     Args:
         texts: the text to learn from, walked once.
-        vocab_size: the size of the vocabulary, exactly, special tokens included; a multiple of 128 wastes no row of an
-            embedding that is sharded by the usual padding.
+        vocab_size: the size of the vocabulary, exactly, special tokens included; a multiple of 128 leaves
+            nothing to pad when the embedding is sharded.
         out_dir: gets tokenizer.json, tokenizer_config.json and special_tokens_map.json.
 
     Raises:
-        InputError: a size too small for the 256 bytes and the special tokens, or larger than what the text gives.
+        InputError: a size too small for 256 bytes and the special tokens, or larger than what the text gives.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from tokenizers import Regex as Pattern
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers  # type: ignore
     from transformers import PreTrainedTokenizerFast
 
     smallest = _BYTES + len((EOS, PAD))
@@ -51,7 +51,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, out_dir: str | Path) -> "Pr
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Pattern(_PIECES), behavior="isolated"),
+            pre_tokenizers.Split(Regex(_PIECES), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -76,7 +76,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, out_dir: str | Path) -> "Pr
 
 
 def load_tokenizer(path_or_id: str | Path) -> "PreTrainedTokenizerBase":
-    """Load a Hugging Face tokenizer from a directory (never the network) or by its hub id, without remote code.
+    """Load a Hugging Face tokenizer, from a directory without the network or by hub id, never its code.
 
     Raises:
         InputError: it cannot be loaded, or it has no end-of-text token to end documents with.
@@ -93,7 +93,7 @@ def load_tokenizer(path_or_id: str | Path) -> "PreTrainedTokenizerBase":
         tokenizer = AutoTokenizer.from_pretrained(
             name, local_files_only=is_directory, trust_remote_code=False
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # `tokenizers` raises no narrower one for a broken file
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(f"data.tokenizer={name}: cannot be loaded ({reason})") from error
     if tokenizer.eos_token_id is None:
@@ -104,7 +104,7 @@ def load_tokenizer(path_or_id: str | Path) -> "PreTrainedTokenizerBase":
 
 
 def tokenizer_sha256(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """Hex sha256 over what decides a tokenizer's output: its pieces, merges and rules, and the id that ends a document."""
+    """Hex sha256 over what decides a tokenizer's output: vocabulary, merges, rules, the end-of-text id."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         rules = {"class": type(tokenizer).__name__, "vocab": tokenizer.get_vocab()}

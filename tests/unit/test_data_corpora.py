@@ -1,0 +1,245 @@
+"""Corpora: what is on disk is what is read, on the side of the split where it belongs."""
+
+import hashlib
+import json
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+from nemo_minitron.data.corpora import Corpus, Document, load_corpus
+from nemo_minitron.data.stdlib import stdlib_corpus
+from nemo_minitron.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def stdlib() -> dict[str, list[Document]]:
+    corpus = load_corpus({"name": "stdlib"})
+    return {split: list(corpus.splits[split]) for split in ("train", "valid")}
+
+
+def test_stdlib_is_the_files_on_disk(stdlib):
+    root = Path(sysconfig.get_paths()["stdlib"])
+    for document in stdlib["train"] + stdlib["valid"]:
+        assert (root / document.path).read_bytes() == document.text.encode()
+
+
+def test_stdlib_holds_what_a_newcomer_expects(stdlib):
+    paths = {document.path for split in stdlib.values() for document in split}
+    assert {"argparse.py", "asyncio/tasks.py", "unittest/mock.py", "encodings/idna.py"} <= paths
+
+
+def test_stdlib_leaves_out_tests_tables_and_other_peoples_packages(stdlib):
+    for document in stdlib["train"] + stdlib["valid"]:
+        parts = document.path.split("/")
+        assert not {"test", "tests", "idle_test", "site-packages", "dist-packages", "pydoc_data"} & set(parts)
+        assert not parts[0].startswith(("_sysconfigdata", "config-"))
+        assert not document.path.startswith(("encodings/cp", "encodings/mac_", "encodings/koi8"))
+        assert "codecs.charmap_build(decoding_table)" not in document.text
+
+
+def test_stdlib_split_keeps_packages_whole(stdlib):
+    tops = {split: {document.path.split("/")[0] for document in stdlib[split]} for split in stdlib}
+    assert not tops["train"] & tops["valid"]
+    # Both kinds are held out, and none of them dominates.
+    sizes = {
+        top: sum(len(d.text) for d in stdlib["valid"] if d.path.split("/")[0] == top) for top in tops["valid"]
+    }
+    assert sum(not top.endswith(".py") for top in sizes) >= 3
+    assert sum(top.endswith(".py") for top in sizes) >= 3
+    assert max(sizes.values()) < sum(sizes.values()) / 3
+
+
+def test_stdlib_valid_share(stdlib):
+    size = {split: sum(len(document.text.encode()) for document in stdlib[split]) for split in stdlib}
+    assert 0.04 <= size["valid"] / sum(size.values()) <= 0.065
+
+
+def test_stdlib_keeps_a_module_and_its_twin_together(tmp_path):
+    # With `decimal` and `_pydecimal` as the only small modules, hashing each name would part them.
+    for name in ("decimal", "_pydecimal", "io", "_pyio", "ntpath", "posixpath"):
+        (tmp_path / f"{name}.py").write_text(f"# {name}\n" * 40)
+    for number in range(60):
+        (tmp_path / f"module{number}.py").write_text(f"# {number:02d}\n" * 200)
+    corpus = stdlib_corpus(tmp_path)
+    side = {document.path: split for split in corpus.splits for document in corpus.splits[split]}
+    assert len(side) == 66
+    for twins in (("decimal.py", "_pydecimal.py"), ("io.py", "_pyio.py"), ("ntpath.py", "posixpath.py")):
+        assert len({side[name] for name in twins}) == 1
+
+
+def test_stdlib_skips_what_is_not_utf8_and_says_how_many(tmp_path, capsys):
+    for number in range(60):
+        (tmp_path / f"module{number}.py").write_text(f"x = {number}\n")
+    (tmp_path / "latin.py").write_bytes("# -*- coding: latin-1 -*-\nname = 'é'\n".encode("latin-1"))
+    (tmp_path / "empty.py").write_text("\n")
+    corpus = stdlib_corpus(tmp_path)
+    paths = {document.path for split in corpus.splits.values() for document in split}
+    assert paths == {f"module{number}.py" for number in range(60)}
+    assert "skipped 1 files" in capsys.readouterr().err
+
+
+def test_stdlib_without_source(tmp_path):
+    with pytest.raises(InputError, match=r"no \*\.py"):
+        stdlib_corpus(tmp_path)
+
+
+def test_manifest_is_the_sorted_list_of_hashes():
+    corpus = Corpus("c", {"train": [Document("b", "é"), Document("a", "x")], "valid": [Document("a", "y")]})
+    rows = [
+        f"train\ta\t{hashlib.sha256(b'x').hexdigest()}\n",
+        f"train\tb\t{hashlib.sha256('é'.encode()).hexdigest()}\n",
+        f"valid\ta\t{hashlib.sha256(b'y').hexdigest()}\n",
+    ]
+    assert corpus.manifest_sha256 == hashlib.sha256("".join(rows).encode()).hexdigest()
+
+
+def _write_texts(directory: Path, texts: dict[str, str]) -> Path:
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, text in texts.items():
+        (directory / name).write_bytes(text.encode())
+    return directory
+
+
+def test_files_with_globs(tmp_path):
+    _write_texts(
+        tmp_path,
+        {"a.txt": "one\r\ntwo", "b.txt": "zwei", "c.jsonl": '{"body": "x\\u2028y"}\n\n{"body": "z"}\n'},
+    )
+    _write_texts(tmp_path / "held" / "out", {"v.txt": "valid"})
+    corpus = load_corpus(
+        {
+            "name": "files",
+            "train": [f"{tmp_path}/*.txt", f"{tmp_path}/*.jsonl"],
+            "valid": f"{tmp_path}/held/**/*.txt",
+            "text_key": "body",
+        }
+    )
+    assert [(d.path, d.text) for d in corpus.splits["train"]] == [
+        ("a.txt", "one\r\ntwo"),
+        ("b.txt", "zwei"),
+        ("c.jsonl:1", "x\u2028y"),
+        ("c.jsonl:3", "z"),
+    ]
+    assert [(d.path, d.text) for d in corpus.splits["valid"]] == [("held/out/v.txt", "valid")]
+
+
+def test_files_are_the_same_corpus_wherever_they_are(tmp_path, monkeypatch):
+    hashes = set()
+    for place in ("here", "there"):
+        directory = _write_texts(tmp_path / place, {f"{i}.txt": f"text {i}" for i in range(100)})
+        hashes.add(load_corpus({"name": "files", "train": f"{directory}/*.txt"}).manifest_sha256)
+    monkeypatch.chdir(tmp_path / "here")
+    hashes.add(load_corpus({"name": "files", "train": "*.txt"}).manifest_sha256)
+    assert len(hashes) == 1
+    (tmp_path / "here" / "7.txt").write_text("another text")
+    assert load_corpus({"name": "files", "train": "*.txt"}).manifest_sha256 not in hashes
+
+
+def test_held_out_fraction_follows_the_content(tmp_path):
+    texts = {f"{i}.txt": f"text number {i}" for i in range(400)}
+    directory = _write_texts(tmp_path, texts | {f"copy{name}": text for name, text in texts.items()})
+    corpus = load_corpus({"name": "files", "train": f"{directory}/*.txt", "valid_fraction": 0.25})
+    texts_of = {split: [d.text for d in corpus.splits[split]] for split in corpus.splits}
+    assert not set(texts_of["train"]) & set(texts_of["valid"])
+    assert sorted(texts_of["train"] + texts_of["valid"]) == sorted([*texts.values(), *texts.values()])
+    # 400 draws at 0.25: five standard deviations are 43.
+    assert abs(len(set(texts_of["valid"])) - 100) < 43
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ('{"text": ', "not JSON"),
+        ("[" * 200_000, "not JSON"),
+        ("1" * 5000, "not JSON|expected a JSON object"),
+        ('["text"]', "expected a JSON object"),
+        ('{"txt": "a"}', "no key 'text'; it has txt"),
+        ('{"text": 3}', "must be a string, found int"),
+        ('{"text": "\\ud800"}', "unpaired surrogate"),
+    ],
+)
+def test_a_bad_jsonl_line_is_named(tmp_path, line, says):
+    _write_texts(tmp_path, {"t.jsonl": f'{{"text": "fine"}}\n\n{line}\n', "v.txt": "v"})
+    corpus = load_corpus({"name": "files", "train": f"{tmp_path}/*.jsonl", "valid": f"{tmp_path}/v.txt"})
+    with pytest.raises(InputError, match=says) as error:
+        _ = corpus.manifest_sha256
+    assert f"{tmp_path}/t.jsonl, line 3" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_that_is_not_utf8_is_named(tmp_path):
+    (tmp_path / "t.txt").write_bytes(b"abc\xff")
+    _write_texts(tmp_path, {"v.md": "v"})
+    with pytest.raises(InputError, match=r"t\.txt: not UTF-8 \(byte 3: 0xff\)"):
+        load_corpus({"name": "files", "train": f"{tmp_path}/*.txt", "valid": f"{tmp_path}/*.md"})
+
+
+@pytest.mark.parametrize(
+    ("cfg", "says"),
+    [
+        ({"name": "stlib"}, "data.name=stlib.*known: files, hf, stdlib"),
+        ({}, "data.name=None"),
+        ({"name": "files"}, "data.train is missing"),
+        ({"name": "files", "train": "*.nothing"}, r"data.train=\*\.nothing: matches no file"),
+        ({"name": "files", "train": "*.txt", "valid": "*.no"}, r"data.valid=\*\.no: matches no file"),
+        ({"name": "files", "train": "*.txt", "valid": "a.txt"}, "which data.train matches too"),
+        ({"name": "files", "train": "*.txt", "valid_fraction": 1.5}, "data.valid_fraction=1.5"),
+        ({"name": "files", "train": "*.txt", "valid_fraction": "most"}, "data.valid_fraction=most"),
+        ({"name": "files", "train": "*.txt", "valid_fraction": 1e-9}, "valid split is empty"),
+        ({"name": "files", "train": "*.txt", "valid_fraction": 1 - 1e-12}, "train split is empty"),
+        ({"name": "files", "train": "blank.md", "valid": "a.txt"}, "train split is empty"),
+        ({"name": "hf"}, "data.path is missing"),
+    ],
+)
+def test_bad_configurations(tmp_path, monkeypatch, cfg, says):
+    _write_texts(tmp_path, {"a.txt": "a", "b.txt": "b", "blank.md": " \n"})
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=says):
+        load_corpus(cfg)
+
+
+@pytest.fixture
+def hub_directory(tmp_path, monkeypatch) -> Path:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = [{"content": f"row {i}", "n": i} for i in range(50)]
+    return _write_texts(
+        tmp_path / "set",
+        {
+            "train.jsonl": "".join(json.dumps(row) + "\n" for row in rows[:40]),
+            "validation.jsonl": "".join(json.dumps(row) + "\n" for row in rows[40:]),
+        },
+    )
+
+
+def test_hf_corpus_from_a_directory(hub_directory):
+    cfg = {"name": "hf", "path": str(hub_directory), "valid_split": "validation", "text_key": "content"}
+    corpus = load_corpus(cfg)
+    assert [d.text for d in corpus.splits["train"]] == [f"row {i}" for i in range(40)]
+    assert [d.text for d in corpus.splits["valid"]] == [f"row {i}" for i in range(40, 50)]
+    held = load_corpus({**cfg, "valid_split": None, "valid_fraction": 0.5})
+    texts = {split: {d.text for d in held.splits[split]} for split in held.splits}
+    assert texts["train"] | texts["valid"] == {f"row {i}" for i in range(40)}
+    assert not texts["train"] & texts["valid"]
+
+
+def test_hf_corpus_errors(hub_directory):
+    cfg = {"name": "hf", "path": str(hub_directory), "text_key": "content"}
+    with pytest.raises(InputError, match="split holdout: cannot be loaded"):
+        load_corpus({**cfg, "valid_split": "holdout"})
+    with pytest.raises(InputError, match=r"data\.text_key=text: .* has no such column; it has content, n"):
+        load_corpus({**cfg, "text_key": None})
+    with pytest.raises(InputError, match="must be a string, found int"):
+        load_corpus({**cfg, "text_key": "n"})
+    with pytest.raises(InputError, match="cannot be loaded"):
+        load_corpus({**cfg, "path": str(hub_directory / "absent")})
+
+
+def test_hf_corpus_runs_no_code_of_the_dataset(tmp_path):
+    pytest.importorskip("datasets")
+    ran = tmp_path / "ran"
+    _write_texts(tmp_path / "evil", {"evil.py": f"open({str(ran)!r}, 'w')\n"})
+    with pytest.raises(InputError):
+        load_corpus({"name": "hf", "path": str(tmp_path / "evil"), "valid_fraction": 0.5})
+    assert not ran.exists()
