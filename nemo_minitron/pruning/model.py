@@ -81,8 +81,8 @@ def _gpt_model(chunk: Any) -> Any:
 def _thin_layers(
     models: Sequence[Any], plan: PrunePlan, device: torch.device
 ) -> dict[int, depth.LayerParameters]:
-    """The kept layers' parameters, cut, by their number in the target; the old layers are released one by
-    one.""" position = {source: target for target, source in enumerate(plan.source_layers)}
+    """The kept layers' parameters, cut, by their number in the target; old layers are released one by one."""
+    position = {source: target for target, source in enumerate(plan.source_layers)}
     held: dict[int, depth.LayerParameters] = {}
     for model in models:
         layers = model.decoder.layers
@@ -130,10 +130,10 @@ def _set_outer(model: Any, parameters: dict[str, Parameter]) -> None:
 
 
 def _update_configs(models: Sequence[Any], plan: PrunePlan) -> None:
-    """Write the target's sizes into every config that a module of the model holds; they may be one or
-    copies.""" modules = itertools.chain.from_iterable(model.modules() for model in models) found =
-    {id(m.config): m.config for m in modules if hasattr(getattr(m, "config", None), "kv_channels")} for
-    config in found.values():
+    """Write the target's sizes into every config that a module of the model holds, be it one or copies."""
+    modules = itertools.chain.from_iterable(model.modules() for model in models)
+    found = {id(m.config): m.config for m in modules if hasattr(getattr(m, "config", None), "kv_channels")}
+    for config in found.values():
         for name in WIDTH_AXES:
             setattr(config, name, getattr(plan.target, name))
         if plan.kept.layers is not None:

@@ -101,8 +101,8 @@ def selections(plan: PrunePlan, layer: int, device: torch.device) -> Selections:
 
 
 def hidden_selection(plan: PrunePlan, device: torch.device) -> Selections:
-    """The selection of `hidden_size`, alike on all ranks and in all layers; empty if the axis is left
-    alone.""" if plan.kept.hidden_size is None:
+    """The selection of `hidden_size`, alike on all ranks and in all layers; empty if it is left alone."""
+    if plan.kept.hidden_size is None:
         return {}
     return {"hidden": Selection((torch.tensor(plan.kept.hidden_size, device=device),))}
 
