@@ -172,3 +172,47 @@ def exchange_pp(send: list[tuple[int, Tensor]], receive: list[tuple[int, Tensor]
     ops += [dist.P2POp(dist.irecv, t, dist.get_global_rank(group, stage), group) for stage, t in receive]
     for work in dist.batch_isend_irecv(ops):
         work.wait()
+
+
+class PipelineRelay:
+    """Tensors handed from each pipeline stage to the next beside Megatron's schedule.
+
+    It has a process group of its own: on the schedule's group, what is sent here could match a receive of the
+    schedule. Made, used and closed by all stages together; the n-th `receive` matches the n-th `send`.
+    """
+
+    def __init__(self) -> None:
+        group = process_group("pp")
+        self._pending: tuple[Any, Tensor] | None = None
+        self._group: dist.ProcessGroup | None = None
+        if group is not None and group.size() > 1:
+            # Only this pipeline's ranks take part, so the call needs no order among the pipelines.
+            self._group = dist.new_group(dist.get_process_group_ranks(group), use_local_synchronization=True)
+
+    def send(self, t: Tensor) -> None:
+        """Start to send t [any shape] to the next stage; waits until what was sent before has been
+        received."""
+        assert self._group is not None
+        self.wait()
+        t = t.contiguous()
+        work = dist.isend(t, dist.get_global_rank(self._group, pp_rank() + 1), self._group)
+        self._pending = (work, t)
+
+    def receive(self, buffer: Tensor) -> Tensor:
+        """Fill the contiguous buffer with what the stage before sends; returns it for convenience."""
+        assert self._group is not None
+        dist.recv(buffer, dist.get_global_rank(self._group, pp_rank() - 1), self._group)
+        return buffer
+
+    def wait(self) -> None:
+        """Wait until the next stage has what was sent."""
+        if self._pending is not None:
+            self._pending[0].wait()
+            self._pending = None
+
+    def close(self) -> None:
+        """Wait, and give the process group back."""
+        self.wait()
+        if self._group is not None:
+            dist.destroy_process_group(self._group)
+            self._group = None

@@ -1,17 +1,17 @@
 """Streaming statistics over a sample's tokens, then over samples: the nine (batch x sequence) aggregations.
 
-Minitron (arXiv 2407.14679, section 2.2) scores a unit by its activation x[t, j] at token t of sample j, reduced
-first along the sequence to y[j], then along the batch to one number, each time by one of
+Minitron (arXiv 2407.14679, section 2.2) scores a unit by its activation x[t, j] at token t of sample j,
+reduced first along the sequence to y[j], then along the batch to one number, each time by one of
 
 * mean: of absolute values, (1/n) sum |x|;
 * l2: the Euclidean norm, sqrt(sum x^2), not divided by n;
 * var: the population variance, (1/n) sum (x - mean)^2, of the signed values.
 
 l2 and var are not linear and a sequence may be spread over ranks, so what travels are moments: those of each
-sample are merged over sequence- and context-parallel ranks before its statistic is taken, those of the batch over
-data-parallel ranks at the end. Variances are merged as (n, mean, sum of squared deviations), after Chan, Golub and
-LeVeque (1983), which does not cancel as a difference of large sums does. Every sum is in float32 or wider, also
-for bfloat16 activations; nothing is kept for a token.
+sample are merged over sequence- and context-parallel ranks before its statistic is taken, those of the
+batch over data-parallel ranks at the end. Variances are merged as (n, mean, sum of squared deviations),
+after Chan, Golub and LeVeque (1983), which does not cancel as a difference of large sums does. Every sum is
+in float32 or wider, also for bfloat16 activations; nothing is kept for a token.
 """
 
 from collections.abc import Sequence
@@ -46,7 +46,8 @@ def sequence_moments(x: Tensor, statistic: Statistic) -> Tensor:
         statistic: along s.
 
     Returns:
-        float32 [k, b, n]: the sum of absolute values or of squares (k = 1); mean and squared deviations (k = 2).
+        float32 [k, b, n]: the sum of absolute values or of squares (k = 1); mean and squared deviations (k
+        = 2).
     """
     if statistic == "mean":
         # Not vector_norm(ord=1, dim=0): that is ten times slower on the CPU (torch 2.13).
@@ -141,8 +142,8 @@ class BatchMoments:
 def _merge_variance(
     count: Tensor, mean: Tensor, deviations: Tensor, group: GroupName
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Count [], mean and squared deviations (any shape) over the whole group, in two steps: where each rank's mean
-    lies is known only once the common mean is."""
+    """Count [], mean and squared deviations (any shape) over the whole group, in two steps: where each
+    rank's mean lies is known only once the common mean is."""
     total = parallel.all_reduce(count.clone(), group)
     common = parallel.all_reduce(mean * (count / total), group)
     shifted = deviations + count * (mean - common).square()

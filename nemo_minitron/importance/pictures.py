@@ -1,0 +1,56 @@
+"""Heat maps of importance."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemo_minitron.importance.scores import Scores
+
+_COLUMNS = 256
+
+
+def importance_picture(scores: Scores, kept: Any, path: str | Path) -> None:
+    """Draw each axis's scores, one row a layer, sorted within the row, with a line where the kept units end.
+
+    Args:
+        scores: to draw.
+        kept: of a `PrunePlan`: per axis the kept indices, or None where the axis is left alone.
+        path: of a PNG.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    axes = [axis for axis in scores.tensors if "/" not in axis]
+    figure = Figure(figsize=(10, 2.2 * len(axes)), layout="constrained")
+    FigureCanvasAgg(figure)
+    for plot, axis in zip(figure.subplots(len(axes), 1, squeeze=False)[:, 0], axes, strict=True):
+        rows = _columns(torch.atleast_2d(scores.tensors[axis]).sort(dim=1, descending=True).values)
+        image = plot.imshow(
+            rows.log10().numpy(), aspect="auto", interpolation="nearest", extent=(0, 1, len(rows), 0)
+        )
+        figure.colorbar(image, ax=plot, label="log10 score")
+        share = _share(scores.tensors[axis], getattr(kept, axis, None))
+        if share < 1:
+            plot.axvline(share, color="white", linestyle="--", linewidth=1.2)
+        plot.set_title(f"{axis}: {share:.0%} kept", fontsize=9)
+        plot.set_ylabel("layer" if len(rows) > 1 else "all layers")
+        plot.set_yticks([])
+        plot.set_xlabel("share of units, most important first")
+    figure.savefig(path, dpi=110)
+
+
+def _columns(rows: Tensor) -> Tensor:
+    """Thin [layers, units] to a drawable number of columns; zero scores become the smallest that is drawn."""
+    step = max(1, rows.shape[1] // _COLUMNS)
+    rows = rows[:, ::step].double()
+    positive = rows[rows > 0]
+    return rows.clamp_min(float(positive.min()) if len(positive) else 1.0)
+
+
+def _share(scores: Tensor, kept: Any) -> float:
+    if kept is None:
+        return 1.0
+    first = kept if scores.dim() == 1 else kept[0]
+    return len(first) / scores.shape[-1]
