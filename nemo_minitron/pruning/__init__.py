@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from nemo_minitron.pruning.plan import Kept, PrunePlan, make_plan
+from nemo_minitron.pruning.ranking import explicit_layers
 from nemo_minitron.pruning.target import check_target, resolve_target
 
-__all__ = ["Kept", "PrunePlan", "check_target", "make_plan", "prune", "resolve_target"]
+__all__ = ["Kept", "PrunePlan", "check_target", "explicit_layers", "make_plan", "prune", "resolve_target"]
 
 
 def prune(chunks: Sequence[Any], plan: PrunePlan) -> None:

@@ -216,24 +216,19 @@ def make_plan(
     check_target(source, target)
     if scores is not None:
         scores.check_matches(source, source_sha256)
-    listed = ranking.explicit_layers(source.num_layers, keep_layers, drop_layers)
-    if listed is not None and len(listed) != target.num_layers:
-        raise InputError(f"num_layers={target.num_layers}: but the listed layers keep {len(listed)}")
     how, tensors, metric = _importance(source, scores, importance, seed, layer_metric)
-    layers = listed
-    if listed is None and target.num_layers != source.num_layers:
-        limits: dict[str, Any] = {
-            "contiguous": contiguous,
-            "protect_first": protect_first,
-            "protect_last": protect_last,
-        }
-        layers = ranking.least_important_dropped(
-            tensors, metric, source.num_layers, target.num_layers, **limits
-        )
-        how |= limits | ({"layer_metric": metric} if metric else {})
-    elif listed is not None:
+    layers = ranking.explicit_layers(source.num_layers, keep_layers, drop_layers)
+    if layers is not None:
         how["layers"] = "listed"
-    kept = _choose_width(source, target, tensors, layers)
+    elif target.num_layers != source.num_layers:
+        limits: dict[str, Any] = {"contiguous": contiguous}
+        limits |= {"protect_first": protect_first, "protect_last": protect_last}
+        counts = (source.num_layers, target.num_layers)
+        layers = ranking.least_important_dropped(tensors, metric, *counts, **limits)
+        how |= limits | ({"layer_metric": metric} if metric else {})
+    if layers is not None and len(layers) != target.num_layers:
+        raise InputError(f"num_layers={target.num_layers}: but the listed layers keep {len(layers)}")
+    kept = _choose_width(source, target, tensors, None if layers == [*range(source.num_layers)] else layers)
     residual = _residual(source, target, tensors, kept) if head_residual else None
     return PrunePlan(source_sha256, source, target, how, kept, residual)
 
