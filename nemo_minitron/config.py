@@ -106,7 +106,6 @@ class PruneConfig:
     ffn_hidden_size: Any = None
     num_attention_heads: Any = None
     num_query_groups: Any = None
-    round_to: int = 16
     importance: str = "activation"
     seed: int = 0
     batch: str = "l2"

@@ -25,6 +25,7 @@ from nemo_minitron.config import CommonConfig, SchemaT, parse
 from nemo_minitron.errors import InputError
 
 RESULT = "result.json"
+_ROOT = Path(__file__).resolve().parent.parent
 
 
 def rank() -> int:
@@ -47,8 +48,10 @@ def main(
         run: the work; returns the fields of `result.json`.
     """
     started = False
+    # ${repository:} in a configuration is the checkout that the recipe was started from.
+    OmegaConf.register_new_resolver("repository", lambda: str(_ROOT), replace=True)
 
-    @hydra.main(version_base="1.3", config_path=str(Path(__file__).parent.parent / "conf"), config_name=name)
+    @hydra.main(version_base="1.3", config_path=str(_ROOT / "conf"), config_name=name)
     def task(config: DictConfig) -> None:
         nonlocal started
         started = True

@@ -1,7 +1,105 @@
-"""placeholder"""
+"""A checkpoint opened under a layout, without optimizer and gradient buffers: to score, evaluate, prune and save."""
+
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron import recipe
+from nemo_minitron.arch import Architecture
+from nemo_minitron.config import DataConfig, TrainerConfig
+from nemo_minitron.data.datasets import gpt_dataset
+from nemo_minitron.data.prepare import PreparedData
+from nemo_minitron.evaluation.lm_loss import LMLoss, lm_loss
+from nemo_minitron.nemo import models, trainer
+from nemo_minitron.nemo.checkpoints import Source, weights_may_only_be_tensors
+
+from nemo.collections.llm.inference.base import _setup_trainer_and_restore_model  # isort: skip
+from nemo.lightning.ckpt_utils import ckpt_to_context_subdir  # isort: skip
+from nemo.lightning.io.pl import TrainerContext  # isort: skip
+
+logger = logging.getLogger("nemo_minitron")
 
 
-def nemo_tokenizer(directory):
+def nemo_tokenizer(directory: str | Path) -> Any:
+    """NeMo's wrapper of a Hugging Face tokenizer; no remote code."""
     from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
 
-    return AutoTokenizer(directory)
+    return AutoTokenizer(str(directory), trust_remote_code=False)
+
+
+class Session:
+    """A NeMo 2 model with restored weights on this rank's shard of the layout."""
+
+    def __init__(self, source: Source, layout: TrainerConfig, seq_length: int | None = None) -> None:
+        """Build the model from the checkpoint's architecture and restore its weights with NeMo.
+
+        Args:
+            source: a checkpoint of kind "nemo" (see `huggingface.import_checkpoint` for the other kind).
+            layout: under which it is opened; every rank of it makes this call.
+        """
+        assert source.kind == "nemo", source
+        self.layout, self.source = layout, source
+        config = models.to_config(
+            source.architecture, seq_length=seq_length or source.seq_length, precision=layout.precision
+        )
+        self.model = models.to_model(config, nemo_tokenizer(source.tokenizer))
+        self.trainer = trainer.trainer(layout, training=False)
+        with weights_may_only_be_tensors():
+            _setup_trainer_and_restore_model(source.path, self.trainer, self.model)
+
+    @property
+    def chunks(self) -> list[Any]:
+        """This rank's Megatron-core GPTModels."""
+        return [_unwrap(chunk) for chunk in self.trainer.strategy.megatron_parallel]
+
+    @property
+    def architecture(self) -> Architecture:
+        """The sizes that the model has now."""
+        return models.from_config(self.model.config)
+
+    def lm_loss(self, data: PreparedData, d: DataConfig, split: str, samples: int | None, label: str) -> LMLoss:
+        """Loss in nats over the first `samples` packed sequences of a split (None: all of one pass), with progress."""
+        dataset = self.dataset(data, d, split)
+        count = min(samples or len(dataset), len(dataset))
+        progress = _progress(label, count)
+        return lm_loss(
+            self.chunks, dataset, count, micro_batch_size=self.layout.micro_batch_size, progress=progress
+        )
+
+    def dataset(self, data: PreparedData, d: DataConfig, split: str) -> Any:
+        """One pass over a split in Megatron's shuffled, packed order."""
+        prefix = data.indexed.prefix(split)
+        return gpt_dataset(prefix, split, None, d.seq_length, d.seed, data.indexed.eod, data.index_cache)
+
+    def save(self, directory: Path) -> None:
+        """Write a NeMo 2 checkpoint (weights and context), as NeMo's own connectors do; every rank makes this call."""
+        self.trainer.save_checkpoint(directory, weights_only=True)
+        if recipe.rank() == 0:
+            TrainerContext.from_trainer(self.trainer).io_dump(
+                ckpt_to_context_subdir(directory), yaml_attrs=["model"]
+            )
+        self.trainer.strategy.barrier("saved")
+
+
+def _unwrap(chunk: Any) -> Any:
+    while hasattr(chunk, "module"):
+        chunk = chunk.module
+    return chunk
+
+
+def _progress(label: str, total: int) -> Callable[[int], None] | None:
+    """A line on rank 0's stderr, renewed in place on a terminal, now and then elsewhere."""
+    if recipe.rank() != 0:
+        return None
+    from tqdm import tqdm
+
+    bar = tqdm(total=total, desc=label, unit="seq", file=sys.stderr, mininterval=1.0 if sys.stderr.isatty() else 10.0)
+
+    def show(done: int) -> None:
+        bar.update(min(total, done) - bar.n)
+        if bar.n >= total:
+            bar.close()
+
+    return show

@@ -1,0 +1,99 @@
+"""Forward passes of a sharded Megatron GPT over packed samples, and its language-model loss."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemo_minitron import parallel
+
+
+@dataclass(frozen=True)
+class LMLoss:
+    """Mean next-token cross-entropy in nats over `tokens` tokens of `samples` packed sequences; global."""
+
+    nats: float
+    tokens: int
+    samples: int
+
+
+def lm_loss(
+    chunks: Sequence[Any],
+    dataset: Any,
+    samples: int,
+    *,
+    micro_batch_size: int,
+    progress: Callable[[int], None] | None = None,
+) -> LMLoss:
+    """Run the first `samples` samples through the model and return their loss, the same under every layout.
+
+    Megatron-core's own forward-only schedule does the work, so pipeline stages take part; data-parallel ranks share the
+    samples. Forward hooks see every microbatch, so importance is collected by the same call.
+
+    Args:
+        chunks: this rank's Megatron `GPTModel`s (one, without virtual pipeline stages).
+        dataset: of Megatron's GPTDataset items: `tokens`, `labels`, `position_ids` int64 [s], `loss_mask` float32 [s].
+        samples: how many, at most len(dataset).
+        micro_batch_size: samples in one forward pass of a rank.
+        progress: called on every rank with the number of samples it has finished.
+
+    Source: megatron/core/pipeline_parallel/schedules.py@0.13.1.
+    """
+    assert samples <= len(dataset)
+    totals = torch.zeros(2, dtype=torch.float64, device=_device(chunks[0]))
+    mine = range(parallel.dp_rank(), samples, parallel.dp_size())
+    modes = [chunk.training for chunk in chunks]
+    for chunk in chunks:
+        chunk.eval()
+    with torch.no_grad():
+        for begin in range(0, len(mine), micro_batch_size):
+            indices = mine[begin : begin + micro_batch_size]
+            for loss, count in _forward(chunks, [dataset[i] for i in indices]):
+                totals += torch.stack([loss.double(), count.double()])
+            if progress is not None:
+                progress(begin + len(indices))
+    for chunk, mode in zip(chunks, modes, strict=True):
+        chunk.train(mode)
+    parallel.broadcast_pp(totals, parallel.pp_size() - 1)
+    parallel.all_reduce(totals, "dp")
+    return LMLoss(float(totals[0] / totals[1]), int(totals[1]), samples)
+
+
+def _forward(chunks: Sequence[Any], items: list[dict[str, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    """One forward-only schedule over one microbatch; (loss sum, token count) on the last stage, nothing elsewhere."""
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    device = _device(chunks[0])
+    batch = {k: torch.stack([item[k] for item in items]).to(device) for k in _KEYS}
+    found: list[tuple[Tensor, Tensor]] = []
+
+    def step(iterator: Iterator[dict[str, Tensor]], chunk: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
+        b = next(iterator)
+        # No attention mask: the local layer spec makes a causal one itself, Transformer Engine needs none.
+        output = chunk(b["tokens"], b["position_ids"], None, labels=b["labels"])
+
+        def loss(per_token: Tensor) -> Any:
+            found.append(((per_token.float() * b["loss_mask"]).sum(), b["loss_mask"].sum()))
+            return per_token.new_zeros(()), {}
+
+        return output, loss
+
+    get_forward_backward_func()(
+        forward_step_func=step,
+        data_iterator=[iter([batch]) for _ in chunks] if len(chunks) > 1 else iter([batch]),
+        model=list(chunks),
+        num_microbatches=1,
+        seq_length=batch["tokens"].shape[1],
+        micro_batch_size=len(items),
+        forward_only=True,
+    )
+    return found
+
+
+_KEYS = ("tokens", "labels", "position_ids", "loss_mask")
+
+
+def _device(chunk: Any) -> torch.device:
+    return next(chunk.parameters()).device

@@ -1,0 +1,233 @@
+"""Checkpoints as data: what a directory holds, whether it is whole, and its architecture, read without running it.
+
+A checkpoint is untrusted. NeMo's `io.load_context` instantiates whatever class `context/io.json` names, and a
+distributed checkpoint holds pickles; so the context is read as text, and pickles are opened with a list of what they
+may name (`weights_may_only_be_tensors`).
+"""
+
+import hashlib
+import json
+import os
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nemo_minitron.arch import Architecture
+from nemo_minitron.errors import InputError
+
+CHECKPOINT = "checkpoint"
+_ACTIVATIONS = {
+    "torch.nn.functional.silu": "silu",
+    "torch._C._nn.silu": "silu",
+    "torch.nn.functional.gelu": "gelu",
+    "torch._C._nn.gelu": "gelu",
+    "nemo.collections.llm.fn.activation.squared_relu": "squared_relu",
+}
+_PICKLE_MAY_NAME = (
+    "torch.distributed.checkpoint.",
+    "megatron.core.dist_checkpointing.",
+    "torch.Size",
+    "torch.device",
+    "torch.strided",
+    "torch.serialization._get_layout",
+    "collections.OrderedDict",
+    "pathlib.",
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint as found on disk.
+
+    `kind`: "huggingface" or "nemo". `seq_length`: the context it was made for, in tokens. `tokenizer`: a directory.
+    """
+
+    path: Path
+    kind: str
+    architecture: Architecture
+    seq_length: int
+    tokenizer: Path
+
+    def sha256(self) -> str:
+        """Identity of the weights: hash over the names and bytes of the weight files and the configuration."""
+        if self.kind == "huggingface":
+            files = [self.path / "config.json", *sorted(self.path.glob("*.safetensors"))]
+        else:
+            files = [self.path / "context" / "model.yaml", *sorted((self.path / "weights").iterdir())]
+        total = hashlib.sha256()
+        for file in files:
+            with open(file, "rb") as opened:
+                total.update(f"{file.name}\0{hashlib.file_digest(opened, 'sha256').hexdigest()}\n".encode())
+        return total.hexdigest()
+
+
+def find_source(path: str | Path, key: str = "source") -> Source:
+    """Recognise a run directory, a NeMo 2 directory or a Hugging Face directory, and check that it is whole.
+
+    Raises:
+        InputError: nothing there, no checkpoint, half-written, or a model that is not supported.
+    """
+    directory = Path(path).expanduser()
+    where = f"{key}={path}"
+    if not directory.is_dir():
+        raise InputError(f"{where}: no such directory")
+    if (directory / CHECKPOINT).is_dir():
+        directory = directory / CHECKPOINT
+        if not (Path(path) / "result.json").is_file():
+            raise InputError(f"{where}: this run did not finish (no result.json)")
+    if (directory / "weights").is_dir() or (directory / "context").is_dir():
+        return _nemo(directory, where)
+    if (directory / "config.json").is_file():
+        return _huggingface(directory, where)
+    raise InputError(
+        f"{where}: no checkpoint here; legal are a run directory, a NeMo 2 directory (weights/, context/) and a "
+        "Hugging Face directory (config.json, *.safetensors)"
+    )
+
+
+def _huggingface(directory: Path, where: str) -> Source:
+    from nemo_minitron.nemo.huggingface import architecture_of
+
+    config = _read_json(directory / "config.json", where)
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(_read_json(index, where).get("weight_map", {}).values()))
+    else:
+        names = ["model.safetensors"]
+    for name in names:
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise InputError(f"{where}: weight file {name!r} is not a plain *.safetensors name in the directory")
+        if not _safetensors_whole(directory / name):
+            raise InputError(f"{where}: {name} is missing or half-written (only safetensors are read)")
+    if not (directory / "tokenizer_config.json").is_file():
+        raise InputError(f"{where}: no tokenizer (tokenizer_config.json)")
+    return Source(
+        directory, "huggingface", architecture_of(config, where), int(config["max_position_embeddings"]), directory
+    )
+
+
+def _safetensors_whole(file: Path) -> bool:
+    """Whether the header is readable and the data that it promises is there."""
+    try:
+        with open(file, "rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            if not 2 <= length < 100 << 20:
+                return False
+            header = json.loads(opened.read(length))
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        return file.stat().st_size == 8 + length + max(ends)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _nemo(directory: Path, where: str) -> Source:
+    weights, context = directory / "weights", directory / "context"
+    needed = [weights / "metadata.json", weights / "common.pt", weights / ".metadata", context / "model.yaml"]
+    if missing := [file.relative_to(directory) for file in needed if not file.is_file()]:
+        raise InputError(f"{where}: half-written or no NeMo 2 checkpoint: {missing[0]} is missing")
+    if (directory.parent / f"{directory.name}-unfinished").exists():
+        raise InputError(f"{where}: half-written: NeMo left it marked as unfinished")
+    if (weights / "modelopt_state").exists():
+        raise InputError(f"{where}: holds a ModelOpt state, which is a pickle; it is not loaded")
+    _check_pickle(weights / ".metadata", where)
+    try:
+        model = yaml.safe_load((context / "model.yaml").read_text())
+        config = model["config"]
+        architecture, seq_length = _architecture(config, where), int(config["seq_length"])
+    except (yaml.YAMLError, KeyError, TypeError) as error:
+        raise InputError(f"{where}: context/model.yaml cannot be read ({type(error).__name__}: {error})") from None
+    return Source(directory, "nemo", architecture, seq_length, _tokenizer_in(context, where))
+
+
+def _architecture(config: dict[str, Any], where: str) -> Architecture:
+    if config.get("num_moe_experts"):
+        raise InputError(f"{where}: num_moe_experts={config['num_moe_experts']}: only dense models are supported")
+    activation = _ACTIVATIONS.get((config.get("activation_func") or {}).get("_target_", ""))
+    if activation is None:
+        raise InputError(f"{where}: activation_func {config.get('activation_func')!r} is not supported")
+    learned = config["position_embedding_type"] == "learned_absolute"
+    return Architecture(
+        num_layers=config["num_layers"],
+        hidden_size=config["hidden_size"],
+        ffn_hidden_size=config["ffn_hidden_size"],
+        num_attention_heads=config["num_attention_heads"],
+        num_query_groups=config.get("num_query_groups") or config["num_attention_heads"],
+        kv_channels=config.get("kv_channels") or config["hidden_size"] // config["num_attention_heads"],
+        vocab_size=config["vocab_size"],
+        gated_linear_unit=config["gated_linear_unit"],
+        normalization=config["normalization"],
+        share_embeddings_and_output_weights=config["share_embeddings_and_output_weights"],
+        add_bias_linear=config["add_bias_linear"],
+        add_qkv_bias=config["add_qkv_bias"],
+        position_embedding_type=config["position_embedding_type"],
+        max_position_embeddings=config["seq_length"] if learned else 0,
+        activation=activation,
+        layernorm_epsilon=float(config["layernorm_epsilon"]),
+        layernorm_zero_centered_gamma=config["layernorm_zero_centered_gamma"],
+        rotary_base=float(config["rotary_base"]),
+        rotary_percent=config["rotary_percent"],
+        rope_scaling_factor=float(config["scale_factor"]) if "scale_factor" in config else None,
+    )
+
+
+def _tokenizer_in(context: Path, where: str) -> Path:
+    found = sorted(p.parent for p in context.glob("*/tokenizer_config.json"))
+    if (context / "tokenizer_config.json").is_file():
+        found.insert(0, context)
+    if not found:
+        raise InputError(f"{where}: no Hugging Face tokenizer in context/")
+    return found[0]
+
+
+def _read_json(file: Path, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{where}: {file.name} cannot be read ({error})") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{where}: {file.name} is not a JSON object")
+    return value
+
+
+class _NamesOnly(pickle.Unpickler):
+    """Unpickles what a distributed checkpoint's table of contents needs, and nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        full = f"{module}.{name}"
+        is_dtype = module == "torch" and name.rstrip("0123456789") in ("float", "bfloat", "int", "uint", "bool")
+        if not is_dtype and not full.startswith(_PICKLE_MAY_NAME):
+            raise pickle.UnpicklingError(f"it names {full}")
+        return super().find_class(module, name)
+
+
+def _check_pickle(file: Path, where: str) -> None:
+    try:
+        with open(file, "rb") as opened:
+            _NamesOnly(opened).load()
+    except Exception as error:
+        raise InputError(f"{where}: {file.name} is damaged or not safe to open ({error})") from None
+
+
+@contextmanager
+def weights_may_only_be_tensors() -> Iterator[None]:
+    """Within it, torch.load opens tensors and plain values only, whatever its caller asks for: megatron-core 0.13.1
+    opens `common.pt` and extra states with weights_only=False (dist_checkpointing/strategies/common.py)."""
+    import pathlib
+
+    import torch
+
+    before = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    try:
+        with torch.serialization.safe_globals([pathlib.PosixPath]):
+            yield
+    finally:
+        if before is None:
+            del os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"]
+        else:
+            os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = before

@@ -1,0 +1,195 @@
+"""The work of `recipes/prune.py`: load, score, plan, prune, measure before and after, save."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron import recipe
+from nemo_minitron.arch import WIDTH_AXES, Architecture
+from nemo_minitron.config import PruneConfig, PruneRecipe, cache_dir
+from nemo_minitron.data.prepare import PreparedData, prepare_data
+from nemo_minitron.errors import InputError
+from nemo_minitron.nemo.checkpoints import CHECKPOINT, Source, find_source
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What is known and made before a model is loaded. `source`: of kind "nemo", converted if need be."""
+
+    source: Source
+    source_sha256: str
+    target: Architecture
+    data: PreparedData
+    scores: Any
+
+
+def check(r: PruneRecipe) -> Prepared:
+    """Refuse what cannot work; convert the checkpoint and index the data once.
+
+    Raises:
+        InputError: see the module's callees; each names the value, the place and what is legal.
+    """
+    from nemo_minitron.pruning import check_target, resolve_target
+
+    source = find_source(r.source)
+    _check_source(source, r)
+    target = resolve_target(source.architecture, {axis: getattr(r.prune, axis) for axis in WIDTH_AXES})
+    if target == source.architecture:
+        raise InputError(f"prune: all sizes are the source's; set one of {', '.join('prune.' + a for a in WIDTH_AXES)}")
+    t = r.trainer
+    check_target(source.architecture, target, tp=t.tensor_model_parallel_size, pp=t.pipeline_model_parallel_size)
+    sha256 = source.sha256()
+    scores = _check_importance(r.prune, source.architecture, sha256)
+    data = prepare_data(r.data, str(source.tokenizer))
+    if data.indexed.vocab_size > source.architecture.vocab_size:
+        raise InputError(
+            f"data.tokenizer has {data.indexed.vocab_size} entries, the model's vocabulary {source.architecture.vocab_size}"
+        )
+    available = data.indexed.tokens["train"] // r.data.seq_length
+    if scores is None and r.prune.importance == "activation" and r.prune.calibration_samples > available:
+        raise InputError(
+            f"prune.calibration_samples={r.prune.calibration_samples}: the train split has only {available} "
+            f"sequences of {r.data.seq_length} tokens"
+        )
+    if source.kind == "huggingface":
+        source = _converted(source, r)
+    return Prepared(source, sha256, target, data, scores)
+
+
+def _check_source(source: Source, r: PruneRecipe) -> None:
+    arch, t = source.architecture, r.trainer
+    if r.data.seq_length > source.seq_length:
+        raise InputError(f"data.seq_length={r.data.seq_length}: the model was made for {source.seq_length} tokens")
+    for axis in ("num_query_groups", "ffn_hidden_size", "vocab_size"):
+        if getattr(arch, axis) % t.tensor_model_parallel_size:
+            raise InputError(
+                f"trainer.tensor_model_parallel_size={t.tensor_model_parallel_size}: does not divide the source's "
+                f"{axis} {getattr(arch, axis)}"
+            )
+    if arch.num_layers % t.pipeline_model_parallel_size:
+        raise InputError(
+            f"trainer.pipeline_model_parallel_size={t.pipeline_model_parallel_size}: does not divide the source's "
+            f"{arch.num_layers} layers"
+        )
+
+
+def _check_importance(p: PruneConfig, arch: Architecture, sha256: str) -> Any:
+    """The given scores, checked against the source; None where they are to be made."""
+    from nemo_minitron.importance.aggregation import check_statistic
+    from nemo_minitron.importance.scores import Scores
+
+    if p.importance not in ("activation", "random"):
+        raise InputError(f"prune.importance={p.importance}: must be activation or random")
+    check_statistic("prune.batch", p.batch)
+    check_statistic("prune.sequence", p.sequence)
+    if p.scores is None:
+        return None
+    scores = Scores.load(p.scores)
+    scores.check_matches(arch, sha256)
+    return scores
+
+
+def _converted(source: Source, r: PruneRecipe) -> Source:
+    """The NeMo 2 form of a Hugging Face directory: made before ranks start, so found in the cache by each of them."""
+    from nemo_minitron.nemo.huggingface import import_checkpoint
+
+    converted = find_source(import_checkpoint(source, cache_dir(r.data, "checkpoints")))
+    assert converted.architecture == source.architecture, "NeMo's importer changed the architecture"
+    return converted
+
+
+def run(r: PruneRecipe, prepared: Prepared, directory: Path) -> dict[str, Any]:
+    """Score, plan, prune, measure and save, on every rank of the layout.
+
+    Returns:
+        The fields of `result.json`.
+    """
+    from nemo_minitron.nemo.session import Session
+    from nemo_minitron.nemo.transforms import prune_model
+    from nemo_minitron.pruning import make_plan
+
+    for name in (CHECKPOINT, "scores.safetensors", "plan.json", "importance.png"):
+        recipe.fresh(directory / name)
+    session = Session(prepared.source, r.trainer, seq_length=prepared.source.seq_length)
+    scores = prepared.scores
+    if scores is None and r.prune.importance == "activation":
+        scores = _score(session, r, prepared)
+    plan = make_plan(
+        prepared.source.architecture,
+        prepared.target,
+        scores,
+        importance=r.prune.importance,
+        seed=r.prune.seed,
+        source_sha256=prepared.source_sha256,
+        head_residual=r.prune.head_residual,
+    )
+    before = session.lm_loss(prepared.data, r.data, "valid", r.eval.samples, "loss before")
+    prune_model(session.model, session.chunks, plan)
+    after = session.lm_loss(prepared.data, r.data, "valid", r.eval.samples, "loss after")
+    if recipe.rank() == 0:
+        plan.save(directory / "plan.json")
+        if scores is not None:
+            _keep_scores(scores, plan, directory)
+    _save(session, directory)
+    return _result(r, prepared, before, after, scores, directory)
+
+
+def _score(session: Any, r: PruneRecipe, prepared: Prepared) -> Any:
+    from nemo_minitron.nemo.callbacks import ImportanceCallback
+
+    callback = ImportanceCallback(
+        batch=r.prune.batch,
+        sequence=r.prune.sequence,
+        include_final_norm=r.prune.include_final_norm,
+        source_sha256=prepared.source_sha256,
+        data_sha256=prepared.data.indexed.manifest_sha256,
+    )
+    callback.attach(session.chunks)
+    session.lm_loss(prepared.data, r.data, "train", r.prune.calibration_samples, "scoring")
+    return callback.finish(session.model.config)
+
+
+def _keep_scores(scores: Any, plan: Any, directory: Path) -> None:
+    from nemo_minitron.importance.pictures import importance_picture
+
+    scores.save(directory / "scores.safetensors")
+    importance_picture(scores, plan.kept, directory / "importance.png")
+
+
+def _save(session: Any, directory: Path) -> None:
+    """The checkpoint appears under its name when it is whole."""
+    temporary = recipe.fresh(directory / f".{CHECKPOINT}.tmp")
+    session.save(temporary)
+    if recipe.rank() == 0:
+        os.replace(temporary, directory / CHECKPOINT)
+    session.trainer.strategy.barrier("renamed")
+
+
+def _result(r: PruneRecipe, p: Prepared, before: Any, after: Any, scores: Any, directory: Path) -> dict[str, Any]:
+    source, target = p.source.architecture, p.target
+    return {
+        "recipe": "prune",
+        "source": str(r.source),
+        "source_sha256": p.source_sha256,
+        "data": r.data.name,
+        "data_sha256": p.data.indexed.manifest_sha256,
+        "params_before": source.parameters(),
+        "params_after": target.parameters(),
+        "non_embedding_params_before": source.non_embedding_parameters(),
+        "non_embedding_params_after": target.non_embedding_parameters(),
+        "lm_loss_nats_before": before.nats,
+        "lm_loss_nats_after": after.nats,
+        "eval_samples": after.samples,
+        "eval_tokens": after.tokens,
+        "calibration_samples": scores.samples if scores is not None else 0,
+        "importance": r.prune.importance,
+        "prune_seed": r.prune.seed if r.prune.importance == "random" else None,
+        "target": json.loads(json.dumps(target.to_dict())),
+        "ranks": r.trainer.ranks,
+        "tensor_model_parallel_size": r.trainer.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": r.trainer.pipeline_model_parallel_size,
+        "peak_rss_gib": recipe.peak_rss_gib(),
+        "checkpoint": str((directory / CHECKPOINT).resolve()),
+    }
