@@ -56,16 +56,39 @@ def test_stdlib_valid_share(stdlib):
 
 
 def test_stdlib_keeps_a_module_and_its_twin_together(tmp_path):
-    # With `decimal` and `_pydecimal` as the only small modules, hashing each name would part them.
-    for name in ("decimal", "_pydecimal", "io", "_pyio", "ntpath", "posixpath"):
-        (tmp_path / f"{name}.py").write_text(f"# {name}\n" * 40)
-    for number in range(60):
-        (tmp_path / f"module{number}.py").write_text(f"# {number:02d}\n" * 200)
+    twins = [("decimal", "_pydecimal"), ("io", "_pyio"), ("ntpath", "posixpath"), ("profile", "cProfile")]
+    twins += [
+        ("threading", "_threading_local"),
+        ("datetime", "_strptime"),
+        ("abc", "_py_abc"),
+        ("wave", "aifc"),
+    ]
+    modules = [name for pair in twins for name in pair]
+    for name in modules:
+        (tmp_path / f"{name}.py").write_text("# text\n" * 10)
+    # So large that the modules are 4 % of all and about half of them are held out.
+    (tmp_path / "large").mkdir()
+    (tmp_path / "large" / "__init__.py").write_text("# text\n" * 10 * 24 * len(modules))
     corpus = stdlib_corpus(tmp_path)
-    side = {document.path: split for split in corpus.splits for document in corpus.splits[split]}
-    assert len(side) == 66
-    for twins in (("decimal.py", "_pydecimal.py"), ("io.py", "_pyio.py"), ("ntpath.py", "posixpath.py")):
-        assert len({side[name] for name in twins}) == 1
+    side = {
+        document.path.removesuffix(".py"): split
+        for split in corpus.splits
+        for document in corpus.splits[split]
+    }
+    assert [side[name] for name in modules].count("valid") == len(modules) // 2
+    for one, other in twins:
+        assert side[one] == side[other], (one, other)
+
+
+def test_stdlib_holds_out_no_giant(tmp_path):
+    for number in range(20):
+        (tmp_path / f"giant{number}").mkdir()
+        (tmp_path / f"giant{number}" / "__init__.py").write_text("# text\n" * 1000)
+    for number in range(40):
+        (tmp_path / f"small{number}.py").write_text("# text\n" * 20)
+    valid = [document.path for document in stdlib_corpus(tmp_path).splits["valid"]]
+    assert valid
+    assert all(path.startswith("small") for path in valid)
 
 
 def test_stdlib_skips_what_is_not_utf8_and_says_how_many(tmp_path, capsys):

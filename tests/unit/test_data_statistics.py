@@ -77,6 +77,12 @@ def test_xz_knows_the_training_files():
     assert bits.given_train < 0.05 < 1 < bits.alone
 
 
+def test_xz_remembers_more_than_its_default_window_of_8_mib():
+    text = _corpus().splits["train"]
+    corpus = Corpus("c", {"train": [*text, Document("zeros", "0" * 9 * 2**20)], "valid": text})
+    assert statistics.compression_bits_per_byte(corpus).given_train < 0.05
+
+
 def test_xz_beyond_its_window(monkeypatch):
     monkeypatch.setattr(statistics, "XZ_WINDOW_BYTES", 10_000)
     bits = statistics.compression_bits_per_byte(_corpus())
