@@ -71,7 +71,7 @@ def build_final_norm(model: Any, parameters: Mapping[str, Parameter]) -> Module:
 def set_layers(model: Any, spec: Any, layers: list[Module]) -> None:
     """Put new layers into a GPTModel's block."""
     block = model.decoder
-    block.layers = torch.nn.ModuleList(layers)
+    block.layers = torch.nn.ModuleList(layers).train(model.training)
     block.num_layers_per_pipeline_rank = len(layers)
     block.submodules = dataclasses.replace(block.submodules, layer_specs=[spec] * len(layers))
 
