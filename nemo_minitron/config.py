@@ -40,13 +40,15 @@ class TrainerConfig:
     @property
     def ranks(self) -> int:
         """Processes that the layout needs."""
-        model = self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+        model = (
+            self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+        )
         return model * self.data_parallel_size
 
 
 @dataclass
 class OptimConfig:
-    """Adam (Megatron-core's optimizer) with warm-up and cosine decay. `lr`, `min_lr`: per step; `warmup_steps`: steps."""
+    """Megatron-core's Adam under warm-up and cosine decay from `lr` to `min_lr`; `warmup_steps` are optimizer steps."""
 
     lr: float = 1e-4
     min_lr: float = 1e-5
@@ -100,7 +102,11 @@ class ModelConfig:
 
 @dataclass
 class PruneConfig:
-    """What to keep and how to choose it. A size is an integer, a fraction of the source ("3/4"), or null: left alone."""
+    """What to keep and how to choose it. A size is an integer, a fraction of the source ("3/4"), or null: left alone.
+
+    `scores`: a scores.safetensors to use instead of scoring. `control_seeds`: how many times the same sizes are also
+    pruned at random, for comparison.
+    """
 
     hidden_size: Any = None
     ffn_hidden_size: Any = None
@@ -114,6 +120,7 @@ class PruneConfig:
     head_residual: bool = False
     calibration_samples: int = 128
     scores: str | None = None
+    control_seeds: int = 0
 
 
 @dataclass

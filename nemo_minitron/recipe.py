@@ -7,6 +7,7 @@ tracebacks for bad input too.
 import contextlib
 import io
 import json
+import logging
 import os
 import re
 import resource
@@ -14,6 +15,7 @@ import shutil
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,35 @@ from nemo_minitron.errors import InputError
 
 RESULT = "result.json"
 _ROOT = Path(__file__).resolve().parent.parent
+
+
+# Libraries that greet at INFO level, or warn of what is not installed, whenever they are imported.
+_TALKATIVE = (
+    "pytorch_lightning",
+    "lightning",
+    "nemo.lightning",
+    "nemo.collections",
+    "NeMo",
+    "datasets",
+    "matplotlib",
+)
+_EXPECTED = (
+    ".*pynvml.*",
+    ".*Apex is not installed.*",
+    ".*Transformer Engine and Apex.*",
+    ".*transformer_engine.*",
+)
+
+
+def _quiet() -> None:
+    """Leave the terminal to progress and results; NEMO_MINITRON_VERBOSE=1 shows everything."""
+    if os.environ.get("NEMO_MINITRON_VERBOSE") == "1":
+        return
+    for message in _EXPECTED:
+        warnings.filterwarnings("ignore", message=message)
+    for name in _TALKATIVE:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("megatron").setLevel(logging.ERROR)
 
 
 def rank() -> int:
@@ -48,6 +79,7 @@ def main(
         run: the work; returns the fields of `result.json`.
     """
     started = False
+    _quiet()
     # ${repository:} in a configuration is the checkout that the recipe was started from.
     OmegaConf.register_new_resolver("repository", lambda: str(_ROOT), replace=True)
 
@@ -55,6 +87,7 @@ def main(
     def task(config: DictConfig) -> None:
         nonlocal started
         started = True
+        _quiet()
         _carry_out(config, schema, check, run)
 
     stderr = io.StringIO()

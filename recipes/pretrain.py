@@ -5,9 +5,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from nemo_minitron import recipe  # noqa: E402
-from nemo_minitron.config import PretrainRecipe  # noqa: E402
-from nemo_minitron.nemo import pretrain  # noqa: E402
+from nemo_minitron import recipe
+from nemo_minitron.config import PretrainRecipe
+from nemo_minitron.nemo import pretrain
 
 if __name__ == "__main__":
     recipe.main("pretrain", PretrainRecipe, pretrain.check, pretrain.run)

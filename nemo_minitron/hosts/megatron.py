@@ -70,7 +70,9 @@ def local_norm_refuses_sequence_parallel() -> None:
     from megatron.core.models.gpt import gpt_layer_specs
     from megatron.core.transformer import torch_norm, transformer_block
 
-    _replace(torch_norm.WrappedTorchNorm, HostNorm, (torch_norm, backends, gpt_layer_specs, transformer_block))
+    _replace(
+        torch_norm.WrappedTorchNorm, HostNorm, (torch_norm, backends, gpt_layer_specs, transformer_block)
+    )
 
 
 def _replace(old: Any, new: Any, modules: Iterable[Any]) -> None:

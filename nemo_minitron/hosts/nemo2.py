@@ -36,7 +36,13 @@ def large_buffers_fault_on_every_step() -> None:
 
 def missing_accelerators_are_announced_often() -> None:
     """Importing NeMo prints dozens of warnings on what is not installed; here that is known."""
-    for message in (".*[Aa]pex.*", ".*Transformer Engine.*", ".*transformer_engine.*", ".*pynvml.*", ".*CUDA.*"):
+    for message in (
+        ".*[Aa]pex.*",
+        ".*Transformer Engine.*",
+        ".*transformer_engine.*",
+        ".*pynvml.*",
+        ".*CUDA.*",
+    ):
         warnings.filterwarnings("ignore", message=message)
 
 

@@ -101,13 +101,19 @@ def _huggingface(directory: Path, where: str) -> Source:
         names = ["model.safetensors"]
     for name in names:
         if Path(name).name != name or not name.endswith(".safetensors"):
-            raise InputError(f"{where}: weight file {name!r} is not a plain *.safetensors name in the directory")
+            raise InputError(
+                f"{where}: weight file {name!r} is not a plain *.safetensors name in the directory"
+            )
         if not _safetensors_whole(directory / name):
             raise InputError(f"{where}: {name} is missing or half-written (only safetensors are read)")
     if not (directory / "tokenizer_config.json").is_file():
         raise InputError(f"{where}: no tokenizer (tokenizer_config.json)")
     return Source(
-        directory, "huggingface", architecture_of(config, where), int(config["max_position_embeddings"]), directory
+        directory,
+        "huggingface",
+        architecture_of(config, where),
+        int(config["max_position_embeddings"]),
+        directory,
     )
 
 
@@ -140,13 +146,17 @@ def _nemo(directory: Path, where: str) -> Source:
         config = model["config"]
         architecture, seq_length = _architecture(config, where), int(config["seq_length"])
     except (yaml.YAMLError, KeyError, TypeError) as error:
-        raise InputError(f"{where}: context/model.yaml cannot be read ({type(error).__name__}: {error})") from None
+        raise InputError(
+            f"{where}: context/model.yaml cannot be read ({type(error).__name__}: {error})"
+        ) from None
     return Source(directory, "nemo", architecture, seq_length, _tokenizer_in(context, where))
 
 
 def _architecture(config: dict[str, Any], where: str) -> Architecture:
     if config.get("num_moe_experts"):
-        raise InputError(f"{where}: num_moe_experts={config['num_moe_experts']}: only dense models are supported")
+        raise InputError(
+            f"{where}: num_moe_experts={config['num_moe_experts']}: only dense models are supported"
+        )
     activation = _ACTIVATIONS.get((config.get("activation_func") or {}).get("_target_", ""))
     if activation is None:
         raise InputError(f"{where}: activation_func {config.get('activation_func')!r} is not supported")
@@ -199,7 +209,13 @@ class _NamesOnly(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         full = f"{module}.{name}"
-        is_dtype = module == "torch" and name.rstrip("0123456789") in ("float", "bfloat", "int", "uint", "bool")
+        is_dtype = module == "torch" and name.rstrip("0123456789") in (
+            "float",
+            "bfloat",
+            "int",
+            "uint",
+            "bool",
+        )
         if not is_dtype and not full.startswith(_PICKLE_MAY_NAME):
             raise pickle.UnpicklingError(f"it names {full}")
         return super().find_class(module, name)

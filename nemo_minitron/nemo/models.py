@@ -12,8 +12,8 @@ from nemo_minitron.errors import InputError
 
 hosts.prepare_nemo()
 
-from nemo.collections.llm.fn.activation import squared_relu  # noqa: E402
 from nemo.collections import llm  # noqa: E402
+from nemo.collections.llm.fn.activation import squared_relu  # noqa: E402
 from nemo.collections.llm.gpt.model.base import HAVE_TE, local_layer_spec  # noqa: E402
 from nemo.collections.llm.gpt.model.llama import Llama31Config  # noqa: E402
 
@@ -35,7 +35,10 @@ def host_settings() -> dict[str, Any]:
         "cross_entropy_loss_fusion",
     )
     settings: dict[str, Any] = dict.fromkeys(fusions, False)
-    settings |= {"transformer_layer_spec": local_layer_spec, "use_cpu_initialization": not torch.cuda.is_available()}
+    settings |= {
+        "transformer_layer_spec": local_layer_spec,
+        "use_cpu_initialization": not torch.cuda.is_available(),
+    }
     return settings
 
 
@@ -107,7 +110,9 @@ def from_config(config: Any, vocab_size: int | None = None) -> Architecture:
         add_bias_linear=config.add_bias_linear,
         add_qkv_bias=config.add_qkv_bias,
         position_embedding_type=config.position_embedding_type,
-        max_position_embeddings=config.seq_length if config.position_embedding_type == "learned_absolute" else 0,
+        max_position_embeddings=config.seq_length
+        if config.position_embedding_type == "learned_absolute"
+        else 0,
         activation=_NAMES[config.activation_func],
         layernorm_epsilon=config.layernorm_epsilon,
         layernorm_zero_centered_gamma=config.layernorm_zero_centered_gamma,

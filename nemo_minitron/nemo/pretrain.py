@@ -53,7 +53,9 @@ def check(recipe: PretrainRecipe) -> tuple[PreparedData, Architecture]:
     return data, architecture(recipe, data.indexed.vocab_size)
 
 
-def run(recipe: PretrainRecipe, prepared: tuple[PreparedData, Architecture], directory: Path) -> dict[str, Any]:
+def run(
+    recipe: PretrainRecipe, prepared: tuple[PreparedData, Architecture], directory: Path
+) -> dict[str, Any]:
     """Train, or go on where a killed run stopped; then measure the held-out loss.
 
     Returns:
@@ -101,14 +103,18 @@ def _logger(directory: Path, every_n_steps: int) -> Any:
         save_context_on_train_end=True,
         always_save_context=True,
     )
-    return nl.NeMoLogger(explicit_log_dir=str(directory / "nemo"), ckpt=checkpoints, update_logger_directory=False)
+    return nl.NeMoLogger(
+        explicit_log_dir=str(directory / "nemo"), ckpt=checkpoints, update_logger_directory=False
+    )
 
 
 def _resume(directory: Path) -> Any:
     import nemo.lightning as nl
 
     return nl.AutoResume(
-        resume_if_exists=True, resume_ignore_no_checkpoint=True, resume_from_directory=str(directory / "nemo" / "checkpoints")
+        resume_if_exists=True,
+        resume_ignore_no_checkpoint=True,
+        resume_from_directory=str(directory / "nemo" / "checkpoints"),
     )
 
 

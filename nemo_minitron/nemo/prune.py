@@ -37,15 +37,20 @@ def check(r: PruneRecipe) -> Prepared:
     _check_source(source, r)
     target = resolve_target(source.architecture, {axis: getattr(r.prune, axis) for axis in WIDTH_AXES})
     if target == source.architecture:
-        raise InputError(f"prune: all sizes are the source's; set one of {', '.join('prune.' + a for a in WIDTH_AXES)}")
+        raise InputError(
+            f"prune: all sizes are the source's; set one of {', '.join('prune.' + a for a in WIDTH_AXES)}"
+        )
     t = r.trainer
-    check_target(source.architecture, target, tp=t.tensor_model_parallel_size, pp=t.pipeline_model_parallel_size)
+    check_target(
+        source.architecture, target, tp=t.tensor_model_parallel_size, pp=t.pipeline_model_parallel_size
+    )
     sha256 = source.sha256()
     scores = _check_importance(r.prune, source.architecture, sha256)
     data = prepare_data(r.data, str(source.tokenizer))
     if data.indexed.vocab_size > source.architecture.vocab_size:
         raise InputError(
-            f"data.tokenizer has {data.indexed.vocab_size} entries, the model's vocabulary {source.architecture.vocab_size}"
+            f"data.tokenizer has {data.indexed.vocab_size} entries, the model's vocabulary "
+            f"{source.architecture.vocab_size}"
         )
     available = data.indexed.tokens["train"] // r.data.seq_length
     if scores is None and r.prune.importance == "activation" and r.prune.calibration_samples > available:
@@ -61,7 +66,9 @@ def check(r: PruneRecipe) -> Prepared:
 def _check_source(source: Source, r: PruneRecipe) -> None:
     arch, t = source.architecture, r.trainer
     if r.data.seq_length > source.seq_length:
-        raise InputError(f"data.seq_length={r.data.seq_length}: the model was made for {source.seq_length} tokens")
+        raise InputError(
+            f"data.seq_length={r.data.seq_length}: the model was made for {source.seq_length} tokens"
+        )
     for axis in ("num_query_groups", "ffn_hidden_size", "vocab_size"):
         if getattr(arch, axis) % t.tensor_model_parallel_size:
             raise InputError(
@@ -133,7 +140,42 @@ def run(r: PruneRecipe, prepared: Prepared, directory: Path) -> dict[str, Any]:
         if scores is not None:
             _keep_scores(scores, plan, directory)
     _save(session, directory)
-    return _result(r, prepared, before, after, scores, directory)
+    result = _result(r, prepared, before, after, scores, directory)
+    return result | _controls(r, prepared, after.nats, directory)
+
+
+def _controls(r: PruneRecipe, prepared: Prepared, loss: float, directory: Path) -> dict[str, Any]:
+    """Prune the source at random, `prune.control_seeds` times, to the same sizes; a table beside the result."""
+    from nemo_minitron.nemo.session import Session
+    from nemo_minitron.nemo.transforms import prune_model
+    from nemo_minitron.pruning import make_plan
+
+    if not r.prune.control_seeds:
+        return {}
+    losses = []
+    source = prepared.source
+    for seed in range(r.prune.control_seeds):
+        session = Session(source, r.trainer, seq_length=source.seq_length)
+        plan = make_plan(
+            source.architecture,
+            prepared.target,
+            importance="random",
+            seed=seed,
+            source_sha256=prepared.source_sha256,
+        )
+        prune_model(session.model, session.chunks, plan)
+        losses.append(
+            session.lm_loss(prepared.data, r.data, "valid", r.eval.samples, f"random seed {seed}").nats
+        )
+    if recipe.rank() == 0:
+        rows = [("importance", loss), *((f"random, seed {seed}", nats) for seed, nats in enumerate(losses))]
+        lines = [
+            "| kept by | LM loss, nats |",
+            "|---|---|",
+            *(f"| {name} | {nats:.4f} |" for name, nats in rows),
+        ]
+        (directory / "control.md").write_text("\n".join(lines) + "\n")
+    return {"control_lm_loss_nats": losses, "beats_all_controls": loss < min(losses)}
 
 
 def _score(session: Any, r: PruneRecipe, prepared: Prepared) -> Any:
@@ -167,7 +209,9 @@ def _save(session: Any, directory: Path) -> None:
     session.trainer.strategy.barrier("renamed")
 
 
-def _result(r: PruneRecipe, p: Prepared, before: Any, after: Any, scores: Any, directory: Path) -> dict[str, Any]:
+def _result(
+    r: PruneRecipe, p: Prepared, before: Any, after: Any, scores: Any, directory: Path
+) -> dict[str, Any]:
     source, target = p.source.architecture, p.target
     return {
         "recipe": "prune",

@@ -59,7 +59,9 @@ class Session:
         """The sizes that the model has now."""
         return models.from_config(self.model.config)
 
-    def lm_loss(self, data: PreparedData, d: DataConfig, split: str, samples: int | None, label: str) -> LMLoss:
+    def lm_loss(
+        self, data: PreparedData, d: DataConfig, split: str, samples: int | None, label: str
+    ) -> LMLoss:
         """Loss in nats over the first `samples` packed sequences of a split (None: all of one pass), with progress."""
         dataset = self.dataset(data, d, split)
         count = min(samples or len(dataset), len(dataset))
@@ -95,7 +97,9 @@ def _progress(label: str, total: int) -> Callable[[int], None] | None:
         return None
     from tqdm import tqdm
 
-    bar = tqdm(total=total, desc=label, unit="seq", file=sys.stderr, mininterval=1.0 if sys.stderr.isatty() else 10.0)
+    bar = tqdm(
+        total=total, desc=label, unit="seq", file=sys.stderr, mininterval=1.0 if sys.stderr.isatty() else 10.0
+    )
 
     def show(done: int) -> None:
         bar.update(min(total, done) - bar.n)
