@@ -132,7 +132,10 @@ class EvalConfig:
 
 @dataclass
 class CommonConfig:
-    """What every recipe has. Groups that a recipe does not use are composed all the same and stay untouched."""
+    """What every recipe has. Groups that a recipe does not use are composed all the same and stay untouched.
+
+    `prepared` is the launcher's: what it checked, converted and indexed once, before the ranks started.
+    """
 
     run_dir: str = MISSING
     overwrite: bool = False
@@ -147,6 +150,7 @@ class CommonConfig:
     source: Any = None
     student: Any = None
     teacher: Any = None
+    prepared: Any = None
 
 
 @dataclass

@@ -77,6 +77,8 @@ def main(
         check: everything that can be refused before a model is loaded, and what is prepared once for all ranks
             (conversion, indices). Its return value is handed to `run`.
         run: the work; returns the fields of `result.json`.
+
+    What `check` returns has a method `to_config`: plain values by which the launcher's ranks find it again.
     """
     started = False
     _quiet()
@@ -144,7 +146,7 @@ def _carry_out(config: DictConfig, schema: Any, check: Any, run: Any) -> None:
         directory = Path(parsed.run_dir)
         prepared = _claim_and_check(parsed, directory, check)
         if os.environ.get("NEMO_MINITRON_PREPARE") == "1":
-            OmegaConf.save(_resolved(config), directory / "resolved.yaml")
+            OmegaConf.save(_resolved(config, prepared), directory / "resolved.yaml")
             print(directory.resolve(), flush=True)
             return
         fields = run(parsed, prepared, directory)
@@ -160,8 +162,11 @@ def _carry_out(config: DictConfig, schema: Any, check: Any, run: Any) -> None:
             print(path, flush=True)
 
 
-def _resolved(config: DictConfig) -> DictConfig:
-    return OmegaConf.create(OmegaConf.to_container(config, resolve=True))
+def _resolved(config: DictConfig, prepared: Any) -> DictConfig:
+    """What the ranks are started with: nothing left to compose, to convert or to index."""
+    plain = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(plain, dict)
+    return OmegaConf.create({**plain, "prepared": prepared.to_config()})
 
 
 def _claim_and_check(parsed: CommonConfig, directory: Path, check: Callable[[Any], Any]) -> Any:
@@ -177,8 +182,8 @@ def _claim_and_check(parsed: CommonConfig, directory: Path, check: Callable[[Any
 
 def fresh(path: Path) -> Path:
     """Remove what an unfinished or overwritten run left at `path` (rank 0), and return it."""
-    if rank() == 0 and path.exists():
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if rank() == 0 and (path.exists() or path.is_symlink()):
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     return path
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 # Part of the cache's key: raise it whenever the same corpus and tokenizer would give other files.
 FORMAT_VERSION = 1
-_MANIFEST = "manifest.json"
+MANIFEST = "manifest.json"
 _BATCH_BYTES = 1 << 20
 _PROGRESS_EVERY_S = 10.0
 
@@ -138,7 +138,7 @@ def exclusive(path: Path) -> Iterator[bool]:
 
 def _finished(final: Path) -> IndexedCorpus | None:
     try:
-        return IndexedCorpus.from_json(final / _MANIFEST)
+        return IndexedCorpus.from_json(final / MANIFEST)
     except InputError:
         return None
 
@@ -153,7 +153,7 @@ def _build_once(corpus: Corpus, tokenizer: "PreTrainedTokenizerBase", final: Pat
                 shutil.rmtree(left_over, ignore_errors=True)
             shutil.rmtree(final, ignore_errors=True)
             _build(corpus, tokenizer, final)
-            indexed = IndexedCorpus.from_json(final / _MANIFEST)
+            indexed = IndexedCorpus.from_json(final / MANIFEST)
     return indexed
 
 
@@ -186,7 +186,7 @@ def _write(corpus: Corpus, tokenizer: "PreTrainedTokenizerBase", directory: Path
         manifest_sha256=corpus.manifest_sha256,
         tokenizer_sha256=tokenizer_sha256(tokenizer),
         file_bytes={file.name: file.stat().st_size for file in sorted(directory.iterdir())},
-    ).to_json(directory / _MANIFEST)
+    ).to_json(directory / MANIFEST)
 
 
 def _write_split(

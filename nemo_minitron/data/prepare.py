@@ -4,13 +4,14 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemo_minitron.config import DataConfig, cache_dir
 from nemo_minitron.data.corpora import Corpus, load_corpus
-from nemo_minitron.data.indexed import IndexedCorpus, build_indexed, exclusive
+from nemo_minitron.data.indexed import MANIFEST, IndexedCorpus, build_indexed, exclusive
 from nemo_minitron.data.tokenizer import load_tokenizer, train_bpe
 
 if TYPE_CHECKING:
@@ -21,10 +22,14 @@ if TYPE_CHECKING:
 class PreparedData:
     """An indexed corpus and the tokenizer it was indexed with. `tokenizer_dir`: a Hugging Face directory or hub id."""
 
-    corpus: Corpus
     indexed: IndexedCorpus
     tokenizer: "PreTrainedTokenizerBase"
     tokenizer_dir: str
+
+    def to_config(self) -> dict[str, str]:
+        """Where it lies, for ranks that start later and need not open the corpus again."""
+        manifest = Path(self.indexed.train_prefix).parent / MANIFEST
+        return {"indexed": str(manifest), "tokenizer": str(self.tokenizer_dir)}
 
     @property
     def index_cache(self) -> Path:
@@ -32,20 +37,35 @@ class PreparedData:
         return Path(self.indexed.train_prefix).parent / "order"
 
 
-def prepare_data(data: DataConfig, tokenizer: str | None = None) -> PreparedData:
+def prepare_data(
+    data: DataConfig, tokenizer: str | None = None, ready: Mapping[str, str] | None = None
+) -> PreparedData:
     """Open the corpus, find or train the tokenizer, build or find the index.
 
     Args:
         tokenizer: the checkpoint's own, used where the configuration names none; with neither, a BPE is trained.
+        ready: of `PreparedData.to_config`: what the launcher prepared for its ranks; the corpus stays closed then.
 
     Raises:
         InputError: as `load_corpus`, `train_bpe` and `build_indexed`.
     """
-    corpus = load_corpus({k: v for k, v in vars(data).items() if v is not None})
+    if ready:
+        indexed = IndexedCorpus.from_json(ready["indexed"])
+        return PreparedData(indexed, load_tokenizer(ready["tokenizer"]), ready["tokenizer"])
+    corpus = open_corpus(data)
     directory = data.tokenizer or tokenizer or _trained(corpus, data)
     loaded = load_tokenizer(directory)
     indexed = build_indexed(corpus, loaded, cache_dir(data, "data"), seq_length=data.seq_length)
-    return PreparedData(corpus, indexed, loaded, directory)
+    return PreparedData(indexed, loaded, directory)
+
+
+def open_corpus(data: DataConfig) -> Corpus:
+    """The corpus that the configuration names.
+
+    Raises:
+        InputError: as `load_corpus`.
+    """
+    return load_corpus({k: v for k, v in vars(data).items() if v is not None})
 
 
 def _trained(corpus: Corpus, data: DataConfig) -> str:

@@ -81,7 +81,7 @@ def find_source(path: str | Path, key: str = "source") -> Source:
         if not (Path(path) / "result.json").is_file():
             raise InputError(f"{where}: this run did not finish (no result.json)")
     if (directory / "weights").is_dir() or (directory / "context").is_dir():
-        return _nemo(directory, where)
+        return _nemo(directory.resolve(), where)
     if (directory / "config.json").is_file():
         return _huggingface(directory, where)
     raise InputError(

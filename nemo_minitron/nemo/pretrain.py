@@ -1,12 +1,20 @@
 """The work of `recipes/pretrain.py`: a Llama-architecture GPT from scratch with NeMo 2."""
 
+import os
+import platform
+import shlex
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron import recipe as recipe_module
 from nemo_minitron.arch import Architecture
 from nemo_minitron.config import PretrainRecipe
-from nemo_minitron.data.prepare import PreparedData, prepare_data
+from nemo_minitron.data.prepare import PreparedData, open_corpus, prepare_data
+from nemo_minitron.data.statistics import bits_per_byte, compression_bits_per_byte, unigram_entropy_nats
 from nemo_minitron.errors import InputError
+from nemo_minitron.nemo.checkpoints import CHECKPOINT
 
 
 def architecture(recipe: PretrainRecipe, vocab_size: int) -> Architecture:
@@ -41,35 +49,65 @@ def architecture(recipe: PretrainRecipe, vocab_size: int) -> Architecture:
     return arch
 
 
-def check(recipe: PretrainRecipe) -> tuple[PreparedData, Architecture]:
+@dataclass(frozen=True)
+class Prepared:
+    """The indexed corpus and the sizes of the model that will be trained on it."""
+
+    data: PreparedData
+    architecture: Architecture
+
+    def to_config(self) -> dict[str, Any]:
+        """For the launcher's ranks."""
+        return {"data": self.data.to_config()}
+
+
+def check(recipe: PretrainRecipe) -> Prepared:
     """Prepare the data and check the sizes, before NeMo is imported.
 
     Raises:
-        InputError: what `prepare_data` and `architecture` refuse; no training steps.
+        InputError: what `prepare_data` and `architecture` refuse; no training steps; an export from several ranks.
     """
     if recipe.trainer.max_steps < 1:
         raise InputError(f"trainer.max_steps={recipe.trainer.max_steps}: must be at least 1")
-    data = prepare_data(recipe.data)
-    return data, architecture(recipe, data.indexed.vocab_size)
+    if recipe.export_dir and recipe.trainer.ranks > 1:
+        raise InputError(
+            f"export_dir={recipe.export_dir}: is written by one process, not by {recipe.trainer.ranks}"
+        )
+    data = prepare_data(recipe.data, ready=(recipe.prepared or {}).get("data"))
+    return Prepared(data, architecture(recipe, data.indexed.vocab_size))
 
 
-def run(
-    recipe: PretrainRecipe, prepared: tuple[PreparedData, Architecture], directory: Path
-) -> dict[str, Any]:
-    """Train, or go on where a killed run stopped; then measure the held-out loss.
+def run(recipe: PretrainRecipe, prepared: Prepared, directory: Path) -> dict[str, Any]:
+    """Train, or go on where a killed run stopped; then measure the held-out loss and export.
 
     Returns:
         The fields of `result.json`.
     """
+    from nemo_minitron.nemo.checkpoints import find_source
+    from nemo_minitron.nemo.huggingface import export_checkpoint
+
+    _train(recipe, prepared, directory)
+    source = find_source(_link_checkpoint(directory))
+    result = _measure(recipe, prepared, source)
+    result["checkpoint"] = str((directory / CHECKPOINT).resolve())
+    if recipe.export_dir:
+        export = Path(recipe.export_dir)
+        export_checkpoint(source, export)
+        (export / "README.md").write_text(card(recipe, result))
+        for file in export.iterdir():
+            file.chmod(0o644)
+    return result
+
+
+def _train(recipe: PretrainRecipe, prepared: Prepared, directory: Path) -> None:
     from nemo.collections import llm
 
     from nemo_minitron.nemo import models, session, trainer
 
-    data, arch = prepared
-    t = recipe.trainer
-    config = models.to_config(arch, seq_length=recipe.data.seq_length, precision=t.precision)
-    trainer.seed_everything(recipe.seed)
+    data, t = prepared.data, recipe.trainer
+    config = models.to_config(prepared.architecture, seq_length=recipe.data.seq_length, precision=t.precision)
     config.init_method_std = recipe.model.init_method_std
+    trainer.seed_everything(recipe.seed)
     tokenizer = session.nemo_tokenizer(data.tokenizer_dir)
     model = models.to_model(config, tokenizer, trainer.optimizer(recipe.optim, t))
     llm.train(
@@ -79,14 +117,67 @@ def run(
         log=_logger(directory, t.val_check_interval or t.max_steps),
         resume=_resume(directory),
     )
+
+
+def _link_checkpoint(directory: Path) -> Path:
+    """RUN/checkpoint, where every recipe looks for a run's model."""
+    link = directory / CHECKPOINT
+    if recipe_module.rank() == 0:
+        recipe_module.fresh(link)
+        link.symlink_to(os.path.relpath(last_checkpoint(directory), directory), target_is_directory=True)
+    return last_checkpoint(directory)
+
+
+def _measure(recipe: PretrainRecipe, prepared: Prepared, source: Any) -> dict[str, Any]:
+    """Loss on the held-out split beside what knows nothing (unigrams) and what knows no language (xz)."""
+    from nemo_minitron.nemo.session import Session
+
+    data, t, d = prepared.data, recipe.trainer, recipe.data
+    loss = Session(source, t).lm_loss(data, d, "valid", recipe.eval.samples, "held-out loss")
+    valid_tokens, valid_bytes = data.indexed.tokens["valid"], data.indexed.bytes["valid"]
+    xz = compression_bits_per_byte(open_corpus(d))
     return {
-        "checkpoint": str(last_checkpoint(directory)),
-        "params": arch.parameters(),
-        "tokens": t.max_steps * t.global_batch_size * recipe.data.seq_length,
+        "recipe": "pretrain",
+        "params": prepared.architecture.parameters(),
         "steps": t.max_steps,
+        "tokens": t.max_steps * t.global_batch_size * d.seq_length,
         "seed": recipe.seed,
-        "data_manifest_sha256": data.indexed.manifest_sha256,
+        "lm_loss_nats": loss.nats,
+        "eval_samples": loss.samples,
+        "bits_per_byte": bits_per_byte(loss.nats, valid_tokens, valid_bytes),
+        "unigram_entropy_nats": unigram_entropy_nats(data.indexed.valid_prefix),
+        "xz_bits_per_byte_alone": xz.alone,
+        "xz_bits_per_byte_given_train": xz.given_train,
+        "data": d.name,
+        "data_sha256": data.indexed.manifest_sha256,
+        "python": platform.python_version(),
+        "command": " ".join(["python", *map(shlex.quote, sys.argv)]),
+        "peak_rss_gib": recipe_module.peak_rss_gib(),
     }
+
+
+def card(recipe: PretrainRecipe, result: dict[str, Any]) -> str:
+    """The README of an exported model: how it was made, and how good it is."""
+    m, r = recipe.model, result
+    rows = {
+        "command": f"`{r['command']}`",
+        "seed": r["seed"],
+        "steps, tokens": f"{r['steps']:,} steps, {r['tokens']:,} tokens",
+        "parameters": f"{r['params']:,}",
+        "held-out loss": f"{r['lm_loss_nats']:.4f} nats a token ({r['eval_samples']} sequences of "
+        f"{recipe.data.seq_length})",
+        "unigram entropy of the held-out tokens": f"{r['unigram_entropy_nats']:.4f} nats a token",
+        "held-out bits per byte": f"{r['bits_per_byte']:.4f}",
+        "`xz -9` on the held-out files, alone": f"{r['xz_bits_per_byte_alone']:.4f} bits per byte",
+        "`xz -9` on them, given the training files": f"{r['xz_bits_per_byte_given_train']:.4f} bits per byte",
+        "data": f"{r['data']}, Python {r['python']}, manifest sha256 `{r['data_sha256']}`",
+    }
+    shape = (
+        f"Llama architecture: {m.num_layers} layers, hidden {m.hidden_size}, MLP {m.ffn_hidden_size}, "
+        f"{m.num_attention_heads} heads in {m.num_query_groups} groups of head size {m.kv_channels}."
+    )
+    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+    return f"# A small teacher\n\n{shape}\nTrained from scratch by `recipes/pretrain.py`.\n\n| | |\n|---|---|\n{table}\n"
 
 
 def _logger(directory: Path, every_n_steps: int) -> Any:

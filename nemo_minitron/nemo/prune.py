@@ -24,6 +24,14 @@ class Prepared:
     data: PreparedData
     scores: Any
 
+    def to_config(self) -> dict[str, Any]:
+        """For the launcher's ranks, which need not hash, convert or index again."""
+        return {
+            "source": str(self.source.path),
+            "source_sha256": self.source_sha256,
+            "data": self.data.to_config(),
+        }
+
 
 def check(r: PruneRecipe) -> Prepared:
     """Refuse what cannot work; convert the checkpoint and index the data once.
@@ -33,7 +41,8 @@ def check(r: PruneRecipe) -> Prepared:
     """
     from nemo_minitron.pruning import check_target, resolve_target
 
-    source = find_source(r.source)
+    ready = r.prepared or {}
+    source = find_source(ready.get("source", r.source))
     _check_source(source, r)
     target = resolve_target(source.architecture, {axis: getattr(r.prune, axis) for axis in WIDTH_AXES})
     if target == source.architecture:
@@ -44,9 +53,9 @@ def check(r: PruneRecipe) -> Prepared:
     check_target(
         source.architecture, target, tp=t.tensor_model_parallel_size, pp=t.pipeline_model_parallel_size
     )
-    sha256 = source.sha256()
+    sha256 = ready.get("source_sha256") or source.sha256()
     scores = _check_importance(r.prune, source.architecture, sha256)
-    data = prepare_data(r.data, str(source.tokenizer))
+    data = prepare_data(r.data, str(source.tokenizer), ready.get("data"))
     if data.indexed.vocab_size > source.architecture.vocab_size:
         raise InputError(
             f"data.tokenizer has {data.indexed.vocab_size} entries, the model's vocabulary "
