@@ -54,9 +54,11 @@ def _quiet() -> None:
         return
     for message in _EXPECTED:
         warnings.filterwarnings("ignore", message=message)
-    for name in _TALKATIVE:
-        logging.getLogger(name).setLevel(logging.ERROR)
-    logging.getLogger("megatron").setLevel(logging.ERROR)
+    for handler in logging.getLogger().handlers:
+        # Not levels of loggers: the libraries set those again when they are imported.
+        handler.addFilter(
+            lambda record: record.levelno >= logging.ERROR or record.name.split(".")[0] not in _TALKATIVE
+        )
 
 
 def rank() -> int:

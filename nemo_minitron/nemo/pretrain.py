@@ -177,7 +177,8 @@ def card(recipe: PretrainRecipe, result: dict[str, Any]) -> str:
         f"{m.num_attention_heads} heads in {m.num_query_groups} groups of head size {m.kv_channels}."
     )
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
-    return f"# A small teacher\n\n{shape}\nTrained from scratch by `recipes/pretrain.py`.\n\n| | |\n|---|---|\n{table}\n"
+    head = f"# A small teacher\n\n{shape}\nTrained from scratch by `recipes/pretrain.py`."
+    return f"{head}\n\n| | |\n|---|---|\n{table}\n"
 
 
 def _logger(directory: Path, every_n_steps: int) -> Any:
