@@ -104,6 +104,8 @@ class ModelConfig:
 class PruneConfig:
     """What to keep and how to choose it. A size is an integer, a fraction of the source ("3/4"), or null: left alone.
 
+    Layers: `num_layers` lets `layer_metric` ("block_influence", "angular_distance") choose, `contiguous` as one block;
+    or `keep_layers` or `drop_layers` lists them, 0-based; `drop_layers=late` is the block right before the last layer.
     `scores`: a scores.safetensors to use instead of scoring. `control_seeds`: how many times the same sizes are also
     pruned at random, for comparison.
     """
@@ -112,6 +114,13 @@ class PruneConfig:
     ffn_hidden_size: Any = None
     num_attention_heads: Any = None
     num_query_groups: Any = None
+    num_layers: Any = None
+    keep_layers: Any = None
+    drop_layers: Any = None
+    layer_metric: str = "block_influence"
+    contiguous: bool = False
+    protect_first: int = 0
+    protect_last: int = 0
     importance: str = "activation"
     seed: int = 0
     batch: str = "l2"

@@ -1,5 +1,6 @@
 """Scoring as a callback of a plain nemo.lightning Trainer."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import lightning.pytorch as pl
 from nemo_minitron import recipe
 from nemo_minitron.arch import WIDTH_AXES
 from nemo_minitron.importance.aggregation import Statistic
+from nemo_minitron.importance.block_influence import BlockInfluenceCollector
 from nemo_minitron.importance.collectors import ImportanceCollector
 from nemo_minitron.importance.scores import Scores
 from nemo_minitron.nemo import models
@@ -24,6 +26,7 @@ class ImportanceCallback(pl.Callback):
         axes: of `arch.WIDTH_AXES`.
         batch, sequence: aggregations, "mean", "l2" or "var" (arXiv 2407.14679 §2.2).
         include_final_norm: whether the last norm counts for `hidden_size`.
+        block_lengths: also score layers, alone (1) and in blocks of these lengths, by block influence.
         source_sha256, data_sha256: identities to keep with the scores, so that a plan can refuse another model's.
     """
 
@@ -35,15 +38,17 @@ class ImportanceCallback(pl.Callback):
         batch: Statistic = "l2",
         sequence: Statistic = "mean",
         include_final_norm: bool = True,
+        block_lengths: Sequence[int] = (),
         source_sha256: str = "",
         data_sha256: str = "",
     ) -> None:
         super().__init__()
         self.path, self.axes, self.batch, self.sequence = path, axes, batch, sequence
-        self.include_final_norm = include_final_norm
+        self.include_final_norm, self.block_lengths = include_final_norm, tuple(block_lengths)
         self.source_sha256, self.data_sha256 = source_sha256, data_sha256
         self.scores: Scores | None = None
         self._collector: ImportanceCollector | None = None
+        self._blocks: BlockInfluenceCollector | None = None
 
     def attach(self, chunks: list[Any]) -> None:
         """Put the hooks on this rank's Megatron GPTModels."""
@@ -51,6 +56,9 @@ class ImportanceCallback(pl.Callback):
             chunks, self.axes, self.batch, self.sequence, self.include_final_norm
         )
         self._collector.__enter__()
+        if self.block_lengths:
+            self._blocks = BlockInfluenceCollector(chunks, self.block_lengths)
+            self._blocks.__enter__()
 
     def finish(self, config: Any) -> Scores:
         """Remove the hooks, reduce over all ranks, write.
@@ -65,6 +73,10 @@ class ImportanceCallback(pl.Callback):
         assert collector is not None, "attach first"
         collector.__exit__(None, None, None)
         tensors = collector.finish()
+        blocks, self._blocks = self._blocks, None
+        if blocks is not None:
+            blocks.__exit__(None, None, None)
+            tensors |= blocks.finish()
         self.scores = Scores(
             architecture=models.from_config(config),
             source_sha256=self.source_sha256,

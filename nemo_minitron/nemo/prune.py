@@ -21,6 +21,7 @@ class Prepared:
     source: Source
     source_sha256: str
     target: Architecture
+    keep_layers: list[int] | None
     data: PreparedData
     scores: Any
 
@@ -39,16 +40,12 @@ def check(r: PruneRecipe) -> Prepared:
     Raises:
         InputError: see the module's callees; each names the value, the place and what is legal.
     """
-    from nemo_minitron.pruning import check_target, resolve_target
+    from nemo_minitron.pruning import check_target
 
     ready = r.prepared or {}
     source = find_source(ready.get("source", r.source))
     _check_source(source, r)
-    target = resolve_target(source.architecture, {axis: getattr(r.prune, axis) for axis in WIDTH_AXES})
-    if target == source.architecture:
-        raise InputError(
-            f"prune: all sizes are the source's; set one of {', '.join('prune.' + a for a in WIDTH_AXES)}"
-        )
+    target, keep_layers = _target(r.prune, source.architecture)
     t = r.trainer
     check_target(
         source.architecture, target, tp=t.tensor_model_parallel_size, pp=t.pipeline_model_parallel_size
@@ -69,7 +66,31 @@ def check(r: PruneRecipe) -> Prepared:
         )
     if source.kind == "huggingface":
         source = _converted(source, r)
-    return Prepared(source, sha256, target, data, scores)
+    return Prepared(source, sha256, target, keep_layers, data, scores)
+
+
+def _target(p: PruneConfig, arch: Architecture) -> tuple[Architecture, list[int] | None]:
+    """What to make of the source, and the layers that are listed to stay, if they are."""
+    from nemo_minitron.pruning import resolve_target
+    from nemo_minitron.pruning.ranking import explicit_layers
+
+    sizes = {axis: getattr(p, axis) for axis in (*WIDTH_AXES, "num_layers")}
+    target, drop = resolve_target(arch, sizes), p.drop_layers
+    if drop == "late":
+        last = arch.num_layers - 1
+        drop = list(range(last - (arch.num_layers - target.num_layers), last))
+    for name, value in (("keep_layers", p.keep_layers), ("drop_layers", drop)):
+        if value is not None and not isinstance(value, list):
+            raise InputError(f"prune.{name}={value}: must be a list of layer numbers, such as [3,4]")
+    keep = explicit_layers(arch.num_layers, p.keep_layers, drop)
+    if keep is not None:
+        target = target.replace(num_layers=len(keep) if p.num_layers is None else target.num_layers)
+        if len(keep) != target.num_layers:
+            raise InputError(f"prune.num_layers={target.num_layers}: but the listed layers keep {len(keep)}")
+    if target == arch:
+        axes = ", ".join(f"prune.{axis}" for axis in sizes)
+        raise InputError(f"prune: all sizes are the source's; set one of {axes}")
+    return target, keep
 
 
 def _check_source(source: Source, r: PruneRecipe) -> None:
@@ -124,7 +145,6 @@ def run(r: PruneRecipe, prepared: Prepared, directory: Path) -> dict[str, Any]:
     """
     from nemo_minitron.nemo.session import Session
     from nemo_minitron.nemo.transforms import prune_model
-    from nemo_minitron.pruning import make_plan
 
     for name in (CHECKPOINT, "scores.safetensors", "plan.json", "importance.png"):
         recipe.fresh(directory / name)
@@ -132,15 +152,7 @@ def run(r: PruneRecipe, prepared: Prepared, directory: Path) -> dict[str, Any]:
     scores = prepared.scores
     if scores is None and r.prune.importance == "activation":
         scores = _score(session, r, prepared)
-    plan = make_plan(
-        prepared.source.architecture,
-        prepared.target,
-        scores,
-        importance=r.prune.importance,
-        seed=r.prune.seed,
-        source_sha256=prepared.source_sha256,
-        head_residual=r.prune.head_residual,
-    )
+    plan = _plan(r, prepared, scores, r.prune.importance, r.prune.seed)
     before = session.lm_loss(prepared.data, r.data, "valid", r.eval.samples, "loss before")
     prune_model(session.model, session.chunks, plan)
     after = session.lm_loss(prepared.data, r.data, "valid", r.eval.samples, "loss after")
@@ -153,11 +165,31 @@ def run(r: PruneRecipe, prepared: Prepared, directory: Path) -> dict[str, Any]:
     return result | _controls(r, prepared, after.nats, directory)
 
 
+def _plan(r: PruneRecipe, prepared: Prepared, scores: Any, importance: Any, seed: int) -> Any:
+    """A plan by `scores`, or at random; a random one does not take the listed layers either."""
+    from nemo_minitron.pruning import make_plan
+
+    p = r.prune
+    return make_plan(
+        prepared.source.architecture,
+        prepared.target,
+        scores,
+        importance=importance,
+        seed=seed,
+        source_sha256=prepared.source_sha256,
+        keep_layers=None if importance == "random" else prepared.keep_layers,
+        layer_metric=p.layer_metric,
+        contiguous=p.contiguous,
+        protect_first=p.protect_first,
+        protect_last=p.protect_last,
+        head_residual=p.head_residual and importance != "random",
+    )
+
+
 def _controls(r: PruneRecipe, prepared: Prepared, loss: float, directory: Path) -> dict[str, Any]:
     """Prune the source at random, `prune.control_seeds` times, to the same sizes; a table beside the result."""
     from nemo_minitron.nemo.session import Session
     from nemo_minitron.nemo.transforms import prune_model
-    from nemo_minitron.pruning import make_plan
 
     if not r.prune.control_seeds:
         return {}
@@ -165,13 +197,7 @@ def _controls(r: PruneRecipe, prepared: Prepared, loss: float, directory: Path) 
     source = prepared.source
     for seed in range(r.prune.control_seeds):
         session = Session(source, r.trainer, seq_length=source.seq_length)
-        plan = make_plan(
-            source.architecture,
-            prepared.target,
-            importance="random",
-            seed=seed,
-            source_sha256=prepared.source_sha256,
-        )
+        plan = _plan(r, prepared, None, "random", seed)
         prune_model(session.model, session.chunks, plan)
         losses.append(
             session.lm_loss(prepared.data, r.data, "valid", r.eval.samples, f"random seed {seed}").nats
@@ -194,12 +220,19 @@ def _score(session: Any, r: PruneRecipe, prepared: Prepared) -> Any:
         batch=r.prune.batch,
         sequence=r.prune.sequence,
         include_final_norm=r.prune.include_final_norm,
+        block_lengths=_block_lengths(prepared),
         source_sha256=prepared.source_sha256,
         data_sha256=prepared.data.indexed.manifest_sha256,
     )
     callback.attach(session.chunks)
     session.lm_loss(prepared.data, r.data, "train", r.prune.calibration_samples, "scoring")
     return callback.finish(session.model.config)
+
+
+def _block_lengths(prepared: Prepared) -> tuple[int, ...]:
+    """Single layers and, where layers go, the block of as many."""
+    gone = prepared.source.architecture.num_layers - prepared.target.num_layers
+    return tuple({1, gone}) if gone else ()
 
 
 def _keep_scores(scores: Any, plan: Any, directory: Path) -> None:
