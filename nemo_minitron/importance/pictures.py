@@ -12,7 +12,8 @@ _COLUMNS = 256
 
 
 def importance_picture(scores: Scores, kept: Any, path: str | Path) -> None:
-    """Draw each axis's scores, one row a layer, sorted within the row, with a line where the kept units end.
+    """Draw each axis's scores, one row a layer, sorted within the row, with a line where the kept units end; where
+    layers were scored, also their curves, with the dropped ones shaded.
 
     Args:
         scores: to draw.
@@ -23,9 +24,14 @@ def importance_picture(scores: Scores, kept: Any, path: str | Path) -> None:
     from matplotlib.figure import Figure
 
     axes = [axis for axis in scores.tensors if "/" not in axis]
-    figure = Figure(figsize=(10, 2.2 * len(axes)), layout="constrained")
+    curves = [name for name in scores.tensors if name.startswith("layers/")]
+    count = len(axes) + bool(curves)
+    figure = Figure(figsize=(10, 2.2 * count), layout="constrained")
     FigureCanvasAgg(figure)
-    for plot, axis in zip(figure.subplots(len(axes), 1, squeeze=False)[:, 0], axes, strict=True):
+    plots = list(figure.subplots(count, 1, squeeze=False)[:, 0])
+    if curves:
+        _depth_curves(plots.pop(), scores, curves, kept.layers)
+    for plot, axis in zip(plots, axes, strict=True):
         rows = _columns(torch.atleast_2d(scores.tensors[axis]).sort(dim=1, descending=True).values)
         image = plot.imshow(
             rows.log10().numpy(), aspect="auto", interpolation="nearest", extent=(0, 1, len(rows), 0)
@@ -39,6 +45,18 @@ def importance_picture(scores: Scores, kept: Any, path: str | Path) -> None:
         plot.set_yticks([])
         plot.set_xlabel("share of units, most important first")
     figure.savefig(path, dpi=110)
+
+
+def _depth_curves(plot: Any, scores: Scores, names: list[str], layers: Any) -> None:
+    for name in names:
+        plot.plot(scores.tensors[name].numpy(), marker="o", markersize=3, label=name.removeprefix("layers/"))
+    dropped = sorted(set(range(scores.architecture.num_layers)) - set(layers)) if layers is not None else []
+    for number, layer in enumerate(dropped):
+        plot.axvspan(layer - 0.5, layer + 0.5, alpha=0.15, color="black", label="" if number else "dropped")
+    plot.set_xlabel("layer")
+    plot.set_ylabel("score")
+    plot.set_yscale("log")
+    plot.legend(fontsize=8)
 
 
 def _columns(rows: Tensor) -> Tensor:
