@@ -5,6 +5,7 @@ torchrun itself ends with exit code 1 whatever a rank's was; its library says wh
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -42,11 +43,30 @@ def launch(job: dict[str, Any], *arguments: str) -> None:
     elastic_launch(config, "/bin/bash")(*(text.replace("$", "$$") for text in arguments))
 
 
+def watch(state: Path) -> list[int]:
+    """A list that grows by the process id of each rank that ends, in that order.
+
+    The agent looks only every 0.1 s, when the ranks that lost their peer have failed too, and dates failures by
+    the second; the first to end is the one with the cause.
+    """
+    ended: list[int] = []
+
+    def look(_number: int, _frame: object) -> None:
+        for file in state.glob("*.pid"):
+            pid = int(file.read_text())
+            with contextlib.suppress(ChildProcessError):  # WNOWAIT: its exit code stays for the agent
+                if pid not in ended and os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                    ended.append(pid)
+
+    signal.signal(signal.SIGCHLD, look)
+    return ended
+
+
 def main() -> int:
     """Runs the job that the first argument describes, until every rank has ended.
 
     Returns:
-        0, 1 if ranks failed (STATE/failures.json then holds each one's exit code), 128 + N after signal N.
+        0, 1 if ranks failed (STATE/failure.json then names the first and its exit code), 128 + N after signal N.
     """
     job = json.loads(sys.argv[1])
     # The ranks end with the launcher, even when it is killed: asked for before torch's import, which takes seconds.
@@ -57,11 +77,13 @@ def main() -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    ended = watch(Path(job["state"]))
     try:
         launch(job, str(RANK), job["logs"], job["state"], *job["command"])
     except ChildFailedError as error:
-        codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
-        Path(job["state"], "failures.json").write_text(json.dumps(codes))
+        order = {pid: place for place, pid in enumerate(ended)}
+        rank, failure = min(error.failures.items(), key=lambda item: order.get(item[1].pid, len(order)))
+        Path(job["state"], "failure.json").write_text(json.dumps({"rank": rank, "code": failure.exitcode}))
         return 1
     except SignalException as stop:
         return 128 + int(stop.sigval)

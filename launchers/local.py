@@ -293,23 +293,19 @@ def shown(logs: Path | None) -> Iterator[None]:
 
 
 def report(state: Path, logs: Path, agent_log: Path, code: int) -> int:
-    """Names the rank that failed first, shows the end of its stderr, and returns its exit code.
-
-    Where several ended within the agent's 0.1 s, the one whose stderr is oldest failed first: the others
-    complain of a lost connection after that.
-    """
-    file = state / "failures.json"
+    """Names the rank that failed first, shows the end of its stderr, and returns its exit code."""
+    file = state / "failure.json"
     if not file.exists():
         if code in (0, *(128 + number for number in (*SIGNALS, signal.SIGKILL))):
             return code
         return fail(f"the ranks could not be started:\n{tail(agent_log)}")
-    codes = {int(rank): shell_code(value) for rank, value in json.loads(file.read_text()).items()}
-    stderr = {rank: logs / f"rank{rank}.stderr.log" for rank in codes}
-    first = min(codes, key=lambda rank: stderr[rank].stat().st_mtime_ns if stderr[rank].exists() else 0)
-    if first != 0:  # rank 0's was shown all along
-        print(f"--- the end of {stderr[first]}:\n{tail(stderr[first])}\n---", file=sys.stderr)
-    fail(f"rank {first} failed with exit code {codes[first]}; the logs of all ranks: {logs}")
-    return codes[first]
+    failure = json.loads(file.read_text())
+    rank, code = failure["rank"], shell_code(failure["code"])
+    if rank != 0:  # rank 0's was shown all along
+        stderr = logs / f"rank{rank}.stderr.log"
+        print(f"--- the end of {stderr}:\n{tail(stderr)}\n---", file=sys.stderr)
+    fail(f"rank {rank} failed with exit code {code}; the logs of all ranks: {logs}")
+    return code
 
 
 def tail(path: Path) -> str:

@@ -138,6 +138,31 @@ time.sleep(600)
     assert f"rank {failing} failed with exit code 7" in stderr
 
 
+def test_the_cause_is_told_from_its_consequence(tmp_path: Path) -> None:
+    """Rank 1 fails; rank 0 waits for it in a collective and fails of that within milliseconds."""
+    launch = Launch(
+        tmp_path,
+        """
+import torch, torch.distributed as dist
+dist.init_process_group("gloo")
+dist.barrier()
+try:
+    if rank == 1:
+        print("no such layer", file=sys.stderr, flush=True)
+        os._exit(2)
+    dist.all_reduce(torch.zeros(1))
+except RuntimeError:
+    print("lost the peer", file=sys.stderr, flush=True)
+    os._exit(1)
+""",
+    )
+    code, _, stderr = launch.end()
+    assert code == 2
+    assert "lost the peer" in stderr
+    assert "no such layer" in stderr
+    assert "rank 1 failed with exit code 2" in stderr
+
+
 def test_a_rank_that_dies_of_a_signal(tmp_path: Path) -> None:
     launch = Launch(tmp_path, "os.kill(os.getpid(), signal.SIGKILL) if rank == 1 else time.sleep(600)")
     code, _, stderr = launch.end()
