@@ -31,15 +31,7 @@ _ROOT = Path(__file__).resolve().parent.parent
 
 
 # Libraries that greet at INFO level, or warn of what is not installed, whenever they are imported.
-_TALKATIVE = (
-    "pytorch_lightning",
-    "lightning",
-    "nemo.lightning",
-    "nemo.collections",
-    "NeMo",
-    "datasets",
-    "matplotlib",
-)
+_TALKATIVE = ("pytorch_lightning", "lightning", "nemo", "NeMo", "megatron", "datasets", "matplotlib", "root")
 _EXPECTED = (
     ".*pynvml.*",
     ".*Apex is not installed.*",
@@ -84,6 +76,7 @@ def main(
     """
     started = False
     _quiet()
+    sys.argv[1:] = [_quoted(override) for override in sys.argv[1:]]
     # ${repository:} in a configuration is the checkout that the recipe was started from.
     OmegaConf.register_new_resolver("repository", lambda: str(_ROOT), replace=True)
 
@@ -103,6 +96,18 @@ def main(
             raise
         # Hydra refused the composition: an unknown preset, group or key.
         _refuse(re.sub(r"\s+", " ", stderr.getvalue().split("Config search path")[0]).strip())
+
+
+def _quoted(override: str) -> str:
+    """`source=run/step=29-last` as Hydra wants it: NeMo names its checkpoints so, and an unquoted value has no '='."""
+    key, _, value = override.partition("=")
+    if (
+        "=" not in value
+        or not re.fullmatch(r"[\w./@+~]+", key)
+        or re.search(r"""[\s\\'"\[\](){},$]""", value)
+    ):
+        return override
+    return f"{key}='{value}'"
 
 
 class _Tee(io.TextIOBase):

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.trainer.states import TrainerFn
 
 from nemo_minitron import recipe
 from nemo_minitron.arch import WIDTH_AXES
@@ -16,10 +17,14 @@ from nemo_minitron.nemo import models
 
 
 class ImportanceCallback(pl.Callback):
-    """Scores every unit of a NeMo 2 GPT while `trainer.test` (or `trainer.validate`) runs over calibration data.
+    """Scores every unit of a NeMo 2 GPT while `trainer.validate` runs over calibration data.
 
-    Prefer `trainer.test`: NeMo allocates gradient buffers for `validate`, none for `test`. Works under every layout of
-    MegatronStrategy; afterwards `scores` is the same on every rank, and rank 0 has written it.
+    Give that Trainer a `MegatronStrategy(ddp="pytorch", setup_optimizers=False)`: otherwise NeMo allocates gradient
+    buffers for validation too (and `trainer.test`, which has none, finds no `test_step` in its GPTModel). Works under
+    every layout; afterwards `scores` is the same on every rank, and rank 0 has written it. The validation loops of a
+    fit are not scored.
+
+    Source: nemo/lightning/megatron_parallel.py@2.4.1, `init_ddp`.
 
     Args:
         path: where the scores go (safetensors); None keeps them in memory only.
@@ -91,13 +96,12 @@ class ImportanceCallback(pl.Callback):
             self.scores.save(self.path)
         return self.scores
 
-    def on_test_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         """Lightning's hook."""
-        self.attach(list(trainer.strategy.megatron_parallel))
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            self.attach(list(trainer.strategy.megatron_parallel))
 
-    def on_test_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Lightning's hook."""
-        self.finish(pl_module.config)
-
-    on_validation_start = on_test_start
-    on_validation_end = on_test_end
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            self.finish(pl_module.config)

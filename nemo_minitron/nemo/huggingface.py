@@ -76,6 +76,8 @@ def _importer(source: "Source", dtype: str) -> Any:
 
     from nemo_minitron.nemo import models
 
+    models.quiet_nemo()
+
     class Importer(HFLlamaImporter):
         """NeMo's importer with a config that this host can run, and the names of its layer spec."""
 

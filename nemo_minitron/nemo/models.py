@@ -1,5 +1,6 @@
 """`Architecture` to NeMo 2 models and back."""
 
+import os
 from functools import partial
 from typing import Any
 
@@ -16,9 +17,16 @@ from nemo.collections import llm  # noqa: E402
 from nemo.collections.llm.fn.activation import squared_relu  # noqa: E402
 from nemo.collections.llm.gpt.model.base import HAVE_TE, local_layer_spec  # noqa: E402
 from nemo.collections.llm.gpt.model.llama import Llama31Config  # noqa: E402
+from nemo.utils import logging  # noqa: E402
 
 _ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "squared_relu": squared_relu}
 _NAMES = {function: name for name, function in _ACTIVATIONS.items()}
+
+
+def quiet_nemo() -> None:
+    """Recipes show progress and results, not NeMo's list of process groups; NEMO_MINITRON_VERBOSE=1 shows that too."""
+    if os.environ.get("NEMO_MINITRON_VERBOSE") != "1":
+        logging.setLevel(logging.ERROR)
 
 
 def host_settings() -> dict[str, Any]:

@@ -1,7 +1,5 @@
 """NeMo 2's trainer and strategy from the configuration."""
 
-import logging
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,6 @@ from nemo_minitron.nemo import models
 import nemo.lightning as nl  # isort: skip
 from megatron.core.optimizer import OptimizerConfig  # isort: skip
 from nemo.lightning.pytorch.optim import CosineAnnealingScheduler, MegatronOptimizerModule  # isort: skip
-from nemo.utils import logging as nemo_logging  # isort: skip
 
 
 def seed_everything(seed: int) -> None:
@@ -44,8 +41,7 @@ def strategy(t: TrainerConfig, *, training: bool) -> nl.MegatronStrategy:
 def trainer(t: TrainerConfig, *, training: bool, callbacks: list[Any] | None = None) -> nl.Trainer:
     """NeMo's Trainer: gloo ranks on the CPU where there is no CUDA, one GPU a rank where there is."""
     cpu = models.hosts.prepare_megatron()
-    if os.environ.get("NEMO_MINITRON_VERBOSE") != "1":
-        nemo_logging.setLevel(logging.WARNING)
+    models.quiet_nemo()
     plugins = [nl.MegatronMixedPrecision(precision=t.precision)] if t.precision != "32" else []
     return nl.Trainer(
         accelerator="cpu" if cpu else "gpu",
