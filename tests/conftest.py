@@ -1,9 +1,16 @@
 """Fixtures of all tests."""
 
+import os
 import tempfile
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
+
+# CI tries the same examples each time; everywhere else new ones.
+hypothesis.settings.register_profile("ci", derandomize=True)
+if os.environ.get("CI"):
+    hypothesis.settings.load_profile("ci")
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -230,7 +230,7 @@ def architectures(draw: st.DrawFn) -> Architecture:
     family = FAMILIES[draw(st.sampled_from(sorted(FAMILIES)))]
     return family.replace(
         num_layers=draw(st.integers(1, 3)),
-        hidden_size=draw(st.integers(2, 24)),
+        hidden_size=draw(st.integers(8, 24)),
         ffn_hidden_size=draw(st.integers(1, 24)),
         num_attention_heads=groups * draw(st.integers(1, 4)),
         num_query_groups=groups,
@@ -248,7 +248,8 @@ def kept_sets(draw: st.DrawFn, source: Architecture) -> tuple[dict[str, int], Ke
 
     sizes = {
         "num_layers": draw(st.integers(1, source.num_layers)),
-        "hidden_size": draw(st.integers(1, source.hidden_size)),
+        # A norm over two or three channels that happen to be close divides by almost nothing.
+        "hidden_size": draw(st.integers(6, source.hidden_size)),
         "ffn_hidden_size": draw(st.integers(1, source.ffn_hidden_size)),
         "num_query_groups": draw(st.integers(1, source.num_query_groups)),
     }
@@ -272,8 +273,6 @@ def kept_sets(draw: st.DrawFn, source: Architecture) -> tuple[dict[str, int], Ke
 def test_any_kept_set_gives_the_sliced_model(data: st.DataObject, fused_norms: bool) -> None:
     source = data.draw(architectures())
     sizes, kept = data.draw(kept_sets(source))
-    # RMSNorm and LayerNorm of one channel say nothing (and LayerNorm divides by almost nothing).
-    assume(sizes["hidden_size"] > 1)
     plan = PrunePlan("", source, source.replace(**sizes), {}, kept)
     assert_prunes(plan, fused_norms=fused_norms, seed=data.draw(st.integers(0, 99)))
 
