@@ -1,0 +1,159 @@
+"""What the package promises about itself: light imports, layers, pins that fit the declared dependencies."""
+
+import ast
+import importlib.metadata
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from setuptools import find_packages
+
+import nemo_minitron
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "nemo_minitron"
+FRAMEWORK_FOLDERS = {"nemo", "alignment", "hosts"}
+FRAMEWORKS = {"nemo", "nemo_aligner", "nemo_run", "lightning", "pytorch_lightning"}
+CORE = sorted(
+    path
+    for path in PACKAGE.rglob("*.py")
+    if path.relative_to(PACKAGE).parts[0] not in FRAMEWORK_FOLDERS and path.name != "recipe.py"
+)
+
+if sys.version_info >= (3, 11):
+    import tomllib
+
+    PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+else:
+    PROJECT = pytest.importorskip("tomli").loads((ROOT / "pyproject.toml").read_text())
+
+PINS = [
+    Requirement(line)
+    for line in (ROOT / "constraints.txt").read_text().splitlines()
+    if line and not line.startswith("#")
+]
+
+
+def module_name(path: Path) -> str:
+    """The dotted name of one of the package's files."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported(path: Path) -> set[str]:
+    """The top-level packages that a file names in an import, wherever in the file."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            names.add(node.module.split(".")[0])
+            if node.module == "nemo_minitron":
+                names |= {f"nemo_minitron.{alias.name}" for alias in node.names}
+            elif node.module.startswith("nemo_minitron."):
+                names.add(".".join(node.module.split(".")[:2]))
+    return names
+
+
+def test_version() -> None:
+    assert nemo_minitron.__version__ == PROJECT["project"]["version"]
+
+
+def test_importing_the_package_is_cheap() -> None:
+    code = "import sys, nemo_minitron; print([m for m in ('torch', 'megatron', 'nemo', 'hydra') if m in sys.modules])"
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert time.monotonic() - start < 3
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("path", CORE, ids=module_name)
+def test_the_core_names_no_framework(path: Path) -> None:
+    forbidden = FRAMEWORKS | {f"nemo_minitron.{folder}" for folder in ("nemo", "alignment")}
+    assert imported(path) & forbidden == set()
+
+
+def test_the_core_loads_no_framework() -> None:
+    """One process imports every module of the core: none may pull in NeMo or Lightning at import."""
+    names = [module_name(path) for path in CORE]
+    assert len(names) > 10
+    code = (
+        f"import importlib, sys\nfor name in {names!r}: importlib.import_module(name)\n"
+        f"print(sorted({FRAMEWORKS!r} & {{name.split('.')[0] for name in sys.modules}}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_only_the_package_is_packaged() -> None:
+    found = find_packages(str(ROOT), **PROJECT["tool"]["setuptools"]["packages"]["find"])
+    assert "nemo_minitron" in found
+    assert {name.split(".")[0] for name in found} == {"nemo_minitron"}
+    folders = {module_name(path.parent) for path in PACKAGE.rglob("*.py")}
+    assert folders == set(found), "a folder with modules has no __init__.py, or the other way round"
+
+
+def test_every_dependency_is_pinned_to_a_version_that_it_allows() -> None:
+    project = PROJECT["project"]
+    optional = [
+        line for extra in ("dev", "search", "wandb") for line in project["optional-dependencies"][extra]
+    ]
+    for line in [*project["dependencies"], *optional]:
+        wanted = Requirement(line)
+        pins = [pin for pin in PINS if canonicalize_name(pin.name) == canonicalize_name(wanted.name)]
+        assert pins, f"{line}: not in constraints.txt"
+        for pin in pins:
+            (version,) = [specifier.version for specifier in pin.specifier if specifier.operator == "=="]
+            assert wanted.specifier.contains(version), f"{line} does not allow {pin}"
+
+
+def test_pins_are_exact_and_come_from_an_index() -> None:
+    for pin in PINS:
+        assert re.fullmatch(r"==[^,*+]+", str(pin.specifier)), pin
+        assert pin.url is None, pin
+    names = {canonicalize_name(pin.name) for pin in PINS}
+    cuda = {name for name in names if re.match(r"nvidia-(cu|nccl|nv)|cuda-|triton", name)}
+    assert cuda == set()
+
+
+def test_each_python_has_one_pin_for_a_package() -> None:
+    for python in ("3.10", "3.11", "3.12"):
+        applicable = [
+            canonicalize_name(pin.name)
+            for pin in PINS
+            if pin.marker is None or pin.marker.evaluate({"python_version": python})
+        ]
+        assert len(applicable) == len(set(applicable)), python
+
+
+def test_this_environment_is_the_pinned_one() -> None:
+    """The tests say something about the pins only if they run on them."""
+    for pin in PINS:
+        if pin.marker is not None and not pin.marker.evaluate():
+            continue
+        try:
+            installed = importlib.metadata.version(pin.name)
+        except importlib.metadata.PackageNotFoundError:
+            continue  # of an extra that is not installed
+        assert pin.specifier.contains(installed.split("+")[0]), (
+            f"{pin.name} {installed}, constraints.txt: {pin}"
+        )
+
+
+@pytest.mark.parametrize(
+    "folder", ["nemo_minitron", "recipes", "launchers", "scripts", "tests", "benchmarks"]
+)
+def test_files_stay_readable(folder: str) -> None:
+    lengths = {path: len(path.read_text().splitlines()) for path in (ROOT / folder).rglob("*.py")}
+    assert {str(path.relative_to(ROOT)): length for path, length in lengths.items() if length >= 400} == {}
+
+
+def test_recipes_are_thin() -> None:
+    for path in (ROOT / "recipes").glob("*.py"):
+        assert len(path.read_text().splitlines()) <= 60, path
