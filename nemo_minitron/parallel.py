@@ -178,7 +178,8 @@ class PipelineRelay:
     """Tensors handed from each pipeline stage to the next beside Megatron's schedule.
 
     It has a process group of its own: on the schedule's group, what is sent here could match a receive of the
-    schedule. Made, used and closed by all stages together; the n-th `receive` matches the n-th `send`.
+    schedule. Made by all ranks of the world together, as any process group; the n-th `receive` matches the
+    n-th `send`.
     """
 
     def __init__(self) -> None:
@@ -186,8 +187,12 @@ class PipelineRelay:
         self._pending: tuple[Any, Tensor] | None = None
         self._group: dist.ProcessGroup | None = None
         if group is not None and group.size() > 1:
-            # Only this pipeline's ranks take part, so the call needs no order among the pipelines.
-            self._group = dist.new_group(dist.get_process_group_ranks(group), use_local_synchronization=True)
+            # Not use_local_synchronization: torch 2.13 then names the group by how many groups the rank is
+            # in, which differs between stages (Megatron's embedding groups), and each waits for another
+            # name.
+            lines: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(lines, tuple(dist.get_process_group_ranks(group)))
+            self._group = dist.new_subgroups_by_enumeration([list(line) for line in sorted(set(lines))])[0]
 
     def send(self, t: Tensor) -> None:
         """Start to send t [any shape] to the next stage; waits until what was sent before has been

@@ -332,6 +332,10 @@ def forward_logits(model: Any, tokens: Tensor, micro_batch_size: int | None = No
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     micro_batches = tokens.split(micro_batch_size or len(tokens))
+    even = len({len(micro_batch) for micro_batch in micro_batches}) == 1
+    assert even or parallel_state.get_pipeline_model_parallel_world_size() == 1, (
+        "stages need equal microbatches"
+    )
     with torch.no_grad():
         shards = get_forward_backward_func()(
             forward_step_func=_forward_step,

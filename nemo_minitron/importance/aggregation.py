@@ -128,7 +128,8 @@ class BatchMoments:
             count = torch.tensor(self.count, dtype=torch.float64, device=device)
             _, self._total, self._deviations = _merge_variance(count, self._total, self._deviations, group)
         else:
-            parallel.all_reduce(self._total, group)
+            # A copy: under torch.inference_mode the sums may not be written to later.
+            self._total = parallel.all_reduce(self._total.clone(), group)
         self.count = sum(int(c) for c in counts)
 
     def result(self) -> Tensor:

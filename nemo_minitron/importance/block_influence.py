@@ -164,7 +164,9 @@ class BlockInfluenceCollector:
             parallel.all_reduce(tokens, group)
         if not int(tokens):
             raise InputError("calibration: there was no sample")
-        means = (parallel.all_reduce(self._sums, "pp") / int(tokens)).cpu()
+        sums = parallel.all_reduce(self._sums, "pp")
+        # All tensor-parallel ranks take one's, lest a last bit make plans differ.
+        means = parallel.all_gather_tp(sums / int(tokens))[0].cpu()
         self._check_finite(means)
         scores = {}
         for k, length in enumerate(self.lengths):

@@ -180,7 +180,8 @@ class ImportanceCollector:
 
     def _scores(self, axis: str, tables: dict[str, Tensor]) -> Tensor:
         if axis == "hidden_size":
-            return tables["norms"].sum(0)
+            # Every rank has computed all channels; they take one rank's, lest a last bit make plans differ.
+            return parallel.all_gather_tp(tables["norms"])[0].sum(0)
         kind = "ffn" if axis == "ffn_hidden_size" else "heads"
         scores = torch.cat(parallel.all_gather_tp(tables[kind]), dim=1)
         if axis == "num_query_groups":

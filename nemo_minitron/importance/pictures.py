@@ -12,8 +12,8 @@ _COLUMNS = 256
 
 
 def importance_picture(scores: Scores, kept: Any, path: str | Path) -> None:
-    """Draw each axis's scores, one row a layer, sorted within the row, with a line where the kept units end; where
-    layers were scored, also their curves, with the dropped ones shaded.
+    """Draw each axis's scores, one row a layer, sorted within the row, with a line where the kept units
+    end; where layers were scored, also their curves, with the dropped ones shaded.
 
     Args:
         scores: to draw.
