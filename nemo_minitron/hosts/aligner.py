@@ -24,9 +24,9 @@ def close_gaps() -> None:
 
 
 def strategy_wants_apex() -> None:
-    """`NLPDDPStrategy` and `NLPSaveRestoreConnector` (`nlp_overrides.py:219`, `:1047`) raise unless Apex is there, and
-    ask whether the optimizer is a `MegatronDistributedFusedAdam`, whose import needs Apex too. What they use of Apex is
-    in megatron-core; no optimizer is of a class that nothing can build."""
+    """`NLPDDPStrategy` raises unless Apex is there (`nlp_overrides.py:219`), and when it saves it asks whether the
+    optimizer is a `MegatronDistributedFusedAdam` (`:345`), whose import needs Apex too. It uses nothing else of Apex,
+    and no optimizer here can be of that class."""
     from nemo.collections.nlp.parts import nlp_overrides
     from nemo.core.optim.mcore_optim import McoreDistributedOptimizer
 
@@ -40,7 +40,7 @@ def bert_names_need_transformer_engine() -> None:
     layer spec of Transformer Engine. A GPT is none of them."""
     from nemo.collections.nlp.models import nlp_model
 
-    nlp_model.get_megatron_pretrained_bert_models = lambda: []
+    nlp_model.get_megatron_pretrained_bert_models = list
 
 
 def layer_specs_need_transformer_engine() -> None:
@@ -81,6 +81,7 @@ def apex_norms_and_lists() -> None:
     Apex's norm classes, names that exist only with Apex. Norms here are `HostNorm`s; like theirs, a norm's parameters
     and all biases do not decay."""
     from nemo.collections.nlp.modules.common.megatron import utils
+
     from nemo_minitron.hosts.norm import HostNorm
 
     utils.listify_model = lambda model: model if isinstance(model, list) else [model]
@@ -88,8 +89,8 @@ def apex_norms_and_lists() -> None:
 
 
 def clipping_wants_apex_and_cuda_gradients() -> None:
-    """NeMo 1's `clip_grads.py` asserts `torch.cuda.FloatTensor` gradients (`:101`), writes `device="cuda"` and takes the
-    norm of a list of gradients from Apex. `nlp_overrides`' loss scaler writes `device="cuda"` as well."""
+    """NeMo 1's `clip_grads.py` asserts `torch.cuda.FloatTensor` gradients (`:101`), writes `device="cuda"` and takes
+    the norm of a list of gradients from Apex. The loss scaler (`nlp_overrides.py:1710`) writes "cuda" as well."""
     names = ("modules.common.megatron.clip_grads", "parts.nlp_overrides")
     show_cpu_torch_to(*(importlib.import_module(f"nemo.collections.nlp.{name}") for name in names))
     from nemo.collections.nlp.modules.common.megatron import clip_grads
@@ -131,8 +132,8 @@ def loaded_tensors_are_moved_to_cuda() -> None:
 
 
 def aligner_counts_on_cuda() -> None:
-    """`nemo_aligner.utils.distributed` writes `device="cuda"` in its timers (`:778`, `:917`: every step of every trainer)
-    and broadcasts (`:121`)."""
+    """`nemo_aligner.utils.distributed` writes `device="cuda"` in its timers (`:778`, `:917`: every step of every
+    trainer) and broadcasts (`:121`)."""
     show_cpu_torch_to(importlib.import_module("nemo_aligner.utils.distributed"))
 
 
@@ -167,7 +168,8 @@ class ShardedAdamW(torch.optim.AdamW):
         for group in saved["param_groups"]:
             steps = {int(state[key].pop("step")) for key in group["params"] if "step" in state.get(key, {})}
             assert len(steps) <= 1, f"parameters of one group took different numbers of steps: {steps}"
-            group.update({"step": step for step in steps})
+            if steps:
+                group["step"] = steps.pop()
         return {**saved, "state": state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

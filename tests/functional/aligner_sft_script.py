@@ -1,18 +1,21 @@
-"""Three steps of SFT with NeMo-Aligner's own model and trainer, as its `train_gpt_sft.py` orders them.
+"""A few steps of SFT with NeMo-Aligner's own model and trainer, as its `train_gpt_sft.py` orders them.
 
-Usage: python tests/functional/aligner_sft_script.py DIRECTORY
-Prints `losses: [...]` and, last, the path of the .nemo file.
+Usage: [torchrun --nproc-per-node TP] aligner_sft_script.py DIRECTORY [--steps N] [--tp TP]
+The schedule is that of six steps; `--steps` stops earlier, and the next run in DIRECTORY goes on from there.
+Rank 0 prints `losses: [...]` and, last, the path of the .nemo file.
 """
 
+import argparse
 import json
-import sys
+import os
 from pathlib import Path
+from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from nemo_minitron import hosts
 
-STEPS, GLOBAL_BATCH = 3, 4
+SCHEDULED_STEPS, GLOBAL_BATCH = 6, 4
 
 
 def write_tokenizer(directory: Path, text: list[str]) -> None:
@@ -37,9 +40,9 @@ def write_data(path: Path) -> list[str]:
     return [f"{row['input']} {row['output']}" for row in rows]
 
 
-def model_config(directory: Path) -> dict:
+def model_config(inputs: Path, tp: int) -> dict:
     data = {
-        "file_path": str(directory / "sft.jsonl"),
+        "file_path": str(inputs / "sft.jsonl"),
         "micro_batch_size": 2,
         "global_batch_size": GLOBAL_BATCH,
         "max_seq_length": 64,
@@ -49,14 +52,14 @@ def model_config(directory: Path) -> dict:
         "prompt_template": "{input} {output}",
         "add_eos": True,
         "memmap_workers": 1,
-        "index_mapping_dir": str(directory),
+        "index_mapping_dir": str(inputs),
     }
     return {
         "mcore_gpt": True,
         "seed": 1234,
         "micro_batch_size": 2,
         "global_batch_size": GLOBAL_BATCH,
-        "tensor_model_parallel_size": 1,
+        "tensor_model_parallel_size": tp,
         "pipeline_model_parallel_size": 1,
         "encoder_seq_length": 64,
         "max_position_embeddings": 64,
@@ -85,7 +88,7 @@ def model_config(directory: Path) -> dict:
         "gradient_as_bucket_view": True,
         "answer_only_loss": True,
         "peft": {"peft_scheme": "none", "restore_from_path": None},
-        "tokenizer": {"library": "huggingface", "type": str(directory / "tokenizer"), "use_fast": True},
+        "tokenizer": {"library": "huggingface", "type": str(inputs / "tokenizer"), "use_fast": True},
         "data": {"num_workers": 0, "chat": False, "train_ds": data, "validation_ds": data},
         "optim": {
             "name": "sharded_adamw",
@@ -97,19 +100,19 @@ def model_config(directory: Path) -> dict:
     }
 
 
-def config(directory: Path) -> dict:
-    sft = {"max_epochs": 1, "max_steps": STEPS, "val_check_interval": STEPS, "save_interval": STEPS}
+def config(directory: Path, inputs: Path, steps: int, tp: int) -> dict:
+    sft = {"max_epochs": 1, "max_steps": steps, "val_check_interval": steps, "save_interval": steps}
     return {
         "trainer": {
             "accelerator": "cpu",
-            "devices": 1,
+            "devices": tp,
             "num_nodes": 1,
             "precision": 32,
             "logger": False,
             "enable_checkpointing": False,
             "use_distributed_sampler": False,
             "max_epochs": 1,
-            "max_steps": STEPS,
+            "max_steps": SCHEDULED_STEPS,
             "max_time": None,
             "sft": {**sft, "limit_val_batches": 1, "gradient_clip_val": 1.0},
         },
@@ -117,6 +120,8 @@ def config(directory: Path) -> dict:
             "explicit_log_dir": str(directory / "logs"),
             "create_tensorboard_logger": False,
             "create_checkpoint_callback": True,
+            "resume_if_exists": True,
+            "resume_ignore_no_checkpoint": True,
             "log_tflops_per_sec_per_gpu": False,
             "checkpoint_callback_params": {
                 "monitor": "val_loss",
@@ -126,7 +131,7 @@ def config(directory: Path) -> dict:
                 "filename": "sft-{step}",
             },
         },
-        "model": model_config(directory),
+        "model": model_config(inputs, tp),
     }
 
 
@@ -144,55 +149,76 @@ class Losses:
         pass
 
 
-def train(directory: Path) -> list[float]:
+def loader_of(cfg: DictConfig, model: Any, consumed_samples: int) -> Any:
+    from nemo_aligner.data.nlp.builders import build_dataloader, build_sft_dataset
+
+    data = cfg.model.data.train_ds
+    dataset = build_sft_dataset(data, model.tokenizer, None, answer_only_loss=True, is_chat=False)
+    return build_dataloader(
+        cfg=cfg,
+        dataset=dataset,
+        consumed_samples=consumed_samples,
+        mbs=data.micro_batch_size,
+        gbs=data.global_batch_size,
+        collate_fn=dataset.collate_fn,
+    )
+
+
+def train(cfg: DictConfig) -> list[float]:
     from nemo.utils.exp_manager import exp_manager
     from nemo_aligner.algorithms.supervised import SupervisedTrainer
-    from nemo_aligner.data.nlp.builders import build_dataloader, build_sft_dataset
     from nemo_aligner.models.nlp.gpt.gpt_sft_model import GPTSFTModel
     from nemo_aligner.utils import train_script_utils as aligner
     from nemo_aligner.utils.distributed import Timer
 
     from nemo_minitron.hosts.aligner import connect_ranks
 
-    cfg = OmegaConf.create(config(directory))
     trainer = aligner.resolve_and_create_trainer(cfg, "sft")
     exp_manager(trainer, cfg.exp_manager)
     connect_ranks(trainer, cfg.model)
     model = GPTSFTModel(cfg.model, trainer)
     aligner.init_peft(model, cfg.model)
     aligner.init_distributed(trainer, model, use_te=False)
-
-    data_cfg = cfg.model.data.train_ds
-    dataset = build_sft_dataset(data_cfg, model.tokenizer, None, answer_only_loss=True, is_chat=False)
-    loader = build_dataloader(
-        cfg=cfg, dataset=dataset, consumed_samples=0, mbs=2, gbs=GLOBAL_BATCH, collate_fn=dataset.collate_fn
-    )
-    aligner.init_using_ptl(trainer, model, loader, dataset)
+    done = aligner.retrieve_custom_trainer_state_dict(trainer)
+    loader = loader_of(cfg, model, done["consumed_samples"] if done else 0)
+    aligner.init_using_ptl(trainer, model, loader, loader.dataset)
     optimizer, scheduler = aligner.extract_optimizer_scheduler_from_ptl_model(model)
     losses = Losses()
-    SupervisedTrainer(
+    supervised = SupervisedTrainer(
         cfg=cfg.trainer.sft,
         model=model,
         optimizer=optimizer,
         scheduler=scheduler,
         train_dataloader=loader,
-        val_dataloader=loader,
+        val_dataloader=loader_of(cfg, model, 0),
         test_dataloader=None,
         logger=losses,
         ckpt_callback=aligner.add_custom_checkpoint_callback(trainer, model),
         run_timer=Timer(None),
-    ).fit()
+    )
+    if done:
+        supervised.load_state_dict(done)
+    supervised.fit()
     return losses.train
 
 
-def main(directory: Path) -> None:
-    text = write_data(directory / "sft.jsonl")
-    write_tokenizer(directory / "tokenizer", text)
+def main(directory: Path, steps: int, tp: int) -> None:
+    inputs = directory / "inputs"
+    # The other ranks read these files only after `connect_ranks`, where they meet rank 0.
+    if os.environ.get("RANK", "0") == "0" and not inputs.exists():
+        inputs.mkdir(parents=True)
+        write_tokenizer(inputs / "tokenizer", write_data(inputs / "sft.jsonl"))
     hosts.prepare_aligner()
-    losses = train(directory)
-    print("losses:", json.dumps(losses))
-    print(*directory.rglob("*.nemo"))
+    losses = train(OmegaConf.create(config(directory, inputs, steps, tp)))
+    if os.environ.get("RANK", "0") == "0":
+        print("losses:", json.dumps(losses))
+        print(*directory.rglob("*.nemo"))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser()
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--tp", type=int, default=1)
+    args = parser.parse_args()
+    main(args.directory, args.steps, args.tp)
