@@ -167,6 +167,15 @@ def _carry_out(config: DictConfig, schema: Any, check: Any, run: Any) -> None:
         if rank() == 0:
             path = write_result(directory, {**fields, "wall_s": round(time.monotonic() - begin, 2)})
             print(path, flush=True)
+        _end_group()
+
+
+def _end_group() -> None:
+    """Leave the process group: a gloo rank that exits inside it may abort in its threads."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_initialized():
+        distributed.barrier()
+        distributed.destroy_process_group()
 
 
 def _resolved(config: DictConfig, prepared: Any) -> DictConfig:

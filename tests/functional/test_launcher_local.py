@@ -284,6 +284,7 @@ dist.init_process_group("gloo")
 total = torch.tensor([rank + 1.0])
 dist.all_reduce(total)
 print(rank, total.item(), os.environ["NEMO_MINITRON_NPROC"])
+dist.destroy_process_group()
 """
     )
     env = {**os.environ, "NEMO_MINITRON_PYTHON": sys.executable, "TEST_RUN": str(run)}
