@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from nemo_minitron.arch import Architecture
@@ -13,6 +15,7 @@ from nemo_minitron.pruning import Kept, PrunePlan, make_plan, prune, resolve_tar
 from tests.distributed.ranks import layout
 from tests.pruned_by_hand import slice_weights
 from tests.pruning_models import FAMILIES, LiveBytes
+from tests.pruning_strategies import architectures, kept_sets
 from tests.reference import Reference, forward_logits, full_state_dict, full_weights, local_names, tiny_model
 
 WIDE = {"num_layers": 8, "num_attention_heads": 16, "num_query_groups": 8}
@@ -208,6 +211,25 @@ def check_virtual_stages() -> None:
 def test_targets_that_the_layout_cannot_hold(at: dict, sizes: dict, message: str, run_on_ranks: Run) -> None:
     with pytest.raises(InputError, match=message):
         run_on_ranks(4, check_pruned, at, random_plan(SOURCES["llama"], sizes))
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data(), at=st.sampled_from([at for world_size, at in LAYOUTS if world_size == 4]))
+def test_any_plan_is_refused_or_gives_the_sliced_model(
+    data: st.DataObject, at: dict, run_on_ranks: Run
+) -> None:
+    tp, pp = at.get("tp", 1), at.get("pp", 1)
+    source = data.draw(architectures(tp, pp))
+    sizes, kept = data.draw(kept_sets(source))
+    plan = PrunePlan("", source, source.replace(**sizes), {}, kept)
+    fits = not (sizes["ffn_hidden_size"] % tp or sizes["num_query_groups"] % tp)
+    # Nothing but a changed number of layers makes stages anew.
+    fits &= sizes["num_layers"] == source.num_layers or sizes["num_layers"] % pp == 0
+    if fits:
+        run_on_ranks(4, check_pruned, at, plan, {"fused_norms": data.draw(st.booleans())})
+    else:
+        with pytest.raises(InputError, match="divisible|leaves"):
+            run_on_ranks(4, check_pruned, at, plan)
 
 
 # ---- what it costs -----------------------------------------------------------------------------------------
