@@ -18,6 +18,7 @@ from nemo.collections import llm
 from nemo.lightning.io import load_context
 
 from nemo_minitron.nemo.callbacks import ImportanceCallback
+from nemo_minitron.nemo.checkpoints import find_source
 from nemo_minitron.nemo.transforms import PruneTransform
 from nemo_minitron.pruning import make_plan, resolve_target
 
@@ -51,15 +52,15 @@ def main(checkpoint: str, train: str, valid: str, output: str) -> None:
     resume = nl.AutoResume(restore_config=nl.RestoreConfig(path=checkpoint, load_optim_state=False))
 
     # 32 sequences through the teacher: 4 batches of 8, without gradient buffers and optimizer.
-    importance = ImportanceCallback(f"{output}/scores.safetensors")
+    source = find_source(checkpoint)
+    importance = ImportanceCallback(f"{output}/scores.safetensors", source_sha256=source.sha256())
     buffers = {"ddp": "pytorch", "setup_optimizers": False}
     scoring = trainer(importance, strategy=buffers, max_steps=1, limit_val_batches=4)
     resume.setup(scoring, model)
     scoring.validate(model, data)
 
-    scores = importance.scores
-    target = resolve_target(scores.architecture, {"hidden_size": "3/4", "ffn_hidden_size": "9/14"})
-    plan = make_plan(scores.architecture, target, scores, source_sha256=scores.source_sha256)
+    target = resolve_target(source.architecture, {"hidden_size": "3/4", "ffn_hidden_size": "9/14"})
+    plan = make_plan(source.architecture, target, importance.scores, source_sha256=source.sha256())
     plan.save(f"{output}/plan.json")
 
     # The same checkpoint again: restored, pruned, and only then given an optimizer.

@@ -47,5 +47,5 @@ def test_it_trains_a_student_of_the_targets_sizes(commands: Commands, pruned: Pr
     )
     (saved,) = (output / "checkpoints").glob("*-last")
     config = yaml.safe_load((saved / "context" / "model.yaml").read_text())["config"]
-    # 3/4 of 48 and 9/14 of 80, on multiples that divide the source.
-    assert (config["hidden_size"], config["ffn_hidden_size"]) == (36, 50)
+    # 3/4 of 48; 9/14 of 80 is 51.4, and the nearest multiple of 4 is 52.
+    assert (config["hidden_size"], config["ffn_hidden_size"]) == (36, 52)
