@@ -128,7 +128,8 @@ def config(directory: Path, inputs: Path, steps: int, tp: int) -> dict:
                 "save_top_k": 1,
                 "mode": "min",
                 "save_nemo_on_train_end": True,
-                "filename": "sft-{step}",
+                # Aligner reads all three back from the name when it resumes; one that is absent counts as 0.
+                "filename": "sft-{step}-{consumed_samples}-{epoch}",
             },
         },
         "model": model_config(inputs, tp),
