@@ -129,6 +129,43 @@ def test_uneven_stages(options: dict, what: str, run_on_ranks: Run) -> None:
     run_on_ranks(2, check_pruned, {"pp": 2}, random_plan(SOURCES["llama"], SIZES[what]), options)
 
 
+@pytest.mark.parametrize("at", [{"tp": 2, "sp": True}, {"pp": 2}], ids=str)
+def test_bfloat16(at: dict, run_on_ranks: Run) -> None:
+    source = SOURCES["llama"].replace(num_query_groups=16)
+    plans = [
+        skewed_plan(source, 2),
+        random_plan(source, {"num_layers": 2, "hidden_size": 20}, keep_layers=[0, 1]),
+    ]
+    run_on_ranks(2, check_bfloat16, at, plans)
+
+
+def check_bfloat16(at: dict[str, Any], plans: list[PrunePlan]) -> None:
+    made = layout(**at)
+    for plan in plans:
+        model = tiny_model(plan.source, sequence_parallel=made.sp, dtype=torch.bfloat16)
+        prune([model], plan)
+        expected = slice_weights(full_weights(plan.source, dtype=torch.bfloat16), plan)
+        found = full_state_dict(model)
+        assert {t.dtype for t in found.values()} == {torch.bfloat16}
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_parameters_are_marked_as_in_a_model_built_at_that_size(run_on_ranks: Run) -> None:
+    plan = random_plan(SOURCES["gpt"], SIZES["both"], keep_layers=[4, 5, 6, 7])
+    run_on_ranks(4, check_marks, plan)
+
+
+def check_marks(plan: PrunePlan) -> None:
+    """Gradients are summed and norms counted by these marks; they travel with a layer to another stage."""
+    layout(tp=2, pp=2)
+    options = {"sequence_parallel": True, "perform_initialization": True}
+    model, built = tiny_model(plan.source, **options), tiny_model(plan.target, **options)
+    prune([model], plan)
+    expected = {name: (p.shape, p.requires_grad, vars(p)) for name, p in built.named_parameters()}
+    assert {name: (p.shape, p.requires_grad, vars(p)) for name, p in model.named_parameters()} == expected
+    assert any(p.sequence_parallel for p in built.parameters() if hasattr(p, "sequence_parallel"))
+
+
 def test_head_residual(run_on_ranks: Run) -> None:
     run_on_ranks(2, check_head_residual)
 
