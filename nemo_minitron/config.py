@@ -192,8 +192,6 @@ def parse(schema: type[SchemaT], config: DictConfig) -> SchemaT:
         key = getattr(error, "full_key", None)
         reason = str(error).splitlines()[0]
         raise InputError(f"{key}: {reason}" if key and key not in reason else reason) from None
-    if result.prune is None and isinstance(result, PruneRecipe):
-        raise InputError("prune: nothing to prune; choose a preset (+conf=width) or a group (prune=width)")
     _check_trainer(result.trainer)
     _check_positive(result)
     return result

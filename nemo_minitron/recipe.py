@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from nemo_minitron.config import CommonConfig, SchemaT, parse
 from nemo_minitron.errors import InputError
@@ -94,8 +96,19 @@ def main(
     except SystemExit as stop:
         if started or not stop.code:
             raise
-        # Hydra refused the composition: an unknown preset, group or key.
-        _refuse(re.sub(r"\s+", " ", stderr.getvalue().split("Config search path")[0]).strip())
+        _refuse(_composition_error(stderr.getvalue()))
+    except (HydraException, OmegaConfBaseException) as error:
+        # With HYDRA_FULL_ERROR=1 Hydra leaves its exceptions to us.
+        if started:
+            raise
+        _refuse(_composition_error(str(error)))
+
+
+def _composition_error(message: str) -> str:
+    """Hydra refused an unknown preset, group or key: what it says, without its advice."""
+    for advice in ("Config search path", "Set the environment variable", "See https://hydra.cc", "full_key:"):
+        message = message.partition(advice)[0]
+    return message
 
 
 def _quoted(override: str) -> str:
@@ -133,7 +146,7 @@ class _Tee(io.TextIOBase):
 def _refuse(line: str) -> None:
     if os.environ.get("HYDRA_FULL_ERROR") == "1":
         traceback.print_exc()
-    print(f"error: {line}", file=sys.stderr, flush=True)
+    print("error:", " ".join(line.split()), file=sys.stderr, flush=True)
     _leave(2)
 
 

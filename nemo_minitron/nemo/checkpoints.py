@@ -108,13 +108,12 @@ def _huggingface(directory: Path, where: str) -> Source:
             raise InputError(f"{where}: {name} is missing or half-written (only safetensors are read)")
     if not (directory / "tokenizer_config.json").is_file():
         raise InputError(f"{where}: no tokenizer (tokenizer_config.json)")
-    return Source(
-        directory,
-        "huggingface",
-        architecture_of(config, where),
-        int(config["max_position_embeddings"]),
-        directory,
-    )
+    architecture, context = architecture_of(config, where), config.get("max_position_embeddings")
+    if not isinstance(context, int) or context < 1:
+        raise InputError(
+            f"{where}: config.json: max_position_embeddings={context!r}: must be a positive integer"
+        )
+    return Source(directory, "huggingface", architecture, context, directory)
 
 
 def _safetensors_whole(file: Path) -> bool:
@@ -145,7 +144,17 @@ def _nemo(directory: Path, where: str) -> Source:
         model = yaml.safe_load((context / "model.yaml").read_text())
         config = model["config"]
         architecture, seq_length = _architecture(config, where), int(config["seq_length"])
-    except (yaml.YAMLError, KeyError, TypeError) as error:
+    except InputError:
+        raise
+    except (
+        yaml.YAMLError,
+        OSError,
+        LookupError,
+        TypeError,
+        ValueError,
+        ArithmeticError,
+        AttributeError,
+    ) as error:
         raise InputError(
             f"{where}: context/model.yaml cannot be read ({type(error).__name__}: {error})"
         ) from None

@@ -26,9 +26,8 @@ def architecture_of(config: dict[str, Any], where: str) -> Architecture:
     """
     if config.get("model_type") != "llama":
         raise InputError(f"{where}: model_type {config.get('model_type')!r}: only 'llama' is converted")
-    scaling = config.get("rope_scaling")
-    if scaling and scaling.get("rope_type") != "llama3":
-        raise InputError(f"{where}: rope_scaling {scaling.get('rope_type')!r}: only 'llama3' is known")
+    if (activation := config.get("hidden_act", "silu")) not in ("silu", "swish"):
+        raise InputError(f"{where}: hidden_act {activation!r}: only 'silu' is converted")
     if config.get("attention_bias") or config.get("mlp_bias"):
         raise InputError(f"{where}: biases in a Llama model are not converted")
     try:
@@ -44,10 +43,29 @@ def architecture_of(config: dict[str, Any], where: str) -> Architecture:
             share_embeddings_and_output_weights=bool(config.get("tie_word_embeddings", False)),
             layernorm_epsilon=float(config.get("rms_norm_eps", 1e-6)),
             rotary_base=float(config.get("rope_theta", 10000.0)),
-            rope_scaling_factor=float(scaling["factor"]) if scaling else None,
+            rope_scaling_factor=_rope_scaling_factor(config.get("rope_scaling"), where),
         )
     except KeyError as error:
         raise InputError(f"{where}: config.json lacks {error}") from None
+    except InputError:
+        raise
+    except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
+        raise InputError(f"{where}: config.json holds a value of the wrong kind ({error})") from None
+
+
+# What NeMo's Llama31Config (nemo_toolkit 2.4.1) has fixed.
+LLAMA3_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+def _rope_scaling_factor(scaling: dict[str, Any] | None, where: str) -> float | None:
+    if not scaling:
+        return None
+    if scaling.get("rope_type") != "llama3":
+        raise InputError(f"{where}: rope_scaling {scaling.get('rope_type')!r}: only 'llama3' is known")
+    for name, value in LLAMA3_SCALING.items():
+        if scaling.get(name, value) != value:
+            raise InputError(f"{where}: rope_scaling.{name}={scaling[name]}: only {value} is known")
+    return float(scaling["factor"])
 
 
 @contextmanager
@@ -164,9 +182,7 @@ def _huggingface_config(source: "Source", tokenizer: Any) -> Any:
         scaling = {
             "rope_type": "llama3",
             "factor": a.rope_scaling_factor,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
+            **LLAMA3_SCALING,
         }
     return LlamaConfig(
         architectures=["LlamaForCausalLM"],

@@ -89,7 +89,9 @@ def _target(p: PruneConfig, arch: Architecture) -> tuple[Architecture, list[int]
             raise InputError(f"prune.num_layers={target.num_layers}: but the listed layers keep {len(keep)}")
     if target == arch:
         axes = ", ".join(f"prune.{axis}" for axis in sizes)
-        raise InputError(f"prune: all sizes are the source's; set one of {axes}")
+        raise InputError(
+            f"prune: all sizes are the source's; choose a preset (+conf=width) or set one of {axes}"
+        )
     return target, keep
 
 
@@ -115,6 +117,7 @@ def _check_source(source: Source, r: PruneRecipe) -> None:
 def _check_importance(p: PruneConfig, arch: Architecture, sha256: str) -> Any:
     """The given scores, checked against the source; None where they are to be made."""
     from nemo_minitron.importance.aggregation import check_statistic
+    from nemo_minitron.importance.block_influence import METRICS
     from nemo_minitron.importance.scores import Scores
 
     if p.importance not in ("activation", "random"):
@@ -122,6 +125,10 @@ def _check_importance(p: PruneConfig, arch: Architecture, sha256: str) -> Any:
     check_statistic("prune.batch", p.batch)
     check_statistic("prune.sequence", p.sequence)
     if p.scores is None:
+        if p.layer_metric not in METRICS:
+            raise InputError(
+                f"prune.layer_metric={p.layer_metric}: must be one of {', '.join(METRICS)}, or be in prune.scores"
+            )
         return None
     scores = Scores.load(p.scores)
     scores.check_matches(arch, sha256)

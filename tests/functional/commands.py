@@ -77,6 +77,10 @@ class Commands:
             "trainer.micro_batch_size=8",
         ]
 
+    def sizes(self) -> list[str]:
+        """Overrides that name the teacher's architecture."""
+        return [f"model.{name}={value}" for name, value in SIZES.items()]
+
     def command(self, recipe: str, *overrides: str, nproc: int | None = None) -> list[str]:
         launcher = (
             [str(ROOT / "launchers" / "local.sh"), "--nproc", str(nproc)] if nproc else [sys.executable]
@@ -112,8 +116,7 @@ class Commands:
 
     def pretrain(self, run_dir: Path, *overrides: str, **options: Any) -> Ended:
         """recipes/pretrain.py on the tiny architecture."""
-        sizes = [f"model.{name}={value}" for name, value in SIZES.items()]
-        common = [*self.data(), *sizes, "optim.warmup_steps=2", f"run_dir={run_dir}"]
+        common = [*self.data(), *self.sizes(), "optim.warmup_steps=2", f"run_dir={run_dir}"]
         return self.run("pretrain", *common, *overrides, **options)
 
 
