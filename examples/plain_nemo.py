@@ -69,9 +69,9 @@ def main(checkpoint: str, train: str, valid: str, output: str) -> None:
         data,
         trainer(PruneTransform(plan), max_steps=2, limit_val_batches=0),
         log=nl.NeMoLogger(
-            explicit_log_dir=output,
+            explicit_log_dir=f"{output}/student",
             ckpt=nl.ModelCheckpoint(
-                save_last=True, save_top_k=0, every_n_train_steps=2, save_context_on_train_end=True
+                save_last=True, save_top_k=0, save_context_on_train_end=True, save_optim_on_train_end=True
             ),
         ),
         resume=resume,

@@ -5,6 +5,7 @@ from typing import Any
 
 from lightning.pytorch.trainer.states import TrainerFn
 
+from nemo_minitron.errors import InputError
 from nemo_minitron.nemo import models
 from nemo_minitron.pruning import PrunePlan, prune
 
@@ -45,7 +46,21 @@ class PruneTransform(ModelTransform):
         self.done = False
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Lightning's hook: keep buffers and optimizer back until the model is pruned."""
+        """Lightning's hook: keep buffers and optimizer back until the model is pruned.
+
+        Raises:
+            InputError: a resumed run whose model was not built from the student's context.
+        """
+        if trainer.ckpt_path and not self.done:
+            if (
+                found := models.from_config(pl_module.config, self.plan.target.vocab_size)
+            ) != self.plan.target:
+                raise InputError(
+                    f"{trainer.ckpt_path}: is the pruned model's; build the model from its context/, "
+                    f"not with hidden_size={found.hidden_size}, ffn_hidden_size={found.ffn_hidden_size}, "
+                    f"num_layers={found.num_layers}"
+                )
+            self.done = True
         if not self.done:
             trainer.strategy._init_model_parallel = False
             trainer.strategy._setup_optimizers = False
