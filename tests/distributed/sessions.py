@@ -1,0 +1,111 @@
+"""NeMo sessions inside the kept ranks: a checkpoint opened under a layout, as the recipes open it."""
+
+import contextlib
+import multiprocessing
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.distributed.ranks import layout
+
+MICRO_BATCH = 2
+
+
+@contextlib.contextmanager
+def _launched() -> Iterator[None]:
+    """What a launcher says to each rank; the harness has made the process group itself."""
+    import torch.distributed as dist
+
+    values = {
+        "RANK": str(dist.get_rank()),
+        "LOCAL_RANK": str(dist.get_rank()),
+        "WORLD_SIZE": str(dist.get_world_size()),
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": "1",
+    }
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    # Megatron writes a checkpoint's files from child processes, which the harness's daemons may not have.
+    process: Any = multiprocessing.current_process()
+    daemon = process._config.pop("daemon", False)
+    try:
+        yield
+    finally:
+        process._config["daemon"] = daemon
+        for name, value in before.items():
+            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+
+
+def samples(tokens: Tensor) -> list[dict[str, Tensor]]:
+    """Items as Megatron's GPTDataset gives them, of tokens int64 [n, s + 1]."""
+    length = tokens.shape[1] - 1
+    return [
+        {
+            "tokens": row[:-1],
+            "labels": row[1:],
+            "position_ids": torch.arange(length),
+            "loss_mask": torch.ones(length),
+        }
+        for row in tokens
+    ]
+
+
+def open_session(checkpoint: str | Path, **sizes: Any) -> Any:
+    """A session of this rank; every rank of the layout calls it."""
+    from nemo_minitron.config import TrainerConfig
+    from nemo_minitron.nemo.checkpoints import find_source
+    from nemo_minitron.nemo.session import Session
+
+    t = TrainerConfig(**sizes, micro_batch_size=MICRO_BATCH, global_batch_size=8)
+    # The harness has made the process group, so NeMo leaves Megatron's parallel state to it as well.
+    layout(t.tensor_model_parallel_size, t.pipeline_model_parallel_size)
+    with _launched():
+        return Session(find_source(checkpoint), t)
+
+
+def loss_under(checkpoint: str, tokens: Tensor, sizes: dict[str, Any]) -> float:
+    """The LM loss in nats over tokens [n, s + 1], of a checkpoint opened under a layout."""
+    from nemo_minitron.evaluation.lm_loss import lm_loss
+
+    session = open_session(checkpoint, **sizes)
+    data = samples(tokens)
+    return lm_loss(session.chunks, data, len(data), micro_batch_size=MICRO_BATCH).nats
+
+
+def logits_of(checkpoint: str, tokens: Tensor) -> Tensor:
+    """Logits [n, s, v] of one process for tokens [n, s]."""
+    (model,) = open_session(checkpoint).chunks
+    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+    with torch.no_grad():
+        return model.eval()(tokens, positions, None).float()
+
+
+def saved_again(checkpoint: str, output: str, sizes: dict[str, Any]) -> None:
+    """Opens a checkpoint under a layout and saves it from there."""
+    session = open_session(checkpoint, **sizes)
+    with _launched():
+        session.save(Path(output))
+
+
+def imported(source: str, cache: str) -> str:
+    """The NeMo 2 form of a Hugging Face directory; one process."""
+    from nemo_minitron.nemo.checkpoints import find_source
+    from nemo_minitron.nemo.huggingface import import_checkpoint
+
+    layout()  # NeMo takes a process group that is there as it is
+    with _launched():
+        return str(import_checkpoint(find_source(source), Path(cache)))
+
+
+def exported(source: str, output: str) -> str:
+    """The Hugging Face form of a NeMo 2 directory; one process."""
+    from nemo_minitron.nemo.checkpoints import find_source
+    from nemo_minitron.nemo.huggingface import export_checkpoint
+
+    layout()
+    with _launched():
+        return str(export_checkpoint(find_source(source), Path(output)))
