@@ -188,9 +188,9 @@ def run_dir_is_a_file(p: Places) -> list[str]:
 
 
 CASES: dict[str, Case] = {
-    "unknown preset": Case([], ["wdith", "width", "depth"], preset="+conf=wdith"),
+    "unknown preset": Case([], ["widths", "width", "depth"], preset="+conf=widths"),
     "no preset": Case([], ["all sizes are the source's", "+conf=width"], preset="seed=1"),
-    "unknown key": Case(["prune.hiden_size=32"], ["hiden_size"]),
+    "unknown key": Case(["prune.hidden_sizes=32"], ["hidden_sizes"]),
     "unknown top key": Case(["sauce=x"], ["sauce"]),
     "unknown added key": Case(["+trainer.tensor_paralel=2"], ["tensor_paralel"]),
     "unknown group choice": Case(["data=novels"], ["novels", "stdlib"]),
@@ -381,7 +381,7 @@ def test_refusals_are_fast(answers: dict[str, dict[str, Any]]) -> None:
     assert seconds[len(seconds) // 2] < 2
 
 
-@pytest.mark.parametrize("override", ["prune.hidden_size=128", "prune.hiden_size=3"])
+@pytest.mark.parametrize("override", ["prune.hidden_size=128", "prune.hidden_sizes=3"])
 def test_a_traceback_only_on_request(commands: Commands, teacher: Teacher, override: str) -> None:
     plain, full = (
         commands.prune(teacher.huggingface, commands.home / "refused" / "traceback", override, env=env)
