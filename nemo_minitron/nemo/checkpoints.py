@@ -61,9 +61,17 @@ class Source:
             files = [self.path / "context" / "model.yaml", *sorted((self.path / "weights").iterdir())]
         total = hashlib.sha256()
         for file in files:
-            with open(file, "rb") as opened:
-                total.update(f"{file.name}\0{hashlib.file_digest(opened, 'sha256').hexdigest()}\n".encode())
+            total.update(f"{file.name}\0{_sha256(file)}\n".encode())
         return total.hexdigest()
+
+
+def _sha256(file: Path) -> str:
+    # hashlib.file_digest came with Python 3.11.
+    digest = hashlib.sha256()
+    with open(file, "rb") as opened:
+        while block := opened.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def find_source(path: str | Path, key: str = "source") -> Source:
