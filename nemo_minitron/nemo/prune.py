@@ -72,7 +72,7 @@ def check(r: PruneRecipe) -> Prepared:
 def _target(p: PruneConfig, arch: Architecture) -> tuple[Architecture, list[int] | None]:
     """What to make of the source, and the layers that are listed to stay, if they are."""
     from nemo_minitron.pruning import resolve_target
-    from nemo_minitron.pruning.ranking import explicit_layers
+    from nemo_minitron.pruning.ranking import check_protected, explicit_layers
 
     sizes = {axis: getattr(p, axis) for axis in (*WIDTH_AXES, "num_layers")}
     target, drop = resolve_target(arch, sizes), p.drop_layers
@@ -87,6 +87,8 @@ def _target(p: PruneConfig, arch: Architecture) -> tuple[Architecture, list[int]
         target = target.replace(num_layers=len(keep) if p.num_layers is None else target.num_layers)
         if len(keep) != target.num_layers:
             raise InputError(f"prune.num_layers={target.num_layers}: but the listed layers keep {len(keep)}")
+    elif target.num_layers < arch.num_layers:
+        check_protected(arch.num_layers, target.num_layers, p.protect_first, p.protect_last)
     if target == arch:
         axes = ", ".join(f"prune.{axis}" for axis in sizes)
         raise InputError(

@@ -98,6 +98,20 @@ def explicit_layers(
     return sorted(kept)
 
 
+def check_protected(num_layers: int, keep: int, protect_first: int, protect_last: int) -> None:
+    """Known before any layer is scored.
+
+    Raises:
+        InputError: more layers have to go than are free to go.
+    """
+    drop, free = num_layers - keep, num_layers - protect_first - protect_last
+    if min(protect_first, protect_last) < 0 or drop > free:
+        raise InputError(
+            f"num_layers={keep}: {drop} layers have to go, but protect_first={protect_first} and "
+            f"protect_last={protect_last} leave {max(free, 0)} of {num_layers} to choose from"
+        )
+
+
 def least_important_dropped(
     scores: Mapping[str, Tensor],
     metric: str | None,
@@ -124,12 +138,8 @@ def least_important_dropped(
     Raises:
         InputError: scores without that metric, or too many protected layers.
     """
-    drop, free = num_layers - keep, num_layers - protect_first - protect_last
-    if min(protect_first, protect_last) < 0 or drop > free:
-        raise InputError(
-            f"num_layers={keep}: {drop} layers have to go, but protect_first={protect_first} and "
-            f"protect_last={protect_last} leave {max(free, 0)} of {num_layers} to choose from"
-        )
+    check_protected(num_layers, keep, protect_first, protect_last)
+    drop = num_layers - keep
     importance = -_layer_scores(scores, metric, drop if contiguous else None)
     if contiguous:
         start = protect_first + ranked(importance[protect_first : num_layers - protect_last - drop + 1])[0]
