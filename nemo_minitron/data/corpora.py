@@ -66,7 +66,7 @@ def load_corpus(cfg: Mapping[str, Any]) -> Corpus:
     """Open the corpus that a configuration names. Documents are read when they are walked, not here.
 
     Args:
-        cfg: `name` and the keys of that corpus; keys of other corpora are ignored.
+        cfg: `name` and the keys of that corpus; those of other corpora must be absent or null.
             stdlib: none.
             files: `train` and optionally `valid` (a glob or a list of globs, `**` allowed; a `.jsonl` file is
             one document a line, any other file is one document), `text_key` ("text"), `valid_fraction`
@@ -75,8 +75,8 @@ def load_corpus(cfg: Mapping[str, Any]) -> Corpus:
             `valid_split` (null: hold out `valid_fraction`), `text_key`.
 
     Raises:
-        InputError: an unknown name, a missing key, a glob that matches nothing, an empty split; and, while
-            documents are walked, a line that is no JSON object with that key, or a file that is not UTF-8.
+        InputError: an unknown name, a missing key or another corpus's, a glob that matches nothing, an empty split;
+            and, while documents are walked, a line that is no JSON object with that key, or a file that is not UTF-8.
     """
     from nemo_minitron.data.stdlib import stdlib_corpus
 
@@ -88,11 +88,29 @@ def load_corpus(cfg: Mapping[str, Any]) -> Corpus:
     name = cfg.get("name")
     if name not in openers:
         raise InputError(f"data.name={name}: no such corpus; known: {', '.join(sorted(openers))}")
+    _refuse_foreign_keys(str(name), cfg)
     corpus = openers[str(name)](cfg)
     for split in SPLITS:
         if next(iter(corpus.splits[split]), None) is None:
             raise InputError(f"data.name={name}: the {split} split is empty{_EMPTY_HINT[split]}")
     return corpus
+
+
+_KEYS = {
+    "stdlib": (),
+    "files": ("train", "valid", "text_key", "valid_fraction"),
+    "hf": ("path", "config", "revision", "train_split", "valid_split", "text_key", "valid_fraction"),
+}
+
+
+def _refuse_foreign_keys(name: str, cfg: Mapping[str, Any]) -> None:
+    """Files that were named but not read would go unnoticed."""
+    for owner, keys in _KEYS.items():
+        for key in keys:
+            if cfg.get(key) is not None and key not in _KEYS[name]:
+                raise InputError(
+                    f"data.{key}={cfg[key]}: is of data={owner}, but data.name={name} was chosen"
+                )
 
 
 _EMPTY_HINT = {

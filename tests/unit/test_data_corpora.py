@@ -266,3 +266,17 @@ def test_hf_corpus_runs_no_code_of_the_dataset(tmp_path):
     with pytest.raises(InputError):
         load_corpus({"name": "hf", "path": str(tmp_path / "evil"), "valid_fraction": 0.5})
     assert not ran.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value", "owner"),
+    [
+        ("stdlib", "train", ["texts/*.txt"], "files"),
+        ("stdlib", "path", "id", "hf"),
+        ("files", "path", "id", "hf"),
+    ],
+)
+def test_keys_of_another_corpus_do_not_go_unnoticed(name, key, value, owner):
+    with pytest.raises(InputError, match=rf"data\.{key}=.*data={owner}.*data\.name={name}"):
+        load_corpus({"name": name, key: value})
+    assert load_corpus({"name": "stdlib", key: None}).splits
