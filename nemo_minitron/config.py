@@ -4,6 +4,7 @@ Hydra composes plain YAML; `parse` merges it into these dataclasses, so that an 
 with one line. What needs the model's sizes (targets, layouts) is checked in `pruning.plan.check_target`.
 """
 
+import importlib.util
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -155,6 +156,7 @@ class CommonConfig:
     prune: Any = None
     distill: Any = None
     align: Any = None
+    optim: Any = None
     eval: EvalConfig = field(default_factory=EvalConfig)
     source: Any = None
     student: Any = None
@@ -193,7 +195,7 @@ def parse(schema: type[SchemaT], config: DictConfig) -> SchemaT:
         reason = str(error).splitlines()[0]
         raise InputError(f"{key}: {reason}" if key and key not in reason else reason) from None
     _check_trainer(result.trainer)
-    _check_positive(result)
+    _check_ranges(result)
     return result
 
 
@@ -206,18 +208,37 @@ def _without_nulls(config: DictConfig) -> DictConfig:
 
 def _check_trainer(t: TrainerConfig) -> None:
     for name in ("tensor_model", "pipeline_model", "context", "data"):
-        key = f"{name}_parallel_size"
-        if getattr(t, key) < 1:
-            raise InputError(f"trainer.{key}={getattr(t, key)}: must be at least 1")
+        _check_least(f"trainer.{name}_parallel_size", getattr(t, f"{name}_parallel_size"), 1)
+    for key, least in _LEAST_OF_TRAINER.items():
+        _check_least(f"trainer.{key}", getattr(t, key), least)
     if t.precision not in PRECISIONS:
         raise InputError(f"trainer.precision={t.precision}: must be one of {', '.join(PRECISIONS)}")
-    if t.micro_batch_size < 1 or t.global_batch_size % (t.micro_batch_size * t.data_parallel_size):
+    if min(t.micro_batch_size, t.global_batch_size) < 1 or t.global_batch_size % (
+        t.micro_batch_size * t.data_parallel_size
+    ):
         raise InputError(
             f"trainer.global_batch_size={t.global_batch_size}: must be a positive multiple of micro_batch_size "
             f"{t.micro_batch_size} x data_parallel_size {t.data_parallel_size}"
         )
     if t.sequence_parallel and t.tensor_model_parallel_size == 1:
         raise InputError("trainer.sequence_parallel=true: needs trainer.tensor_model_parallel_size above 1")
+    if t.context_parallel_size > 1 and importlib.util.find_spec("transformer_engine") is None:
+        raise InputError(
+            f"trainer.context_parallel_size={t.context_parallel_size}: needs Transformer Engine, which is not here"
+        )
+    _check_ranks(t)
+
+
+_LEAST_OF_TRAINER = {
+    "num_nodes": 1,
+    "max_steps": 0,
+    "val_check_interval": 0,
+    "limit_val_batches": 0,
+    "log_every_n_steps": 1,
+}
+
+
+def _check_ranks(t: TrainerConfig) -> None:
     world = int(os.environ.get("NEMO_MINITRON_NPROC") or os.environ.get("WORLD_SIZE") or 1)
     if world != t.ranks:
         raise InputError(
@@ -225,15 +246,32 @@ def _check_trainer(t: TrainerConfig) -> None:
             f"{t.tensor_model_parallel_size} x pipeline {t.pipeline_model_parallel_size} x context "
             f"{t.context_parallel_size} x data {t.data_parallel_size} (trainer.*_parallel_size)"
         )
+    if t.ranks % t.num_nodes:
+        raise InputError(f"trainer.num_nodes={t.num_nodes}: does not divide the layout's ranks, {t.ranks}")
 
 
-def _check_positive(recipe: Any) -> None:
-    if recipe.data.seq_length < 2:
-        raise InputError(f"data.seq_length={recipe.data.seq_length}: must be at least 2 tokens")
+def _check_least(key: str, value: int, least: int) -> None:
+    if value < least:
+        raise InputError(f"{key}={value}: must be at least {least}")
+
+
+def _check_ranges(recipe: Any) -> None:
+    t, length = recipe.trainer, recipe.data.seq_length
+    if length < 2:
+        raise InputError(f"data.seq_length={length}: must be at least 2 tokens")
+    if t.sequence_parallel and length % t.tensor_model_parallel_size:
+        raise InputError(
+            f"data.seq_length={length}: under trainer.sequence_parallel it must be a multiple of "
+            f"trainer.tensor_model_parallel_size={t.tensor_model_parallel_size}"
+        )
+    for key, seed in (("seed", recipe.seed), ("data.seed", recipe.data.seed)):
+        if not 0 <= seed < 2**32:
+            raise InputError(f"{key}={seed}: must be in 0 to {2**32 - 1}, as numpy's seeds")
     if recipe.eval.samples is not None and recipe.eval.samples < 1:
         raise InputError(f"eval.samples={recipe.eval.samples}: must be at least 1, or null for all")
-    if isinstance(recipe, PruneRecipe) and recipe.prune.calibration_samples < 1:
-        raise InputError(f"prune.calibration_samples={recipe.prune.calibration_samples}: must be at least 1")
+    if isinstance(recipe, PruneRecipe):
+        _check_least("prune.calibration_samples", recipe.prune.calibration_samples, 1)
+        _check_least("prune.control_seeds", recipe.prune.control_seeds, 0)
 
 
 def cache_dir(data: DataConfig, part: str) -> Path:
