@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 import time
@@ -109,15 +110,46 @@ class Commands:
         )
         return Ended(done.returncode, done.stdout, done.stderr, time.monotonic() - begin)
 
+    def killed(
+        self, recipe: str, *overrides: str, log: Path, when: Callable[[str], bool], timeout: float = 300
+    ) -> str:
+        """What a recipe printed until `when` was true of it and SIGKILL ended it."""
+        with open(log, "wb") as output:
+            process = subprocess.Popen(
+                self.command(recipe, *overrides),
+                env=self.environment(PYTHONUNBUFFERED="1"),
+                cwd=self.home,
+                stdout=output,
+                stderr=output,
+            )
+        try:
+            deadline = time.monotonic() + timeout
+            while not when(log.read_text(errors="replace")):
+                assert process.poll() is None, f"it ended before the moment came: {log.read_text()[-3000:]}"
+                assert time.monotonic() < deadline, "the moment never came"
+                time.sleep(0.002)
+        finally:
+            process.kill()
+            process.wait()
+        assert process.returncode == -signal.SIGKILL
+        return log.read_text(errors="replace")
+
     def prune(self, source: Path, run_dir: Path, *overrides: str, **options: Any) -> Ended:
         """recipes/prune.py +conf=width over 32 calibration sequences."""
+        return self.run("prune", *self.pruning(source, run_dir), *overrides, **options)
+
+    def pruning(self, source: Path, run_dir: Path) -> list[str]:
+        """The overrides of `prune`."""
         common = [*self.data(), "prune.calibration_samples=32", f"source={source}", f"run_dir={run_dir}"]
-        return self.run("prune", "+conf=width", *common, *overrides, **options)
+        return ["+conf=width", *common]
 
     def pretrain(self, run_dir: Path, *overrides: str, **options: Any) -> Ended:
         """recipes/pretrain.py on the tiny architecture."""
-        common = [*self.data(), *self.sizes(), "optim.warmup_steps=2", f"run_dir={run_dir}"]
-        return self.run("pretrain", *common, *overrides, **options)
+        return self.run("pretrain", *self.pretraining(run_dir), *overrides, **options)
+
+    def pretraining(self, run_dir: Path) -> list[str]:
+        """The overrides of `pretrain`."""
+        return [*self.data(), *self.sizes(), "optim.warmup_steps=2", f"run_dir={run_dir}"]
 
 
 def _limit(file_bytes: int) -> Callable[[], None]:
