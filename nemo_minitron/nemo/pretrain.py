@@ -1,6 +1,5 @@
 """The work of `recipes/pretrain.py`: a Llama-architecture GPT from scratch with NeMo 2."""
 
-import os
 import platform
 import shlex
 import sys
@@ -86,8 +85,7 @@ def run(recipe: PretrainRecipe, prepared: Prepared, directory: Path) -> dict[str
     from nemo_minitron.nemo.checkpoints import find_source
     from nemo_minitron.nemo.huggingface import export_checkpoint
 
-    _train(recipe, prepared, directory)
-    source = find_source(_link_checkpoint(directory))
+    source = find_source(_train(recipe, prepared, directory))
     result = _measure(recipe, prepared, source)
     result["checkpoint"] = str((directory / CHECKPOINT).resolve())
     if recipe.export_dir:
@@ -99,33 +97,21 @@ def run(recipe: PretrainRecipe, prepared: Prepared, directory: Path) -> dict[str
     return result
 
 
-def _train(recipe: PretrainRecipe, prepared: Prepared, directory: Path) -> None:
-    from nemo.collections import llm
-
-    from nemo_minitron.nemo import models, session, trainer
+def _train(recipe: PretrainRecipe, prepared: Prepared, directory: Path) -> Path:
+    from nemo_minitron.nemo import models, session, trainer, training
 
     data, t = prepared.data, recipe.trainer
     config = models.to_config(prepared.architecture, seq_length=recipe.data.seq_length, precision=t.precision)
     config.init_method_std = recipe.model.init_method_std
     trainer.seed_everything(recipe.seed)
     tokenizer = session.nemo_tokenizer(data.tokenizer_dir)
-    model = models.to_model(config, tokenizer, trainer.optimizer(recipe.optim, t))
-    llm.train(
-        model,
+    return training.fit(
+        models.to_model(config, tokenizer, trainer.optimizer(recipe.optim, t)),
         trainer.training_data(data.indexed, tokenizer, recipe.data, t, data.index_cache),
         trainer.trainer(t, training=True),
-        log=_logger(directory, t.val_check_interval or t.max_steps),
-        resume=_resume(directory),
+        directory,
+        save_every_n_steps=t.val_check_interval or t.max_steps,
     )
-
-
-def _link_checkpoint(directory: Path) -> Path:
-    """RUN/checkpoint, where every recipe looks for a run's model."""
-    link = directory / CHECKPOINT
-    if recipe_module.rank() == 0:
-        recipe_module.fresh(link)
-        link.symlink_to(os.path.relpath(last_checkpoint(directory), directory), target_is_directory=True)
-    return last_checkpoint(directory)
 
 
 def _measure(recipe: PretrainRecipe, prepared: Prepared, source: Any) -> dict[str, Any]:
@@ -179,39 +165,3 @@ def card(recipe: PretrainRecipe, result: dict[str, Any]) -> str:
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     head = f"# A small teacher\n\n{shape}\nTrained from scratch by `recipes/pretrain.py`."
     return f"{head}\n\n| | |\n|---|---|\n{table}\n"
-
-
-def _logger(directory: Path, every_n_steps: int) -> Any:
-    import nemo.lightning as nl
-
-    checkpoints = nl.ModelCheckpoint(
-        every_n_train_steps=every_n_steps,
-        save_last=True,
-        save_top_k=1,
-        monitor="val_loss",
-        filename="{step}",
-        # Without it the save at the last step leaves the optimizer out, and resuming fails with a KeyError.
-        save_optim_on_train_end=True,
-        save_context_on_train_end=True,
-        always_save_context=True,
-    )
-    return nl.NeMoLogger(
-        explicit_log_dir=str(directory / "nemo"), ckpt=checkpoints, update_logger_directory=False
-    )
-
-
-def _resume(directory: Path) -> Any:
-    import nemo.lightning as nl
-
-    return nl.AutoResume(
-        resume_if_exists=True,
-        resume_ignore_no_checkpoint=True,
-        resume_from_directory=str(directory / "nemo" / "checkpoints"),
-    )
-
-
-def last_checkpoint(directory: Path) -> Path:
-    """The newest finished checkpoint of a training run (`*-last`)."""
-    found = [p for p in (directory / "nemo" / "checkpoints").glob("*-last") if (p / "context").is_dir()]
-    assert found, f"{directory}: NeMo left no checkpoint"
-    return max(found, key=lambda p: p.stat().st_mtime)

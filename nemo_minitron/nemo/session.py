@@ -63,17 +63,13 @@ class Session:
         self, data: PreparedData, d: DataConfig, split: str, samples: int | None, label: str
     ) -> LMLoss:
         """Loss in nats over the first `samples` packed sequences of a split (None: all of one pass), with progress."""
-        dataset = self.dataset(data, d, split)
-        count = min(samples or len(dataset), len(dataset))
-        progress = _progress(label, count)
-        return lm_loss(
-            self.chunks, dataset, count, micro_batch_size=self.layout.micro_batch_size, progress=progress
+        return split_loss(
+            self.chunks, data, d, split, samples, micro_batch_size=self.layout.micro_batch_size, label=label
         )
 
     def dataset(self, data: PreparedData, d: DataConfig, split: str) -> Any:
         """One pass over a split in Megatron's shuffled, packed order."""
-        prefix = data.indexed.prefix(split)
-        return gpt_dataset(prefix, split, None, d.seq_length, d.seed, data.indexed.eod, data.index_cache)
+        return packed(data, d, split)
 
     def save(self, directory: Path) -> None:
         """Write a NeMo 2 checkpoint (weights and context), as NeMo's own connectors do; every rank makes this call."""
@@ -83,6 +79,30 @@ class Session:
                 ckpt_to_context_subdir(directory), yaml_attrs=["model"]
             )
         self.trainer.strategy.barrier("saved")
+
+
+def packed(data: PreparedData, d: DataConfig, split: str) -> Any:
+    """One pass over a split in Megatron's shuffled, packed order."""
+    prefix = data.indexed.prefix(split)
+    return gpt_dataset(prefix, split, None, d.seq_length, d.seed, data.indexed.eod, data.index_cache)
+
+
+def split_loss(
+    chunks: list[Any],
+    data: PreparedData,
+    d: DataConfig,
+    split: str,
+    samples: int | None,
+    *,
+    micro_batch_size: int,
+    label: str,
+) -> LMLoss:
+    """`lm_loss` of a rank's GPTModels over the first `samples` packed sequences of a split (None: all), with progress."""
+    dataset = packed(data, d, split)
+    count = min(samples or len(dataset), len(dataset))
+    return lm_loss(
+        chunks, dataset, count, micro_batch_size=micro_batch_size, progress=_progress(label, count)
+    )
 
 
 def _unwrap(chunk: Any) -> Any:

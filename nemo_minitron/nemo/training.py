@@ -1,0 +1,89 @@
+"""Training with NeMo in a run directory: checkpoints, resuming, and what the run leaves behind."""
+
+import contextlib
+import os
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron import recipe
+from nemo_minitron.nemo.checkpoints import CHECKPOINT, weights_may_only_be_tensors
+
+
+def fit(
+    model: Any,
+    data: Any,
+    trainer: Any,
+    directory: Path,
+    *,
+    save_every_n_steps: int,
+    start: Path | None = None,
+) -> Path:
+    """Train with `nemo.collections.llm.train`, or go on where a killed run stopped.
+
+    Args:
+        model: a NeMo 2 GPTModel with its optimizer.
+        data: a NeMo data module.
+        trainer: of `nemo_minitron.nemo.trainer`.
+        directory: the run's; NeMo writes into `directory/nemo`.
+        save_every_n_steps: steps between checkpoints; the last step is always saved.
+        start: weights to begin with (a NeMo 2 directory), unless the run has a checkpoint of its own.
+
+    Returns:
+        The last checkpoint, which RUN/checkpoint now names too.
+    """
+    from nemo.collections import llm
+
+    foreign = start is not None and not _checkpoints(directory)
+    with weights_may_only_be_tensors() if foreign else contextlib.nullcontext():
+        llm.train(
+            model, data, trainer, log=_logger(directory, save_every_n_steps), resume=_resume(directory, start)
+        )
+    link = directory / CHECKPOINT
+    if recipe.rank() == 0:
+        recipe.fresh(link)
+        link.symlink_to(os.path.relpath(last_checkpoint(directory), directory), target_is_directory=True)
+    return last_checkpoint(directory)
+
+
+def _logger(directory: Path, every_n_steps: int) -> Any:
+    import nemo.lightning as nl
+
+    checkpoints = nl.ModelCheckpoint(
+        every_n_train_steps=every_n_steps,
+        save_last=True,
+        save_top_k=1,
+        monitor="val_loss",
+        filename="{step}",
+        # Without it the save at the last step leaves the optimizer out, and resuming fails with a KeyError.
+        save_optim_on_train_end=True,
+        save_context_on_train_end=True,
+        always_save_context=True,
+    )
+    return nl.NeMoLogger(
+        explicit_log_dir=str(directory / "nemo"), ckpt=checkpoints, update_logger_directory=False
+    )
+
+
+def _resume(directory: Path, start: Path | None) -> Any:
+    import nemo.lightning as nl
+
+    return nl.AutoResume(
+        resume_if_exists=True,
+        resume_ignore_no_checkpoint=True,
+        resume_from_directory=str(directory / "nemo" / "checkpoints"),
+        # load_artifacts would instantiate what the checkpoint's context names.
+        restore_config=nl.RestoreConfig(path=str(start), load_optim_state=False, load_artifacts=False)
+        if start
+        else None,
+    )
+
+
+def _checkpoints(directory: Path) -> list[Path]:
+    return [p for p in (directory / "nemo" / "checkpoints").glob("*-last") if (p / "context").is_dir()]
+
+
+def last_checkpoint(directory: Path) -> Path:
+    """The newest finished checkpoint of a training run (`*-last`)."""
+    found = _checkpoints(directory)
+    assert found, f"{directory}: NeMo left no checkpoint"
+    return max(found, key=lambda p: p.stat().st_mtime)
