@@ -12,7 +12,6 @@ from nemo_minitron.hosts.cuda_names import show_cpu_torch_to
 def close_gaps() -> None:
     """Apply every gap of this file, in order."""
     strategy_wants_apex()
-    bert_names_need_transformer_engine()
     layer_specs_need_transformer_engine()
     apex_attributes_of_megatron()
     apex_norms_and_lists()
@@ -33,14 +32,6 @@ def strategy_wants_apex() -> None:
     nlp_overrides.McoreDistributedOptimizer = McoreDistributedOptimizer
     nlp_overrides.MegatronDistributedFusedAdam = type("MegatronDistributedFusedAdam", (), {})
     nlp_overrides.HAVE_APEX = True
-
-
-def bert_names_need_transformer_engine() -> None:
-    """`NLPModel.__init__` (`nlp_model.py:72`) lists the pretrained Megatron BERTs, and importing their model fails in a
-    layer spec of Transformer Engine. A GPT is none of them."""
-    from nemo.collections.nlp.models import nlp_model
-
-    nlp_model.get_megatron_pretrained_bert_models = list
 
 
 def layer_specs_need_transformer_engine() -> None:

@@ -13,7 +13,6 @@ def close_gaps() -> None:
     missing_accelerators_are_announced_often()
     model_parallel_seeds_need_a_gpu()
     loaded_tensors_are_moved_to_cuda()
-    optimizer_state_is_loaded_on_a_cuda_mesh()
 
 
 def container_version_is_asked_for() -> None:
@@ -66,15 +65,3 @@ def loaded_tensors_are_moved_to_cuda() -> None:
     from nemo.lightning.io import pl
 
     pl._fix_tensors_device = lambda checkpoint: checkpoint
-
-
-def optimizer_state_is_loaded_on_a_cuda_mesh() -> None:
-    """`MegatronStrategy.load_optimizer_state_dict` builds a "cuda" DeviceMesh that only its FSDP branch uses."""
-    from torch.distributed import DeviceMesh
-
-    from_group = DeviceMesh.from_group
-
-    def on_this_host(group, device_type, *args, **kwargs):  # type: ignore[no-untyped-def]
-        return from_group(group, "cpu" if device_type == "cuda" else device_type, *args, **kwargs)
-
-    DeviceMesh.from_group = staticmethod(on_this_host)  # type: ignore[assignment]
