@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.distributed.ranks import layout
+from tests.distributed.ranks import ROOT, layout
 
 MICRO_BATCH = 2
 
@@ -19,7 +19,10 @@ MICRO_BATCH = 2
 def _launched() -> Iterator[None]:
     """What a launcher says to each rank; the harness has made the process group itself."""
     import torch.distributed as dist
+    from megatron.core.dist_checkpointing.strategies import base
 
+    # Megatron compares the ranks' counts of saves, and not all of the kept ranks took part in each earlier one.
+    base.async_calls.call_idx = -1
     values = {
         "RANK": str(dist.get_rank()),
         "LOCAL_RANK": str(dist.get_rank()),
@@ -109,3 +112,22 @@ def exported(source: str, output: str) -> str:
     layout()
     with _launched():
         return str(export_checkpoint(find_source(source), Path(output)))
+
+
+def pruned_under(overrides: list[str], sizes: dict[str, Any]) -> dict[str, Any]:
+    """The work of recipes/prune.py under a layout, of a source that needs no conversion; what goes to result.json."""
+    import torch.distributed as dist
+    from hydra import compose, initialize_config_dir
+
+    from nemo_minitron.config import PruneRecipe, parse
+    from nemo_minitron.nemo import prune
+
+    layout(sizes.get("tensor_model_parallel_size", 1), sizes.get("pipeline_model_parallel_size", 1))
+    with _launched(), initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
+        named = [f"trainer.{name}={value}" for name, value in sizes.items()]
+        recipe = parse(PruneRecipe, compose("prune", overrides=[*overrides, *named]))
+        directory = Path(recipe.run_dir)
+        if dist.get_rank() == 0:
+            directory.mkdir(parents=True)
+        dist.barrier()
+        return prune.run(recipe, prune.check(recipe), directory)

@@ -2,6 +2,8 @@
 
 import json
 import math
+from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -10,17 +12,17 @@ from tests.functional.commands import Commands
 from tests.functional.conftest import Pruned, Teacher
 
 
-def assert_same(run_dir, result, pruned: Pruned) -> None:
+def assert_same(run_dir: Path, result: dict[str, Any], other_dir: Path, other: dict[str, Any]) -> None:
     """Scores and losses to 1e-4, kept indices identical."""
     for name in ("lm_loss_nats_before", "lm_loss_nats_after"):
-        assert math.isclose(result[name], pruned.result[name], rel_tol=1e-4), name
-    ours, theirs = (load_file(str(d / "scores.safetensors")) for d in (run_dir, pruned.run_dir))
+        assert math.isclose(result[name], other[name], rel_tol=1e-4), name
+    ours, theirs = (load_file(str(d / "scores.safetensors")) for d in (run_dir, other_dir))
     assert ours.keys() == theirs.keys()
     for name in ours:
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-6)
-    plans = [json.loads((d / "plan.json").read_text()) for d in (run_dir, pruned.run_dir)]
+    plans = [json.loads((d / "plan.json").read_text()) for d in (run_dir, other_dir)]
     assert plans[0]["kept"] == plans[1]["kept"]
-    assert result["params_after"] == pruned.result["params_after"]
+    assert result["params_after"] == other["params_after"]
 
 
 def test_two_tensor_parallel_ranks(commands: Commands, teacher: Teacher, pruned: Pruned) -> None:
@@ -29,4 +31,4 @@ def test_two_tensor_parallel_ranks(commands: Commands, teacher: Teacher, pruned:
         teacher.huggingface, run_dir, "trainer.tensor_model_parallel_size=2", nproc=2
     ).result()
     assert (result["ranks"], result["tensor_model_parallel_size"]) == (2, 2)
-    assert_same(run_dir, result, pruned)
+    assert_same(run_dir, result, pruned.run_dir, pruned.result)
