@@ -7,6 +7,7 @@ from typing import Any
 
 from nemo_minitron.errors import InputError
 
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "squared_relu")
 WIDTH_AXES = ("hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
 
 
@@ -15,7 +16,9 @@ class Architecture:
     """A dense decoder-only GPT in Megatron-core's terms; sizes are global, never a rank's own.
 
     `kv_channels` is the head dimension and is carried on its own: it stays when `hidden_size` is pruned.
-    `activation` is "silu", "gelu" or "squared_relu"; `rope_scaling_factor` is Llama 3.1's, None without scaling.
+    `activation` is one of `ACTIVATIONS`; `rope_scaling_factor` is Llama 3.1's, None without scaling. `model_type`:
+    the family in Hugging Face's word, for models that NeMo converts (`nemo.families`); "gemma" also says that
+    embeddings are multiplied by sqrt(hidden_size).
     """
 
     num_layers: int
@@ -38,6 +41,8 @@ class Architecture:
     rotary_base: float = 10000.0
     rotary_percent: float = 1.0
     rope_scaling_factor: float | None = None
+    qk_layernorm: bool = False
+    model_type: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_layers", *WIDTH_AXES, "kv_channels", "vocab_size"):
@@ -49,6 +54,8 @@ class Architecture:
                 f"num_attention_heads={self.num_attention_heads} is not divisible by "
                 f"num_query_groups={self.num_query_groups}"
             )
+        if self.activation not in ACTIVATIONS:
+            raise InputError(f"activation={self.activation!r}: must be one of {', '.join(ACTIVATIONS)}")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Architecture":
@@ -98,7 +105,7 @@ class Architecture:
         qkv = self.query_size + 2 * self.key_value_size
         fc1 = f * (2 if self.gated_linear_unit else 1)
         weights = h * qkv + self.query_size * h + h * fc1 + f * h
-        norms = 2 * h * self._norm_vectors
+        norms = 2 * h * self._norm_vectors + self._qk_norms
         linear_bias = (h + fc1 + h) if self.add_bias_linear else 0
         qkv_bias = qkv if self.add_bias_linear or self.add_qkv_bias else 0
         return weights + norms + linear_bias + qkv_bias
@@ -115,9 +122,15 @@ class Architecture:
 
     def flops_per_token(self, sequence_length: int) -> int:
         """FLOPs of one forward pass per token (2 per multiply-add), causal attention counted in full, head included."""
-        matrices = self.num_layers * (self.layer_parameters() - 2 * self.hidden_size * self._norm_vectors)
+        norms = 2 * self.hidden_size * self._norm_vectors + self._qk_norms
+        matrices = self.num_layers * (self.layer_parameters() - norms)
         attention = 2 * self.num_layers * sequence_length * self.query_size
         return 2 * (matrices + attention + self.vocab_size * self.hidden_size)
+
+    @property
+    def _qk_norms(self) -> int:
+        """Parameters of the norms over a head's query and key channels, which all heads share."""
+        return 2 * self.kv_channels * self._norm_vectors if self.qk_layernorm else 0
 
     @property
     def _norm_vectors(self) -> int:

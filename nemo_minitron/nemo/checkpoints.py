@@ -19,6 +19,7 @@ import yaml
 
 from nemo_minitron.arch import Architecture
 from nemo_minitron.errors import InputError
+from nemo_minitron.nemo import families
 
 CHECKPOINT = "checkpoint"
 _ACTIVATIONS = {
@@ -27,7 +28,9 @@ _ACTIVATIONS = {
     "torch.nn.functional.gelu": "gelu",
     "torch._C._nn.gelu": "gelu",
     "nemo.collections.llm.fn.activation.squared_relu": "squared_relu",
+    "nemo.collections.llm.fn.activation.openai_gelu": "gelu_tanh",
 }
+_EMBEDDING = "module.embedding.word_embeddings.weight"
 _PICKLE_MAY_NAME = (
     "torch.distributed.checkpoint.",
     "megatron.core.dist_checkpointing.",
@@ -99,8 +102,6 @@ def find_source(path: str | Path, key: str = "source") -> Source:
 
 
 def _huggingface(directory: Path, where: str) -> Source:
-    from nemo_minitron.nemo.huggingface import architecture_of
-
     config = _read_json(directory / "config.json", where)
     index = directory / "model.safetensors.index.json"
     if index.is_file():
@@ -116,12 +117,8 @@ def _huggingface(directory: Path, where: str) -> Source:
             raise InputError(f"{where}: {name} is missing or half-written (only safetensors are read)")
     if not (directory / "tokenizer_config.json").is_file():
         raise InputError(f"{where}: no tokenizer (tokenizer_config.json)")
-    architecture, context = architecture_of(config, where), config.get("max_position_embeddings")
-    if not isinstance(context, int) or context < 1:
-        raise InputError(
-            f"{where}: config.json: max_position_embeddings={context!r}: must be a positive integer"
-        )
-    return Source(directory, "huggingface", architecture, context, directory)
+    architecture = families.architecture_of(config, where)
+    return Source(directory, "huggingface", architecture, families.context_of(config, where), directory)
 
 
 def _safetensors_whole(file: Path) -> bool:
@@ -147,11 +144,15 @@ def _nemo(directory: Path, where: str) -> Source:
         raise InputError(f"{where}: half-written: NeMo left it marked as unfinished")
     if (weights / "modelopt_state").exists():
         raise InputError(f"{where}: holds a ModelOpt state, which is a pickle; it is not loaded")
-    _check_pickle(weights / ".metadata", where)
+    contents = _check_pickle(weights / ".metadata", where)
     try:
         model = yaml.safe_load((context / "model.yaml").read_text())
-        config = model["config"]
-        architecture, seq_length = _architecture(config, where), int(config["seq_length"])
+        config, family = model["config"], families.of_nemo_model(model["_target_"], where)
+        if config["vocab_size"] is None:  # NeMo then pads the tokenizer's, and only the weights tell how far
+            config["vocab_size"] = contents.state_dict_metadata[_EMBEDDING].size[0]
+        architecture, seq_length = _architecture(config, family, where), int(config["seq_length"])
+        if config.get("window_size"):  # converted as full attention, see `families.context_of`
+            seq_length = min(seq_length, config["window_size"][0])
     except InputError:
         raise
     except (
@@ -169,7 +170,7 @@ def _nemo(directory: Path, where: str) -> Source:
     return Source(directory, "nemo", architecture, seq_length, _tokenizer_in(context, where))
 
 
-def _architecture(config: dict[str, Any], where: str) -> Architecture:
+def _architecture(config: dict[str, Any], family: str | None, where: str) -> Architecture:
     if config.get("num_moe_experts"):
         raise InputError(
             f"{where}: num_moe_experts={config['num_moe_experts']}: only dense models are supported"
@@ -199,6 +200,8 @@ def _architecture(config: dict[str, Any], where: str) -> Architecture:
         rotary_base=float(config["rotary_base"]),
         rotary_percent=config["rotary_percent"],
         rope_scaling_factor=float(config["scale_factor"]) if "scale_factor" in config else None,
+        qk_layernorm=config["qk_layernorm"],
+        model_type=family,
     )
 
 
@@ -238,10 +241,10 @@ class _NamesOnly(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def _check_pickle(file: Path, where: str) -> None:
+def _check_pickle(file: Path, where: str) -> Any:
     try:
         with open(file, "rb") as opened:
-            _NamesOnly(opened).load()
+            return _NamesOnly(opened).load()
     except Exception as error:
         raise InputError(f"{where}: {file.name} is damaged or not safe to open ({error})") from None
 

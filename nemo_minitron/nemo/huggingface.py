@@ -1,4 +1,9 @@
-"""Hugging Face checkpoints in and out, on NeMo's own importer and exporter for Llama (nemo_toolkit 2.4.1)."""
+"""Hugging Face checkpoints in and out, on NeMo's own importers and exporters (nemo_toolkit 2.4.1).
+
+What is NeMo's: the mappings between both sides' weights, the model, the saving. What is done here, for all families
+alike: the configs (NeMo's importers fix sizes, leave out head_dim and untie embeddings), loading without code from the
+checkpoint (NeMo's pass trust_remote_code=True), and the names of the layer spec that runs on this host.
+"""
 
 import hashlib
 import os
@@ -8,64 +13,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_minitron.arch import Architecture
 from nemo_minitron.errors import InputError
+from nemo_minitron.nemo.families import FAMILIES, config_of
 
 if TYPE_CHECKING:
     from nemo_minitron.nemo.checkpoints import Source
 
 # How a converted checkpoint is laid out; part of the cache's key.
-_FORMAT = 1
-
-
-def architecture_of(config: dict[str, Any], where: str) -> Architecture:
-    """The architecture that a Hugging Face config.json states.
-
-    Raises:
-        InputError: another model type than Llama, a missing size, a rotary scaling that NeMo does not know.
-    """
-    if config.get("model_type") != "llama":
-        raise InputError(f"{where}: model_type {config.get('model_type')!r}: only 'llama' is converted")
-    if (activation := config.get("hidden_act", "silu")) not in ("silu", "swish"):
-        raise InputError(f"{where}: hidden_act {activation!r}: only 'silu' is converted")
-    if config.get("attention_bias") or config.get("mlp_bias"):
-        raise InputError(f"{where}: biases in a Llama model are not converted")
-    try:
-        heads, hidden = config["num_attention_heads"], config["hidden_size"]
-        return Architecture(
-            num_layers=config["num_hidden_layers"],
-            hidden_size=hidden,
-            ffn_hidden_size=config["intermediate_size"],
-            num_attention_heads=heads,
-            num_query_groups=config.get("num_key_value_heads") or heads,
-            kv_channels=config.get("head_dim") or hidden // heads,
-            vocab_size=config["vocab_size"],
-            share_embeddings_and_output_weights=bool(config.get("tie_word_embeddings", False)),
-            layernorm_epsilon=float(config.get("rms_norm_eps", 1e-6)),
-            rotary_base=float(config.get("rope_theta", 10000.0)),
-            rope_scaling_factor=_rope_scaling_factor(config.get("rope_scaling"), where),
-        )
-    except KeyError as error:
-        raise InputError(f"{where}: config.json lacks {error}") from None
-    except InputError:
-        raise
-    except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
-        raise InputError(f"{where}: config.json holds a value of the wrong kind ({error})") from None
-
-
-# What NeMo's Llama31Config (nemo_toolkit 2.4.1) has fixed.
-LLAMA3_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-
-
-def _rope_scaling_factor(scaling: dict[str, Any] | None, where: str) -> float | None:
-    if not scaling:
-        return None
-    if scaling.get("rope_type") != "llama3":
-        raise InputError(f"{where}: rope_scaling {scaling.get('rope_type')!r}: only 'llama3' is known")
-    for name, value in LLAMA3_SCALING.items():
-        if scaling.get(name, value) != value:
-            raise InputError(f"{where}: rope_scaling.{name}={scaling[name]}: only {value} is known")
-    return float(scaling["factor"])
+_FORMAT = 2
 
 
 @contextmanager
@@ -89,25 +44,27 @@ def fused_names(module: Any) -> Iterator[None]:
             norm.register_parameter(name, linear._parameters.pop(f"layer_norm_{name}"))
 
 
-def _importer(source: "Source", dtype: str) -> Any:
-    from nemo.collections.llm.gpt.model.llama import HFLlamaImporter
+@contextmanager
+def untied(module: Any) -> Iterator[None]:
+    """Within it, a Megatron GPT with tied embeddings has an output weight of its own, with the embedding's values: some
+    of NeMo's mappings (Qwen2, Mistral, Nemotron) name it for every model."""
+    import torch
 
-    from nemo_minitron.nemo import models
-
-    models.quiet_nemo()
-
-    class Importer(HFLlamaImporter):
-        """NeMo's importer with a config that this host can run, and the names of its layer spec."""
-
-        @property
-        def config(self) -> Any:
-            return models.to_config(source.architecture, seq_length=source.seq_length, precision=dtype)
-
-        def convert_state(self, hf_model: Any, target: Any) -> Any:
-            with fused_names(target.module):
-                return super().convert_state(hf_model, target)
-
-    return Importer(str(source.path))
+    if not module.share_embeddings_and_output_weights:
+        yield
+        return
+    head, table = module.output_layer, module.embedding.word_embeddings.weight
+    before = vars(head).pop("weight", None)
+    slot = head._parameters.pop("weight", None)
+    head.register_parameter("weight", torch.nn.Parameter(table.detach().clone()))
+    try:
+        yield
+    finally:
+        del head._parameters["weight"]
+        if slot is not None:
+            head._parameters["weight"] = slot
+        else:
+            head.weight = before
 
 
 def import_checkpoint(source: "Source", cache: Path) -> Path:
@@ -125,14 +82,101 @@ def import_checkpoint(source: "Source", cache: Path) -> Path:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     precision = "bf16" if _dtype(source.path) == "bfloat16" else "32"
-    _importer(source, precision).apply(temporary / "nemo")
-    (temporary / "done").touch()
     try:
+        _importer(source, precision, temporary / "tokenizer").apply(temporary / "nemo")
+        shutil.rmtree(temporary / "tokenizer")
+        (temporary / "done").touch()
         os.replace(temporary, final)
     except OSError:
         # Another process was faster; its copy is the same.
+        if not (final / "done").is_file():
+            raise
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return final / "nemo"
+
+
+def _importer(source: "Source", precision: str, assets: Path) -> Any:
+    """NeMo's importer for the source's family; `assets`: where the tokenizer's files are gathered."""
+    from nemo_minitron.nemo import models
+    from nemo_minitron.nemo.session import nemo_tokenizer
+
+    models.quiet_nemo()
+    base = _connector(source, "Importer")
+
+    class Importer(base):  # type: ignore[valid-type, misc]
+        """With a config that this host can run and that keeps every size, and the names of its layer spec."""
+
+        config = property(
+            lambda self: models.to_config(
+                source.architecture, seq_length=source.seq_length, precision=precision
+            )
+        )
+        tokenizer = property(lambda self: nemo_tokenizer(_tokenizer_files(source.path, assets)))
+
+        def init(self) -> Any:
+            return models.to_model(self.config, self.tokenizer)
+
+        def apply(self, output: Path) -> Path:
+            from nemo.lightning import teardown
+
+            theirs, model = _load(source.path), self.init()
+            trainer = self.nemo_setup(model)
+            with fused_names(model.module), untied(model.module):
+                self.convert_state(theirs, model)
+            self.nemo_save(output, trainer)
+            teardown(trainer, model)
+            return output
+
+    return Importer(str(source.path))
+
+
+def _connector(source: "Source", kind: str) -> Any:
+    from nemo_minitron.nemo import models
+
+    model_type = source.architecture.model_type
+    if model_type is None:
+        raise InputError(
+            f"{source.path}: NeMo has no Hugging Face {kind.lower()} for a plain GPTModel; it has one for "
+            f"{', '.join(FAMILIES)}"
+        )
+    if model_type == "gemma" and not source.architecture.share_embeddings_and_output_weights:
+        raise InputError(f"{source.path}: NeMo's Gemma {kind.lower()} knows tied embeddings only")
+    return models.nemo_class(model_type, f"HF{FAMILIES[model_type].connector}{kind}")
+
+
+def _load(directory: Path) -> Any:
+    """transformers' model of a Hugging Face directory, with all of its weights and nothing but them.
+
+    Raises:
+        InputError: the weights do not fit the config.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            str(directory), torch_dtype="auto", use_safetensors=True, output_loading_info=True
+        )
+    except (RuntimeError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"{directory}: the weights do not fit config.json ({reason})") from None
+    # Rotary frequencies were once saved, and are computed now.
+    unknown = [name for name in found["unexpected_keys"] if not name.endswith("rotary_emb.inv_freq")]
+    for names, what in (
+        (found["missing_keys"], "lack"),
+        (unknown, "hold a tensor that config.json does not:"),
+    ):
+        if names:
+            raise InputError(f"{directory}: the weights {what} {sorted(names)[0]}")
+    return model
+
+
+def _tokenizer_files(directory: Path, to: Path) -> Path:
+    from transformers import AutoTokenizer
+
+    if not to.is_dir():
+        AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False).save_pretrained(str(to))
+    return to
 
 
 def _dtype(directory: Path) -> str:
@@ -142,62 +186,58 @@ def _dtype(directory: Path) -> str:
 
 
 def export_checkpoint(source: "Source", output: Path) -> Path:
-    """Write a NeMo 2 Llama checkpoint as a Hugging Face directory (safetensors, tokenizer); a single-process step.
+    """Write a NeMo 2 checkpoint as a Hugging Face directory (safetensors, tokenizer); a single-process step.
 
-    `head_dim` is always stated: after pruning it is not hidden_size / num_attention_heads.
+    Raises:
+        InputError: a model that NeMo has no exporter for.
     """
-    from nemo.collections.llm.gpt.model.llama import HFLlamaExporter
+    from nemo.collections.llm.gpt.model.base import torch_dtype_from_mcore_config
 
     from nemo_minitron.config import TrainerConfig
     from nemo_minitron.nemo.session import Session, nemo_tokenizer
 
     assert source.kind == "nemo", source
+    base = _connector(source, "Exporter")
+    tokenizer = nemo_tokenizer(source.tokenizer)
 
-    class Exporter(HFLlamaExporter):
-        """NeMo's exporter, fed without running what the checkpoint's context names."""
+    class Exporter(base):  # type: ignore[valid-type, misc]
+        """Fed without running what the checkpoint's context names."""
 
-        tokenizer = property(lambda self: nemo_tokenizer(source.tokenizer))
-        config = property(lambda self: _huggingface_config(source, self.tokenizer))
+        config = property(lambda self: _huggingface_config(source, tokenizer))
 
         def is_llama4(self) -> bool:
             return False
 
-        def nemo_load(self, path: Any, *args: Any, **kwargs: Any) -> Any:
-            session = Session(source, TrainerConfig())
-            return session.model, session.trainer
-
-        def convert_state(self, model: Any, target: Any, source_config: Any = None) -> Any:
-            with fused_names(model.module):
-                return super().convert_state(model, target, source_config)
+        def apply(self, output: Path) -> Path:
+            model = Session(source, TrainerConfig()).model
+            theirs = _empty(self.config, torch_dtype_from_mcore_config(model.config))
+            with fused_names(model.module), untied(model.module):
+                theirs = self.convert_state(model, theirs)
+            theirs.tie_weights()  # where the config says so; the copies are equal
+            theirs.save_pretrained(output)
+            tokenizer.tokenizer.save_pretrained(output)
+            return output
 
     return Path(Exporter(str(source.path)).apply(output))
 
 
-def _huggingface_config(source: "Source", tokenizer: Any) -> Any:
-    from transformers import LlamaConfig
+def _empty(config: Any, dtype: Any) -> Any:
+    from transformers import AutoModelForCausalLM
+    from transformers.modeling_utils import no_init_weights
 
-    a = source.architecture
-    scaling = None
-    if a.rope_scaling_factor is not None:
-        scaling = {
-            "rope_type": "llama3",
-            "factor": a.rope_scaling_factor,
-            **LLAMA3_SCALING,
-        }
-    return LlamaConfig(
-        architectures=["LlamaForCausalLM"],
-        num_hidden_layers=a.num_layers,
-        hidden_size=a.hidden_size,
-        intermediate_size=a.ffn_hidden_size,
-        num_attention_heads=a.num_attention_heads,
-        num_key_value_heads=a.num_query_groups,
-        head_dim=a.kv_channels,
-        vocab_size=a.vocab_size,
-        max_position_embeddings=source.seq_length,
-        rms_norm_eps=a.layernorm_epsilon,
-        rope_theta=a.rotary_base,
-        rope_scaling=scaling,
-        tie_word_embeddings=a.share_embeddings_and_output_weights,
+    with no_init_weights():
+        return AutoModelForCausalLM.from_config(config, torch_dtype=dtype)
+
+
+def _huggingface_config(source: "Source", tokenizer: Any) -> Any:
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    model_type = source.architecture.model_type
+    return AutoConfig.for_model(
+        model_type,
+        architectures=[MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]],
         bos_token_id=tokenizer.bos_id,
         eos_token_id=tokenizer.eos_id,
+        **config_of(source.architecture, source.seq_length),
     )

@@ -1,7 +1,7 @@
 """`Architecture` to NeMo 2 models and back."""
 
+import importlib
 import os
-from functools import partial
 from typing import Any
 
 import torch
@@ -10,16 +10,18 @@ from torch.nn import functional as F
 from nemo_minitron import hosts
 from nemo_minitron.arch import Architecture
 from nemo_minitron.errors import InputError
+from nemo_minitron.nemo.families import FAMILIES
 
 hosts.prepare_nemo()
 
+from megatron.core.transformer.enums import AttnBackend  # noqa: E402
 from nemo.collections import llm  # noqa: E402
-from nemo.collections.llm.fn.activation import squared_relu  # noqa: E402
+from nemo.collections.llm.fn.activation import openai_gelu, squared_relu  # noqa: E402
 from nemo.collections.llm.gpt.model.base import HAVE_TE, local_layer_spec  # noqa: E402
 from nemo.collections.llm.gpt.model.llama import Llama31Config  # noqa: E402
 from nemo.utils import logging  # noqa: E402
 
-_ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "squared_relu": squared_relu}
+_ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": openai_gelu, "squared_relu": squared_relu}
 _NAMES = {function: name for name, function in _ACTIVATIONS.items()}
 
 
@@ -56,11 +58,8 @@ def to_config(architecture: Architecture, *, seq_length: int, precision: str = "
     `vocab_size` is set, so that NeMo pads nothing and every layout has the same rows.
     """
     a = architecture
-    base: Any = llm.LlamaConfig if a.gated_linear_unit and a.normalization == "RMSNorm" else llm.GPTConfig
-    if a.rope_scaling_factor is not None:
-        base = partial(Llama31Config, scale_factor=a.rope_scaling_factor)
     dtype = torch.bfloat16 if precision.startswith("bf16") else torch.float32
-    return base(
+    return _config_class(a)(
         num_layers=a.num_layers,
         hidden_size=a.hidden_size,
         ffn_hidden_size=a.ffn_hidden_size,
@@ -81,13 +80,50 @@ def to_config(architecture: Architecture, *, seq_length: int, precision: str = "
         layernorm_zero_centered_gamma=a.layernorm_zero_centered_gamma,
         rotary_base=a.rotary_base,
         rotary_percent=a.rotary_percent,
+        qk_layernorm=a.qk_layernorm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         bf16=dtype is torch.bfloat16,
         params_dtype=dtype,
         pipeline_dtype=dtype,
+        **_family_settings(a),
         **host_settings(),
     )
+
+
+def nemo_class(model_type: str, name: str) -> Any:
+    """A class of the module in which NeMo has this family."""
+    return getattr(
+        importlib.import_module(f"nemo.collections.llm.gpt.model.{FAMILIES[model_type].module}"), name
+    )
+
+
+def _config_class(architecture: Architecture) -> Any:
+    if architecture.model_type is None:
+        found = llm.GPTConfig
+    elif architecture.rope_scaling_factor is not None:
+        found = Llama31Config
+    else:
+        found = nemo_class(architecture.model_type, FAMILIES[architecture.model_type].config)
+    # NeMo records a config's arguments, for the saved context, by wrapping __init__ once, and takes a parent that is
+    # wrapped already for the class itself (_io_wrap_init, nemo_toolkit 2.4.1): after a Qwen2Config no Qwen3Config.
+    if "__wrapped_init__" not in vars(found):
+        found.__wrapped_init__ = False
+    return found
+
+
+def _family_settings(architecture: Architecture) -> dict[str, Any]:
+    """What NeMo's config class of the family sets and this project does not want, or wants otherwise."""
+    if architecture.rope_scaling_factor is not None:
+        return {"scale_factor": architecture.rope_scaling_factor}
+    if architecture.model_type == "mistral":
+        # The context is bounded by the window instead (`families.context_of`).
+        return {"window_size": None, "cp_comm_type": None}
+    if architecture.model_type == "gemma":
+        # NeMo's "flash" is for Transformer Engine 1.8, and megatron-core keeps it for the process: any other model
+        # in it is then refused.
+        return {"attention_backend": AttnBackend.auto}
+    return {}
 
 
 def from_config(config: Any, vocab_size: int | None = None) -> Architecture:
@@ -127,11 +163,20 @@ def from_config(config: Any, vocab_size: int | None = None) -> Architecture:
         rotary_base=float(config.rotary_base),
         rotary_percent=config.rotary_percent,
         rope_scaling_factor=float(config.scale_factor) if isinstance(config, Llama31Config) else None,
+        qk_layernorm=config.qk_layernorm,
+        model_type=_model_type(config),
     )
 
 
+def _model_type(config: Any) -> str | None:
+    """The family of a config's class, or of the nearest one that it derives from (Qwen3Config is a Qwen2Config)."""
+    by_class = {family.config: name for name, family in FAMILIES.items()}
+    return next((by_class[c.__name__] for c in type(config).__mro__ if c.__name__ in by_class), None)
+
+
 def to_model(config: "llm.GPTConfig", tokenizer: Any, optim: Any = None) -> "llm.GPTModel":
-    """The NeMo model of a config: `LlamaModel` for Llama configs, so that NeMo's own exporters know it."""
-    if isinstance(config, llm.LlamaConfig):
-        return llm.LlamaModel(config, optim=optim, tokenizer=tokenizer)
-    return llm.GPTModel(config, optim=optim, tokenizer=tokenizer)
+    """The NeMo model of a config, of its family's class: Gemma's scales the embeddings, and NeMo's own exporters go by
+    the class."""
+    model_type = _model_type(config)
+    model: Any = llm.GPTModel if model_type is None else nemo_class(model_type, FAMILIES[model_type].model)
+    return model(config, optim=optim, tokenizer=tokenizer)

@@ -33,6 +33,7 @@ def architecture(recipe: PretrainRecipe, vocab_size: int) -> Architecture:
         vocab_size=vocab_size,
         share_embeddings_and_output_weights=m.share_embeddings_and_output_weights,
         rotary_base=m.rotary_base,
+        model_type="llama",
     )
     for name in ("ffn_hidden_size", "num_query_groups", "vocab_size"):
         if getattr(arch, name) % t.tensor_model_parallel_size:

@@ -13,6 +13,8 @@ from torch import Tensor
 from tests.distributed.ranks import ROOT, layout
 
 MICRO_BATCH = 2
+# NeMo's imports, on a busy machine.
+PATIENCE_S = 240
 
 
 @contextlib.contextmanager
@@ -90,6 +92,16 @@ def logits_of(checkpoint: str, tokens: Tensor) -> Tensor:
 def saved_again(checkpoint: str, output: str, sizes: dict[str, Any]) -> None:
     """Opens a checkpoint under a layout and saves it from there."""
     session = open_session(checkpoint, **sizes)
+    with _launched():
+        session.save(Path(output))
+
+
+def pruned(checkpoint: str, output: str, plan: Any, sizes: dict[str, Any]) -> None:
+    """Opens a checkpoint under a layout, prunes it there and saves the student."""
+    from nemo_minitron.nemo.transforms import prune_model
+
+    session = open_session(checkpoint, **sizes)
+    prune_model(session.model, session.chunks, plan)
     with _launched():
         session.save(Path(output))
 
