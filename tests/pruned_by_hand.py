@@ -55,6 +55,8 @@ def _slice_qkv(qkv: Tensor, plan: PrunePlan, heads: list[int]) -> Tensor:
 
 
 def _hidden(name: str, value: Tensor, channels: Tensor) -> Tensor:
+    if "q_layernorm" in name or "k_layernorm" in name:
+        return value
     if "layernorm" in name or name.endswith(("linear_proj.bias", "linear_fc2.bias")):
         return value[channels]
     if name.endswith(("linear_proj.weight", "linear_fc2.weight")):

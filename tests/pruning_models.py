@@ -15,10 +15,11 @@ FAMILIES = {
     "llama-tied": LLAMA.replace(share_embeddings_and_output_weights=True),
     "mistral-narrow-heads": LLAMA.replace(kv_channels=6, hidden_size=40),
     "qwen2": LLAMA.replace(add_qkv_bias=True, share_embeddings_and_output_weights=True),
+    "qwen3": LLAMA.replace(qk_layernorm=True, kv_channels=12),
     "gemma": LLAMA.replace(
         kv_channels=16,
         share_embeddings_and_output_weights=True,
-        activation="gelu",
+        activation="gelu_tanh",
         layernorm_zero_centered_gamma=True,
     ),
     "nemotron": LLAMA.replace(

@@ -26,6 +26,13 @@ Weights = dict[str, Tensor]
 
 # ---- plain torch -------------------------------------------------------------------------------------------
 
+_PLAIN = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: x * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)),
+    "squared_relu": lambda x: F.relu(x) ** 2,
+}
+
 
 class Reference:
     """`logits = Reference(weights, arch)(tokens)`; `kept` then holds the activations that scores stand on.
@@ -76,8 +83,7 @@ class Reference:
         return y + self.weights[name + "bias"] if name + "bias" in self.weights else y
 
     def _activation(self, x: Tensor) -> Tensor:
-        kinds = {"silu": F.silu, "gelu": F.gelu, "squared_relu": lambda t: F.relu(t) ** 2}
-        function = kinds[self.arch.activation]
+        function = _PLAIN[self.arch.activation]
         if not self.arch.gated_linear_unit:
             return function(x)
         gate, up = x.chunk(2, dim=-1)
@@ -89,6 +95,8 @@ class Reference:
         d, shared = self.arch.kv_channels, self.arch.heads_per_group
         qkv = self._linear(x, name + "linear_qkv.").view(b, s, self.arch.num_query_groups, shared + 2, d)
         q, k, v = qkv[..., :shared, :].flatten(2, 3), qkv[..., shared, :], qkv[..., shared + 1, :]
+        if self.arch.qk_layernorm:
+            q, k = self._norm(q, name + "q_layernorm."), self._norm(k, name + "k_layernorm.")
         if self.arch.position_embedding_type == "rope":
             q, k = self._rope(q), self._rope(k)
         k, v = k.repeat_interleave(shared, dim=2), v.repeat_interleave(shared, dim=2)
@@ -139,7 +147,7 @@ def _shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
         "mlp.linear_fc1": (f * (2 if arch.gated_linear_unit else 1), h),
         "mlp.linear_fc2": (h, f),
     }
-    norms = ["decoder.final_layernorm"]
+    norms, inner = ["decoder.final_layernorm"], []
     shapes: dict[str, tuple[int, ...]] = {"embedding.word_embeddings.weight": (v, h)}
     if arch.position_embedding_type == "learned_absolute":
         shapes["embedding.position_embeddings.weight"] = (arch.max_position_embeddings, h)
@@ -149,10 +157,12 @@ def _shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
             shapes[f"{name}.{linear}.weight"] = shape
             if arch.add_bias_linear or (arch.add_qkv_bias and linear.endswith("qkv")):
                 shapes[f"{name}.{linear}.bias"] = shape[:1]
-    for norm in norms:
-        shapes |= {f"{norm}.weight": (h,)} | (
-            {f"{norm}.bias": (h,)} if arch.normalization == "LayerNorm" else {}
-        )
+        if arch.qk_layernorm:
+            inner += [f"{name}.self_attention.{which}_layernorm" for which in "qk"]
+    for norm, width in [(norm, h) for norm in norms] + [(norm, arch.kv_channels) for norm in inner]:
+        shapes[f"{norm}.weight"] = (width,)
+        if arch.normalization == "LayerNorm":
+            shapes[f"{norm}.bias"] = (width,)
     if not arch.share_embeddings_and_output_weights:
         shapes["output_layer.weight"] = (v, h)
     return shapes
@@ -173,6 +183,13 @@ def squared_relu(x: Tensor) -> Tensor:
     return F.relu(x).square()
 
 
+def gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+_MEGATRON = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": gelu_tanh, "squared_relu": squared_relu}
+
+
 def model_config(arch: Architecture, dtype: torch.dtype = torch.float32, **overrides: Any) -> Any:
     """Megatron's TransformerConfig for arch under the parallel layout that is set up; its fusions are off."""
     from megatron.core import parallel_state
@@ -181,7 +198,7 @@ def model_config(arch: Architecture, dtype: torch.dtype = torch.float32, **overr
     same = [field.name for field in dataclasses.fields(TransformerConfig) if hasattr(arch, field.name)]
     values = {
         **{name: getattr(arch, name) for name in same},
-        "activation_func": {"silu": F.silu, "gelu": F.gelu, "squared_relu": squared_relu}[arch.activation],
+        "activation_func": _MEGATRON[arch.activation],
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
         "gradient_accumulation_fusion": False,
@@ -236,7 +253,7 @@ def _layer_spec(arch: Architecture, fused_norms: bool) -> Any:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer.identity_op import IdentityOp
 
-    spec = get_gpt_layer_local_spec(normalization=arch.normalization)
+    spec = get_gpt_layer_local_spec(qk_layernorm=arch.qk_layernorm, normalization=arch.normalization)
     if fused_norms:
         from tests.fused_linear import FusedNormLinear
 

@@ -4,28 +4,13 @@ import pytest
 
 from nemo_minitron.arch import Architecture
 from nemo_minitron.errors import InputError
+from tests.pruning_models import FAMILIES
 from tests.reference import full_weights
 
 LLAMA_8B = Architecture(32, 4096, 14336, 32, 8, 128, vocab_size=128256)
 TINY = {
-    "llama": Architecture(2, 8, 12, 4, 2, 6, vocab_size=10),
-    "tied": Architecture(2, 8, 12, 4, 2, 6, vocab_size=10, share_embeddings_and_output_weights=True),
-    "qwen2": Architecture(2, 8, 12, 4, 2, 2, vocab_size=10, add_qkv_bias=True),
-    "gpt": Architecture(
-        num_layers=2,
-        hidden_size=8,
-        ffn_hidden_size=12,
-        num_attention_heads=4,
-        num_query_groups=4,
-        kv_channels=2,
-        vocab_size=10,
-        gated_linear_unit=False,
-        normalization="LayerNorm",
-        add_bias_linear=True,
-        position_embedding_type="learned_absolute",
-        max_position_embeddings=5,
-        activation="gelu",
-    ),
+    "narrow": Architecture(2, 8, 12, 4, 2, 6, vocab_size=10),
+    **FAMILIES,
 }
 
 
@@ -59,7 +44,7 @@ def test_kv_channels_stay_when_hidden_size_is_pruned():
 
 
 def test_flops_are_two_for_each_weight_and_score():
-    arch = TINY["llama"]
+    arch = TINY["narrow"]
     matrices = [w.numel() for n, w in full_weights(arch).items() if w.dim() == 2 and "embedding" not in n]
     attention = arch.num_layers * 2 * 7 * arch.query_size  # scores and mixing of 7 tokens' keys and values
     assert arch.flops_per_token(7) == 2 * (sum(matrices) + attention)
@@ -79,6 +64,7 @@ def test_dict_round_trip_refuses_what_it_does_not_know():
         ({"num_layers": 0}, "num_layers=0: must be a positive integer"),
         ({"hidden_size": 12.0}, "hidden_size=12.0"),
         ({"kv_channels": True}, "kv_channels=True"),
+        ({"activation": "relu"}, "activation='relu': must be one of silu, gelu, gelu_tanh, squared_relu"),
         ({"num_query_groups": 5}, "num_attention_heads=32 is not divisible by num_query_groups=5"),
     ],
 )

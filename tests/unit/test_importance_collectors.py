@@ -13,6 +13,7 @@ from nemo_minitron.errors import InputError
 from nemo_minitron.importance import BlockInfluenceCollector, ImportanceCollector
 from nemo_minitron.importance.aggregation import STATISTICS
 from tests.expected_scores import block_scores, width_scores
+from tests.pruning_models import FAMILIES
 from tests.reference import forward_logits, full_weights, tiny_model
 
 pytestmark = pytest.mark.usefixtures("megatron")
@@ -27,22 +28,6 @@ GPT = LLAMA.replace(
     max_position_embeddings=16,
     activation="gelu",
 )
-FAMILIES = {
-    "llama": LLAMA,
-    "gpt": GPT,
-    "qwen2": LLAMA.replace(add_qkv_bias=True),
-    "gemma": LLAMA.replace(
-        activation="gelu", layernorm_zero_centered_gamma=True, share_embeddings_and_output_weights=True
-    ),
-    "nemotron": LLAMA.replace(
-        normalization="LayerNorm",
-        layernorm_zero_centered_gamma=True,
-        gated_linear_unit=False,
-        activation="squared_relu",
-        rotary_percent=0.5,
-        kv_channels=8,
-    ),
-}
 
 
 def some_tokens(arch: Architecture, b: int = 5, s: int = 8) -> torch.Tensor:
