@@ -95,7 +95,7 @@ def load_tokenizer(path_or_id: str | Path) -> "PreTrainedTokenizerBase":
         )
     except Exception as error:  # `tokenizers` raises no narrower one for a broken file
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"data.tokenizer={name}: cannot be loaded ({reason})") from error
+        raise InputError(f"data.tokenizer={name}: cannot be loaded ({reason[:200]})") from error
     if tokenizer.eos_token_id is None:
         raise InputError(
             f"data.tokenizer={name}: has no end-of-text token (eos_token), which ends each document"

@@ -5,10 +5,13 @@ distributed checkpoint holds pickles; so the context is read as text, and pickle
 may name (`weights_may_only_be_tensors`).
 """
 
+import dataclasses
+import enum
 import hashlib
 import json
 import os
 import pickle
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,16 +34,17 @@ _ACTIVATIONS = {
     "nemo.collections.llm.fn.activation.openai_gelu": "gelu_tanh",
 }
 _EMBEDDING = "module.embedding.word_embeddings.weight"
-_PICKLE_MAY_NAME = (
-    "torch.distributed.checkpoint.",
-    "megatron.core.dist_checkpointing.",
+# What the table of contents of a distributed checkpoint names: dataclasses and enums of these packages, and
+_PICKLED_CLASSES_OF = ("torch.distributed.checkpoint.", "megatron.core.dist_checkpointing.")
+_PICKLED_BESIDE = {
     "torch.Size",
     "torch.device",
-    "torch.strided",
     "torch.serialization._get_layout",
     "collections.OrderedDict",
-    "pathlib.",
-)
+    "pathlib.Path",
+    "pathlib.PosixPath",
+    "pathlib.PurePosixPath",
+}
 
 
 @dataclass(frozen=True)
@@ -102,37 +106,54 @@ def find_source(path: str | Path, key: str = "source") -> Source:
 
 
 def _huggingface(directory: Path, where: str) -> Source:
+    from nemo_minitron.nemo.huggingface import check_shapes
+
     config = _read_json(directory / "config.json", where)
     index = directory / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(_read_json(index, where).get("weight_map", {}).values()))
+        names = _indexed(_read_json(index, where), where)
     else:
         names = ["model.safetensors"]
+    shapes: dict[str, Any] = {}
     for name in names:
         if Path(name).name != name or not name.endswith(".safetensors"):
             raise InputError(
                 f"{where}: weight file {name!r} is not a plain *.safetensors name in the directory"
             )
-        if not _safetensors_whole(directory / name):
+        held = _safetensors_shapes(directory / name)
+        if held is None:
             raise InputError(f"{where}: {name} is missing or half-written (only safetensors are read)")
+        shapes |= held
     if not (directory / "tokenizer_config.json").is_file():
         raise InputError(f"{where}: no tokenizer (tokenizer_config.json)")
     architecture = families.architecture_of(config, where)
+    check_shapes(architecture, shapes, where)
     return Source(directory, "huggingface", architecture, families.context_of(config, where), directory)
 
 
-def _safetensors_whole(file: Path) -> bool:
-    """Whether the header is readable and the data that it promises is there."""
+def _indexed(index: dict[str, Any], where: str) -> list[str]:
+    """The files that an index of weights names."""
+    weight_map = index.get("weight_map")
+    names = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    if not names or not all(isinstance(name, str) for name in names):
+        raise InputError(f"{where}: model.safetensors.index.json names no weight files (weight_map)")
+    return sorted(set(names))
+
+
+def _safetensors_shapes(file: Path) -> dict[str, Any] | None:
+    """Shapes by name, if the header is readable and the data that it promises is there."""
     try:
         with open(file, "rb") as opened:
             length = int.from_bytes(opened.read(8), "little")
             if not 2 <= length < 100 << 20:
-                return False
+                return None
             header = json.loads(opened.read(length))
-        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        return file.stat().st_size == 8 + length + max(ends)
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        end = max(entry["data_offsets"][1] for entry in entries.values())
+        whole = file.stat().st_size == 8 + length + end
+        return {name: entry["shape"] for name, entry in entries.items()} if whole else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
+        return None
 
 
 def _nemo(directory: Path, where: str) -> Source:
@@ -144,9 +165,14 @@ def _nemo(directory: Path, where: str) -> Source:
         raise InputError(f"{where}: half-written: NeMo left it marked as unfinished")
     if (weights / "modelopt_state").exists():
         raise InputError(f"{where}: holds a ModelOpt state, which is a pickle; it is not loaded")
+    backend = _read_json(weights / "metadata.json", where).get("sharded_backend")
+    if backend != "torch_dist":
+        raise InputError(f"{where}: metadata.json: sharded_backend {backend!r}: only 'torch_dist' is read")
     contents = _check_pickle(weights / ".metadata", where)
+    _check_common(weights / "common.pt", where)
     try:
         model = yaml.safe_load((context / "model.yaml").read_text())
+        _check_expanded(model)
         config, family = model["config"], families.of_nemo_model(model["_target_"], where)
         if config["vocab_size"] is None:  # NeMo then pads the tokenizer's, and only the weights tell how far
             config["vocab_size"] = contents.state_dict_metadata[_EMBEDDING].size[0]
@@ -163,11 +189,23 @@ def _nemo(directory: Path, where: str) -> Source:
         ValueError,
         ArithmeticError,
         AttributeError,
+        RecursionError,
     ) as error:
         raise InputError(
-            f"{where}: context/model.yaml cannot be read ({type(error).__name__}: {error})"
+            f"{where}: context/model.yaml cannot be read ({type(error).__name__}: {_line(error)})"
         ) from None
     return Source(directory, "nemo", architecture, seq_length, _tokenizer_in(context, where))
+
+
+def _check_expanded(value: Any, limit: int = 100_000) -> None:
+    """With aliases a short YAML file stands for a value that no memory holds once it is written out in a message."""
+    rest = [value]
+    while rest:
+        limit -= 1
+        if limit < 0:
+            raise ValueError("its aliases stand for too many values")
+        item = rest.pop()
+        rest += item.values() if isinstance(item, dict) else item if isinstance(item, list | tuple) else ()
 
 
 def _architecture(config: dict[str, Any], family: str | None, where: str) -> Architecture:
@@ -217,7 +255,7 @@ def _tokenizer_in(context: Path, where: str) -> Path:
 def _read_json(file: Path, where: str) -> dict[str, Any]:
     try:
         value = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{where}: {file.name} cannot be read ({error})") from None
     if not isinstance(value, dict):
         raise InputError(f"{where}: {file.name} is not a JSON object")
@@ -225,20 +263,22 @@ def _read_json(file: Path, where: str) -> dict[str, Any]:
 
 
 class _NamesOnly(pickle.Unpickler):
-    """Unpickles what a distributed checkpoint's table of contents needs, and nothing else."""
+    """Unpickles what a distributed checkpoint's table of contents needs, and nothing else.
+
+    The names of a package would not do: modules also hold functions, and other modules that they import.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
-        full = f"{module}.{name}"
-        is_dtype = module == "torch" and name.rstrip("0123456789") in (
-            "float",
-            "bfloat",
-            "int",
-            "uint",
-            "bool",
-        )
-        if not is_dtype and not full.startswith(_PICKLE_MAY_NAME):
-            raise pickle.UnpicklingError(f"it names {full}")
-        return super().find_class(module, name)
+        if f"{module}.{name}" in _PICKLED_BESIDE or (module == "torch" and name.isidentifier()):
+            found = super().find_class(module, name)
+            if f"{module}.{name}" in _PICKLED_BESIDE or type(found).__name__ == "dtype":
+                return found
+        elif module.startswith(_PICKLED_CLASSES_OF) and name.isidentifier():
+            found = super().find_class(module, name)
+            own_class = isinstance(found, type) and found.__module__ == module
+            if own_class and (dataclasses.is_dataclass(found) or issubclass(found, enum.Enum)):
+                return found
+        raise pickle.UnpicklingError(f"it names {module}.{name}")
 
 
 def _check_pickle(file: Path, where: str) -> Any:
@@ -246,7 +286,24 @@ def _check_pickle(file: Path, where: str) -> Any:
         with open(file, "rb") as opened:
             return _NamesOnly(opened).load()
     except Exception as error:
-        raise InputError(f"{where}: {file.name} is damaged or not safe to open ({error})") from None
+        raise InputError(f"{where}: {file.name} is damaged or not safe to open ({_line(error)})") from None
+
+
+def _check_common(file: Path, where: str) -> None:
+    """What is not sharded: plain values, which torch opens without running anything."""
+    import torch
+
+    try:
+        with weights_may_only_be_tensors(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise InputError(f"{where}: {file.name} is damaged or not safe to open ({_line(error)})") from None
+
+
+def _line(error: BaseException) -> str:
+    """The first sentence of what a library says; torch's advice is to switch the protection off."""
+    return str(error).strip().split("\n")[0].split(". ")[0][:200] or type(error).__name__
 
 
 @contextmanager

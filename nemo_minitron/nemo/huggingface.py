@@ -23,6 +23,48 @@ if TYPE_CHECKING:
 _FORMAT = 2
 
 
+def check_shapes(arch: Architecture, shapes: dict[str, Any], where: str) -> None:
+    """Whether the weights are those that the config states: transformers would draw what is missing at random.
+
+    Args:
+        shapes: by name, of all weight files.
+
+    Raises:
+        InputError: a weight is missing or has another shape.
+    """
+    for name, shape in _shapes(arch):
+        if name not in shapes:
+            raise InputError(f"{where}: the weight files lack {name}, which config.json asks for")
+        if shapes[name] != shape:
+            raise InputError(f"{where}: {name} has shape {shapes[name]}, by config.json it has {shape}")
+
+
+def _shapes(a: Architecture) -> Iterator[tuple[str, list[int]]]:
+    h, queries, keys = (
+        a.hidden_size,
+        a.num_attention_heads * a.kv_channels,
+        a.num_query_groups * a.kv_channels,
+    )
+    yield "model.embed_tokens.weight", [a.vocab_size, h]
+    if not a.share_embeddings_and_output_weights:
+        yield "lm_head.weight", [a.vocab_size, h]
+    yield "model.norm.weight", [h]
+    layer = {
+        "input_layernorm": [h],
+        "self_attn.q_proj": [queries, h],
+        "self_attn.k_proj": [keys, h],
+        "self_attn.v_proj": [keys, h],
+        "self_attn.o_proj": [h, queries],
+        "post_attention_layernorm": [h],
+        **({"mlp.gate_proj": [a.ffn_hidden_size, h]} if a.gated_linear_unit else {}),
+        "mlp.up_proj": [a.ffn_hidden_size, h],
+        "mlp.down_proj": [h, a.ffn_hidden_size],
+    }
+    for number in range(a.num_layers):
+        for name, shape in layer.items():
+            yield f"model.layers.{number}.{name}.weight", shape
+
+
 @contextmanager
 def fused_names(module: Any) -> Iterator[None]:
     """Within it, norm weights of a local-spec Megatron GPT carry Transformer Engine's fused names, which is what NeMo's
@@ -68,11 +110,7 @@ def untied(module: Any) -> Iterator[None]:
 
 
 def import_checkpoint(source: "Source", cache: Path) -> Path:
-    """Convert a Hugging Face directory to a NeMo 2 directory once; a cached, single-process step.
-
-    Raises:
-        InputError: the weights do not fit the config.
-    """
+    """Convert a Hugging Face directory to a NeMo 2 directory once; a cached, single-process step."""
     key = hashlib.sha256(f"{_FORMAT}\n{source.sha256()}".encode()).hexdigest()[:24]
     final = cache / key
     if (final / "done").is_file():

@@ -238,6 +238,7 @@ CASES: dict[str, Case] = {
     "layer metric": Case(
         ["prune.num_layers=2", "prune.layer_metric=luck"], ["prune.layer_metric=luck", "block_influence"]
     ),
+    "protected layers": Case(["prune.num_layers=2", "prune.protect_first=3"], ["protect_first=3", "1 of 4"]),
     "importance": Case(["prune.importance=magic"], ["prune.importance=magic", "activation or random"]),
     "batch aggregation": Case(["prune.batch=median"], ["prune.batch", "median", "l2"]),
     "sequence aggregation": Case(["prune.sequence=max"], ["prune.sequence", "max", "mean"]),
