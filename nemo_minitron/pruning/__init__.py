@@ -3,11 +3,22 @@
 from collections.abc import Sequence
 from typing import Any
 
+from nemo_minitron.pruning.iterative import compose, step_targets
 from nemo_minitron.pruning.plan import Kept, PrunePlan, make_plan
 from nemo_minitron.pruning.ranking import explicit_layers
 from nemo_minitron.pruning.target import check_target, resolve_target
 
-__all__ = ["Kept", "PrunePlan", "check_target", "explicit_layers", "make_plan", "prune", "resolve_target"]
+__all__ = [
+    "Kept",
+    "PrunePlan",
+    "check_target",
+    "compose",
+    "explicit_layers",
+    "make_plan",
+    "prune",
+    "resolve_target",
+    "step_targets",
+]
 
 
 def prune(chunks: Sequence[Any], plan: PrunePlan) -> None:
