@@ -105,10 +105,16 @@ class ModelConfig:
 class PruneConfig:
     """What to keep and how to choose it. A size is an integer, a fraction of the source ("3/4"), or null: left alone.
 
-    Layers: `num_layers` lets `layer_metric` ("block_influence", "angular_distance") choose, `contiguous` as one block;
-    or `keep_layers` or `drop_layers` lists them, 0-based; `drop_layers=late` is the block right before the last layer.
-    `scores`: a scores.safetensors to use instead of scoring. `control_seeds`: how many times the same sizes are also
-    pruned at random, for comparison.
+    Layers: `num_layers` lets `layer_metric` choose, `contiguous` as one block of neighbours, never the first
+    `protect_first` and the last `protect_last`; or `keep_layers` or `drop_layers` lists them, 0-based;
+    `drop_layers=late` is the block right before the last layer. `layer_metric`: "block_influence" or "angular_distance"
+    (one pass over the calibration samples for all layers), "lm_loss" (the loss with each layer or block left out, about
+    half a pass for each), "task" (the accuracy lost on the questions in `task_file`, likewise).
+
+    `task_file`: a JSONL of multiple-choice questions (`evaluation.multiple_choice.load_task`); the accuracy before and
+    after is measured too. `task_normalize`: compare choices by log-probability a token, not by the sum. `scores`: a
+    scores.safetensors to use instead of scoring. `iterations`: in how many steps to score and prune. `control_seeds`:
+    how many times the same sizes are also pruned at random, for comparison.
     """
 
     hidden_size: Any = None
@@ -119,6 +125,8 @@ class PruneConfig:
     keep_layers: Any = None
     drop_layers: Any = None
     layer_metric: str = "block_influence"
+    task_file: str | None = None
+    task_normalize: bool = False
     contiguous: bool = False
     protect_first: int = 0
     protect_last: int = 0
@@ -130,6 +138,7 @@ class PruneConfig:
     head_residual: bool = False
     calibration_samples: int = 128
     scores: str | None = None
+    iterations: int = 1
     control_seeds: int = 0
 
 

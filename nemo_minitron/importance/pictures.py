@@ -1,4 +1,4 @@
-"""Heat maps of importance."""
+"""Heat maps of importance, and curves over the depth."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ _COLUMNS = 256
 
 def importance_picture(scores: Scores, kept: Any, path: str | Path) -> None:
     """Draw each axis's scores, one row a layer, sorted within the row, with a line where the kept units
-    end; where layers were scored, also their curves, with the dropped ones shaded.
+    end; where layers were scored, also a curve for each metric, with the dropped ones shaded.
 
     Args:
         scores: to draw.
@@ -24,13 +24,13 @@ def importance_picture(scores: Scores, kept: Any, path: str | Path) -> None:
     from matplotlib.figure import Figure
 
     axes = [axis for axis in scores.tensors if "/" not in axis]
-    curves = [name for name in scores.tensors if name.startswith("layers/")]
-    count = len(axes) + bool(curves)
+    metrics = sorted({name.split("/")[1] for name in scores.tensors if "/" in name})
+    count = len(axes) + len(metrics)
     figure = Figure(figsize=(10, 2.2 * count), layout="constrained")
     FigureCanvasAgg(figure)
     plots = list(figure.subplots(count, 1, squeeze=False)[:, 0])
-    if curves:
-        _depth_curves(plots.pop(), scores, curves, kept.layers)
+    for metric in metrics:
+        _depth_curves(plots.pop(), scores, metric, kept.layers)
     for plot, axis in zip(plots, axes, strict=True):
         rows = _columns(torch.atleast_2d(scores.tensors[axis]).sort(dim=1, descending=True).values)
         image = plot.imshow(
@@ -47,15 +47,23 @@ def importance_picture(scores: Scores, kept: Any, path: str | Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def _depth_curves(plot: Any, scores: Scores, names: list[str], layers: Any) -> None:
-    for name in names:
-        plot.plot(scores.tensors[name].numpy(), marker="o", markersize=3, label=name.removeprefix("layers/"))
+def _depth_curves(plot: Any, scores: Scores, metric: str, layers: Any) -> None:
+    """What was scored by one metric: single layers, blocks by their first layer."""
+    for name, values in sorted(scores.tensors.items(), reverse=True):
+        kind, _, rest = name.partition("/")
+        if rest.split("/")[0] == metric:
+            label = "a layer" if kind == "layers" else f"{rest.split('/')[1]} layers from this one on"
+            plot.plot(values.numpy(), marker="o", markersize=3, label=label)
+            if float(values.min()) <= 0:  # a task may do better without a layer
+                plot.set_yscale("symlog", linthresh=1e-2)
     dropped = sorted(set(range(scores.architecture.num_layers)) - set(layers)) if layers is not None else []
     for number, layer in enumerate(dropped):
         plot.axvspan(layer - 0.5, layer + 0.5, alpha=0.15, color="black", label="" if number else "dropped")
+    if plot.get_yscale() == "linear":
+        plot.set_yscale("log")
+    plot.set_title(metric, fontsize=9)
     plot.set_xlabel("layer")
     plot.set_ylabel("score")
-    plot.set_yscale("log")
     plot.legend(fontsize=8)
 
 

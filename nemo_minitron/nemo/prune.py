@@ -1,5 +1,6 @@
 """The work of `recipes/prune.py`: load, score, plan, prune, measure before and after, save."""
 
+import dataclasses
 import json
 import os
 from dataclasses import dataclass
@@ -11,19 +12,29 @@ from nemo_minitron.arch import WIDTH_AXES, Architecture
 from nemo_minitron.config import PruneConfig, PruneRecipe, cache_dir
 from nemo_minitron.data.prepare import PreparedData, prepare_data
 from nemo_minitron.errors import InputError
+from nemo_minitron.nemo import scoring, stepwise
 from nemo_minitron.nemo.checkpoints import CHECKPOINT, Source, find_source
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What is known and made before a model is loaded. `source`: of kind "nemo", converted if need be."""
+    """What is known and made before a model is loaded. `source`: of kind "nemo", converted if need be.
+
+    `steps`: the architecture after each step of pruning, the last is the target.
+    """
 
     source: Source
     source_sha256: str
-    target: Architecture
+    steps: list[Architecture]
     keep_layers: list[int] | None
     data: PreparedData
     scores: Any
+    task: Any
+
+    @property
+    def target(self) -> Architecture:
+        """What to make of the source."""
+        return self.steps[-1]
 
     def to_config(self) -> dict[str, Any]:
         """For the launcher's ranks, which need not hash, convert or index again."""
@@ -40,19 +51,24 @@ def check(r: PruneRecipe) -> Prepared:
     Raises:
         InputError: see the module's callees; each names the value, the place and what is legal.
     """
-    from nemo_minitron.pruning import check_target
-
     ready = r.prepared or {}
     source = find_source(ready.get("source", r.source))
     _check_source(source, r)
     target, keep_layers = _target(r.prune, source.architecture)
-    t = r.trainer
-    check_target(
-        source.architecture, target, tp=t.tensor_model_parallel_size, pp=t.pipeline_model_parallel_size
-    )
+    steps = stepwise.targets(r, source.architecture, target, keep_layers)
     sha256 = ready.get("source_sha256") or source.sha256()
-    scores = _check_importance(r.prune, source.architecture, sha256)
+    scores = scoring.check_importance(r.prune, source.architecture, sha256)
     data = prepare_data(r.data, str(source.tokenizer), ready.get("data"))
+    _check_data(r, source, data, scores)
+    task = _task(r.prune, source, data)
+    prepared = Prepared(source, sha256, steps, keep_layers, data, scores, task)
+    stepwise.try_plans(r.prune, source.architecture, steps, keep_layers, scores, sha256)
+    if source.kind == "huggingface":
+        prepared = dataclasses.replace(prepared, source=_converted(source, r))
+    return prepared
+
+
+def _check_data(r: PruneRecipe, source: Source, data: PreparedData, scores: Any) -> None:
     if data.indexed.vocab_size > source.architecture.vocab_size:
         raise InputError(
             f"data.tokenizer has {data.indexed.vocab_size} entries, the model's vocabulary "
@@ -64,9 +80,12 @@ def check(r: PruneRecipe) -> Prepared:
             f"prune.calibration_samples={r.prune.calibration_samples}: the train split has only {available} "
             f"sequences of {r.data.seq_length} tokens"
         )
-    if source.kind == "huggingface":
-        source = _converted(source, r)
-    return Prepared(source, sha256, target, keep_layers, data, scores)
+
+
+def _task(p: PruneConfig, source: Source, data: PreparedData) -> Any:
+    from nemo_minitron.evaluation.multiple_choice import load_task
+
+    return None if p.task_file is None else load_task(p.task_file, data.tokenizer, source.seq_length)
 
 
 def _target(p: PruneConfig, arch: Architecture) -> tuple[Architecture, list[int] | None]:
@@ -116,27 +135,6 @@ def _check_source(source: Source, r: PruneRecipe) -> None:
         )
 
 
-def _check_importance(p: PruneConfig, arch: Architecture, sha256: str) -> Any:
-    """The given scores, checked against the source; None where they are to be made."""
-    from nemo_minitron.importance.aggregation import check_statistic
-    from nemo_minitron.importance.block_influence import METRICS
-    from nemo_minitron.importance.scores import Scores
-
-    if p.importance not in ("activation", "random"):
-        raise InputError(f"prune.importance={p.importance}: must be activation or random")
-    check_statistic("prune.batch", p.batch)
-    check_statistic("prune.sequence", p.sequence)
-    if p.scores is None:
-        if p.layer_metric not in METRICS:
-            raise InputError(
-                f"prune.layer_metric={p.layer_metric}: must be one of {', '.join(METRICS)}, or be in prune.scores"
-            )
-        return None
-    scores = Scores.load(p.scores)
-    scores.check_matches(arch, sha256)
-    return scores
-
-
 def _converted(source: Source, r: PruneRecipe) -> Source:
     """The NeMo 2 form of a Hugging Face directory: made before ranks start, so found in the cache by each of them."""
     from nemo_minitron.nemo.huggingface import import_checkpoint
@@ -153,46 +151,29 @@ def run(r: PruneRecipe, prepared: Prepared, directory: Path) -> dict[str, Any]:
         The fields of `result.json`.
     """
     from nemo_minitron.nemo.session import Session
-    from nemo_minitron.nemo.transforms import prune_model
+    from nemo_minitron.pruning import compose
 
-    for name in (CHECKPOINT, "scores.safetensors", "plan.json", "importance.png"):
+    stale = [path.name for path in directory.glob("scores-*.safetensors")]
+    for name in (CHECKPOINT, "scores.safetensors", "plan.json", "importance.png", *stale):
         recipe.fresh(directory / name)
     session = Session(prepared.source, r.trainer, seq_length=prepared.source.seq_length)
-    scores = prepared.scores
-    if scores is None and r.prune.importance == "activation":
-        scores = _score(session, r, prepared)
-    plan = _plan(r, prepared, scores, r.prune.importance, r.prune.seed)
-    before = session.lm_loss(prepared.data, r.data, "valid", r.eval.samples, "loss before")
-    prune_model(session.model, session.chunks, plan)
-    after = session.lm_loss(prepared.data, r.data, "valid", r.eval.samples, "loss after")
+    before = _evaluate(session, r, prepared, "before")
+    made = stepwise.score_and_prune(session, r, prepared)
+    after = _evaluate(session, r, prepared, "after")
     if recipe.rank() == 0:
-        plan.save(directory / "plan.json")
-        if scores is not None:
-            _keep_scores(scores, plan, directory)
+        compose([plan for _, plan in made]).save(directory / "plan.json")
+        scoring.keep_scores(made, directory)
     _save(session, directory)
-    result = _result(r, prepared, before, after, scores, directory)
-    return result | _controls(r, prepared, after.nats, directory)
+    samples = made[0][0].samples if made[0][0] is not None else 0
+    result = _result(r, prepared, before, after, samples, directory)
+    return result | _controls(r, prepared, after["loss"].nats, directory)
 
 
-def _plan(r: PruneRecipe, prepared: Prepared, scores: Any, importance: Any, seed: int) -> Any:
-    """A plan by `scores`, or at random; a random one does not take the listed layers either."""
-    from nemo_minitron.pruning import make_plan
-
-    p = r.prune
-    return make_plan(
-        prepared.source.architecture,
-        prepared.target,
-        scores,
-        importance=importance,
-        seed=seed,
-        source_sha256=prepared.source_sha256,
-        keep_layers=None if importance == "random" else prepared.keep_layers,
-        layer_metric=p.layer_metric,
-        contiguous=p.contiguous,
-        protect_first=p.protect_first,
-        protect_last=p.protect_last,
-        head_residual=p.head_residual and importance != "random",
-    )
+def _evaluate(session: Any, r: PruneRecipe, prepared: Prepared, when: str) -> dict[str, Any]:
+    found = {"loss": session.lm_loss(prepared.data, r.data, "valid", r.eval.samples, f"loss {when}")}
+    if prepared.task is not None:
+        found["accuracy"] = session.accuracy(prepared.task, r.prune.task_normalize, f"task {when}")
+    return found
 
 
 def _controls(r: PruneRecipe, prepared: Prepared, loss: float, directory: Path) -> dict[str, Any]:
@@ -206,7 +187,9 @@ def _controls(r: PruneRecipe, prepared: Prepared, loss: float, directory: Path) 
     source = prepared.source
     for seed in range(r.prune.control_seeds):
         session = Session(source, r.trainer, seq_length=source.seq_length)
-        plan = _plan(r, prepared, None, "random", seed)
+        plan = stepwise.random_plan(
+            r.prune, source.architecture, prepared.target, seed, prepared.source_sha256
+        )
         prune_model(session.model, session.chunks, plan)
         losses.append(
             session.lm_loss(prepared.data, r.data, "valid", r.eval.samples, f"random seed {seed}").nats
@@ -222,35 +205,6 @@ def _controls(r: PruneRecipe, prepared: Prepared, loss: float, directory: Path) 
     return {"control_lm_loss_nats": losses, "beats_all_controls": loss < min(losses)}
 
 
-def _score(session: Any, r: PruneRecipe, prepared: Prepared) -> Any:
-    from nemo_minitron.nemo.callbacks import ImportanceCallback
-
-    callback = ImportanceCallback(
-        batch=r.prune.batch,
-        sequence=r.prune.sequence,
-        include_final_norm=r.prune.include_final_norm,
-        block_lengths=_block_lengths(prepared),
-        source_sha256=prepared.source_sha256,
-        data_sha256=prepared.data.indexed.manifest_sha256,
-    )
-    callback.attach(session.chunks)
-    session.lm_loss(prepared.data, r.data, "train", r.prune.calibration_samples, "scoring")
-    return callback.finish(session.model.config)
-
-
-def _block_lengths(prepared: Prepared) -> tuple[int, ...]:
-    """Single layers and, where layers go, the block of as many."""
-    gone = prepared.source.architecture.num_layers - prepared.target.num_layers
-    return tuple({1, gone}) if gone else ()
-
-
-def _keep_scores(scores: Any, plan: Any, directory: Path) -> None:
-    from nemo_minitron.importance.pictures import importance_picture
-
-    scores.save(directory / "scores.safetensors")
-    importance_picture(scores, plan.kept, directory / "importance.png")
-
-
 def _save(session: Any, directory: Path) -> None:
     """The checkpoint appears under its name when it is whole."""
     temporary = recipe.fresh(directory / f".{CHECKPOINT}.tmp")
@@ -261,7 +215,7 @@ def _save(session: Any, directory: Path) -> None:
 
 
 def _result(
-    r: PruneRecipe, p: Prepared, before: Any, after: Any, scores: Any, directory: Path
+    r: PruneRecipe, p: Prepared, before: Any, after: Any, samples: int, directory: Path
 ) -> dict[str, Any]:
     source, target = p.source.architecture, p.target
     return {
@@ -274,12 +228,13 @@ def _result(
         "params_after": target.parameters(),
         "non_embedding_params_before": source.non_embedding_parameters(),
         "non_embedding_params_after": target.non_embedding_parameters(),
-        "lm_loss_nats_before": before.nats,
-        "lm_loss_nats_after": after.nats,
-        "eval_samples": after.samples,
-        "eval_tokens": after.tokens,
-        "calibration_samples": scores.samples if scores is not None else 0,
+        "lm_loss_nats_before": before["loss"].nats,
+        "lm_loss_nats_after": after["loss"].nats,
+        "eval_samples": after["loss"].samples,
+        "eval_tokens": after["loss"].tokens,
+        "calibration_samples": samples,
         "importance": r.prune.importance,
+        "prune_iterations": r.prune.iterations,
         "prune_seed": r.prune.seed if r.prune.importance == "random" else None,
         "target": json.loads(json.dumps(target.to_dict())),
         "ranks": r.trainer.ranks,
@@ -287,4 +242,17 @@ def _result(
         "pipeline_model_parallel_size": r.trainer.pipeline_model_parallel_size,
         "peak_rss_gib": recipe.peak_rss_gib(),
         "checkpoint": str((directory / CHECKPOINT).resolve()),
+        **_task_result(r.prune, p.task, before, after),
+    }
+
+
+def _task_result(p: PruneConfig, task: Any, before: Any, after: Any) -> dict[str, Any]:
+    if task is None:
+        return {}
+    return {
+        "task_file": str(p.task_file),
+        "task_sha256": task.sha256,
+        "task_questions": len(task.answers),
+        "task_accuracy_before": before["accuracy"],
+        "task_accuracy_after": after["accuracy"],
     }

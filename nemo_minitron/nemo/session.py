@@ -12,6 +12,7 @@ from nemo_minitron.config import DataConfig, TrainerConfig
 from nemo_minitron.data.datasets import gpt_dataset
 from nemo_minitron.data.prepare import PreparedData
 from nemo_minitron.evaluation.lm_loss import LMLoss, lm_loss
+from nemo_minitron.evaluation.multiple_choice import Task, accuracy_and_margin, choice_losses
 from nemo_minitron.nemo import models, trainer
 from nemo_minitron.nemo.checkpoints import Source, weights_may_only_be_tensors
 
@@ -67,6 +68,17 @@ class Session:
             self.chunks, data, d, split, samples, micro_batch_size=self.layout.micro_batch_size, label=label
         )
 
+    def accuracy(self, task: Task, normalize: bool, label: str) -> float:
+        """How often the right choice of a multiple-choice task is the most probable one, in [0, 1]; with progress."""
+        losses = choice_losses(
+            self.chunks,
+            task,
+            micro_batch_size=self.layout.micro_batch_size,
+            normalize=normalize,
+            progress=progress_bar(label, len(task.requests)),
+        )
+        return float(accuracy_and_margin(losses, task)[0][0])
+
     def dataset(self, data: PreparedData, d: DataConfig, split: str) -> Any:
         """One pass over a split in Megatron's shuffled, packed order."""
         return packed(data, d, split)
@@ -101,7 +113,7 @@ def split_loss(
     dataset = packed(data, d, split)
     count = min(samples or len(dataset), len(dataset))
     return lm_loss(
-        chunks, dataset, count, micro_batch_size=micro_batch_size, progress=_progress(label, count)
+        chunks, dataset, count, micro_batch_size=micro_batch_size, progress=progress_bar(label, count)
     )
 
 
@@ -111,7 +123,7 @@ def _unwrap(chunk: Any) -> Any:
     return chunk
 
 
-def _progress(label: str, total: int) -> Callable[[int], None] | None:
+def progress_bar(label: str, total: int) -> Callable[[int], None] | None:
     """A line on rank 0's stderr, renewed in place on a terminal, now and then elsewhere."""
     if recipe.rank() != 0:
         return None

@@ -73,7 +73,8 @@ def compose(plans: Sequence[PrunePlan]) -> PrunePlan:
     whole = plans[0]
     for plan in plans[1:]:
         assert plan.source == whole.target, "the plans do not follow on one another"
-        assert not (whole.head_residual or plan.head_residual), "a residual is no selection"
+        residual = whole.head_residual or plan.head_residual
+        assert residual is None, "a residual is no selection"
         whole = dataclasses.replace(whole, target=plan.target, kept=_composed(whole, plan))
     if len(plans) == 1:
         return whole

@@ -153,7 +153,7 @@ def least_important_dropped(
 def _layer_scores(scores: Mapping[str, Tensor], metric: str | None, block: int | None) -> Tensor:
     if metric is None:
         return scores["layers"]
-    key = f"layers/{metric}" if block is None else f"blocks/{metric}/{block}"
+    key = f"layers/{metric}" if block in (None, 1) else f"blocks/{metric}/{block}"
     if key not in scores:
         raise InputError(f"the scores hold no {key!r}; they hold {', '.join(sorted(scores)) or 'nothing'}")
     if bool(scores[key].isnan().any()):

@@ -134,6 +134,20 @@ class Commands:
         assert process.returncode == -signal.SIGKILL
         return log.read_text(errors="replace")
 
+    def ask(self, asked: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """What comes of recipes that shall be refused, in one process for all; see refusals.py."""
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "tests" / "functional" / "refusals.py")],
+            input=json.dumps(asked),
+            env=self.environment(PYTHONPATH=str(ROOT)),
+            cwd=self.home,
+            capture_output=True,
+            text=True,
+            timeout=500,
+        )
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
     def prune(self, source: Path, run_dir: Path, *overrides: str, **options: Any) -> Ended:
         """recipes/prune.py +conf=width over 32 calibration sequences."""
         return self.run("prune", *self.pruning(source, run_dir), *overrides, **options)

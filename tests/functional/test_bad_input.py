@@ -4,8 +4,6 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.functional.commands import ROOT, Commands, tree
+from tests.functional.commands import Commands, tree
 from tests.functional.conftest import Pruned, Teacher
 
 
@@ -346,18 +344,9 @@ def answers(commands: Commands, places: Places) -> dict[str, dict[str, Any]]:
         overrides = arguments(commands, case, made, run_dir)
         asked.append({"recipe": case.recipe, "overrides": overrides, "env": case.env})
     before = tree(places.pruned)
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "functional" / "refusals.py")],
-        input=json.dumps(asked),
-        env=commands.environment(PYTHONPATH=str(ROOT)),
-        cwd=commands.home,
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert done.returncode == 0, done.stderr
+    found = commands.ask(asked)
     assert tree(places.pruned) == before
-    return dict(zip(CASES, json.loads(done.stdout), strict=True))
+    return dict(zip(CASES, found, strict=True))
 
 
 @pytest.mark.parametrize("name", CASES)
