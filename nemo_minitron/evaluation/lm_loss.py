@@ -1,6 +1,7 @@
 """Forward passes of a sharded Megatron GPT over packed samples, and its language-model loss."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,18 +45,13 @@ def lm_loss(
     assert samples <= len(dataset)
     totals = torch.zeros(2, dtype=torch.float64, device=_device(chunks[0]))
     mine = range(parallel.dp_rank(), samples, parallel.dp_size())
-    modes = [chunk.training for chunk in chunks]
-    for chunk in chunks:
-        chunk.eval()
-    with torch.no_grad():
+    with evaluating(chunks):
         for begin in range(0, len(mine), micro_batch_size):
             indices = mine[begin : begin + micro_batch_size]
             for loss, count in _forward(chunks, [dataset[i] for i in indices]):
                 totals += torch.stack([loss.double(), count.double()])
             if progress is not None:
                 progress(begin + len(indices))
-    for chunk, mode in zip(chunks, modes, strict=True):
-        chunk.train(mode)
     parallel.broadcast_pp(totals, parallel.pp_size() - 1)
     parallel.all_reduce(totals, "dp")
     return LMLoss(float(totals[0] / totals[1]), int(totals[1]), samples)
@@ -65,8 +61,7 @@ def _forward(chunks: Sequence[Any], items: list[dict[str, Tensor]]) -> list[tupl
     """One forward-only schedule over one microbatch; (loss sum, token count) on the last stage, nothing elsewhere."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    device = _device(chunks[0])
-    batch = {k: torch.stack([item[k] for item in items]).to(device) for k in _KEYS}
+    batch = stacked(items, _device(chunks[0]))
     found: list[tuple[Tensor, Tensor]] = []
 
     def step(iterator: Iterator[dict[str, Tensor]], chunk: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
@@ -93,6 +88,25 @@ def _forward(chunks: Sequence[Any], items: list[dict[str, Tensor]]) -> list[tupl
 
 
 _KEYS = ("tokens", "labels", "position_ids", "loss_mask")
+
+
+@contextmanager
+def evaluating(chunks: Sequence[Any]) -> Iterator[None]:
+    """Without dropout and gradients inside; afterwards each chunk is in the mode that it was in."""
+    modes = [chunk.training for chunk in chunks]
+    for chunk in chunks:
+        chunk.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for chunk, mode in zip(chunks, modes, strict=True):
+            chunk.train(mode)
+
+
+def stacked(items: Sequence[dict[str, Tensor]], device: torch.device) -> dict[str, Tensor]:
+    """A microbatch [b, s] of GPTDataset items [s]."""
+    return {k: torch.stack([item[k] for item in items]).to(device) for k in _KEYS}
 
 
 def _device(chunk: Any) -> torch.device:

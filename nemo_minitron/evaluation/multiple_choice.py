@@ -1,0 +1,217 @@
+"""Multiple-choice tasks: a JSONL file of questions, and how often a sharded model prefers the right choice."""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemo_minitron import parallel
+from nemo_minitron.errors import InputError
+from nemo_minitron.evaluation.layer_removal import Block, LayerRemoval, merged
+from nemo_minitron.evaluation.lm_loss import evaluating
+
+
+@dataclass(frozen=True)
+class Question:
+    """One line of a task file, `{"question": ..., "choices": [...], "answer": ...}`. `answer`: an index of choices."""
+
+    line: int
+    question: str
+    choices: list[str]
+    answer: int
+
+
+@dataclass(frozen=True)
+class Request:
+    """One choice after its question: token ids, and how many of the last ones are the choice's."""
+
+    tokens: list[int]
+    scored: int
+
+
+@dataclass(frozen=True)
+class Task:
+    """An encoded task file.
+
+    Attributes:
+        sha256: of the file.
+        requests: of all questions, choice by choice, in the file's order.
+        choices: how many each question has.
+        answers: the right choice of each question, from 0.
+    """
+
+    sha256: str
+    requests: list[Request]
+    choices: list[int]
+    answers: list[int]
+
+
+def load_task(path: str | Path, tokenizer: Any, max_tokens: int) -> Task:
+    """Read and encode a task file.
+
+    Each line is a JSON object with `question` (a string), `choices` (at least two strings, all different) and
+    `answer` (the right one's index from 0, or its text). A sample is an end-of-document token, as before each packed
+    document, then question and choice joined by one space. The choice's tokens are those after the ones that the
+    question alone has too.
+
+    Args:
+        tokenizer: of Hugging Face's interface.
+        max_tokens: the model's context.
+
+    Raises:
+        InputError: no such file, an empty one, or a bad line: names the file and the line.
+    """
+    lines = _lines(path)
+    questions = [_question(f"{path}, line {n}", n, line) for n, line in enumerate(lines, 1) if line.strip()]
+    if not questions:
+        raise InputError(f"{path}: holds no question")
+    requests = []
+    for question in questions:
+        for number, choice in enumerate(question.choices):
+            request = _encode(question.question, choice, tokenizer)
+            # The last token is predicted, never read.
+            if (length := len(request.tokens) - 1) > max_tokens:
+                raise InputError(
+                    f"{path}, line {question.line}: choice {number} makes {length} tokens with its question, the "
+                    f"model's context has {max_tokens}"
+                )
+            requests.append(request)
+    sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    return Task(sha256, requests, [len(q.choices) for q in questions], [q.answer for q in questions])
+
+
+def _lines(path: str | Path) -> list[str]:
+    try:
+        # Not splitlines: JSON strings may hold line separators that only Unicode knows.
+        return Path(path).read_text(encoding="utf-8").split("\n")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from None
+
+
+def _question(where: str, line: int, text: str) -> Question:
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: no JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{where}: must be a JSON object with question, choices and answer")
+    for key in ("question", "choices", "answer"):
+        if key not in values:
+            raise InputError(f"{where}: key {key!r} is missing")
+    question, choices = values["question"], values["choices"]
+    if not isinstance(question, str) or not question.strip():
+        raise InputError(f"{where}: question: must be a string that is not blank")
+    if not isinstance(choices, list) or len(choices) < 2:
+        raise InputError(f"{where}: choices: must be a list of at least 2 strings")
+    for number, choice in enumerate(choices):
+        if not isinstance(choice, str) or not choice.strip():
+            raise InputError(f"{where}: choices: {choice!r} is no string, or blank")
+        if choice in choices[:number]:
+            raise InputError(f"{where}: choices: {choice!r} is there twice")
+    return Question(line, question, choices, _answer(where, values["answer"], choices))
+
+
+def _answer(where: str, answer: Any, choices: list[str]) -> int:
+    if type(answer) is int and 0 <= answer < len(choices):
+        return answer
+    if isinstance(answer, str) and answer in choices:
+        return choices.index(answer)
+    raise InputError(
+        f"{where}: answer: {answer!r} is neither an index from 0 to {len(choices) - 1} nor one of the choices"
+    )
+
+
+def _encode(question: str, choice: str, tokenizer: Any) -> Request:
+    question = question.rstrip()
+    alone = tokenizer.encode(question, add_special_tokens=False)
+    together = tokenizer.encode(f"{question} {choice.strip()}", add_special_tokens=False)
+    # A tokenizer may join the question's end with what follows; what it joins is scored.
+    same = next((i for i, (a, b) in enumerate(zip(alone, together, strict=False)) if a != b), len(alone))
+    return Request([tokenizer.eos_token_id, *together], len(together) - same)
+
+
+def choice_losses(
+    chunks: Sequence[Any],
+    task: Task,
+    blocks: Sequence[Block] = (),
+    *,
+    micro_batch_size: int,
+    normalize: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> Tensor:
+    """The negative log-probability of each choice after its question, of the whole model and without each block.
+
+    Args:
+        chunks: this rank's GPTModel, in a list.
+        blocks: what to leave out, one at a time (see `LayerRemoval`).
+        micro_batch_size: choices in one forward pass; data-parallel ranks share the passes.
+        normalize: divide by the choice's number of tokens.
+        progress: called on every rank with about how many choices all ranks together have finished.
+
+    Returns:
+        Float64 [1 + blocks, requests], in nats (a token if normalised), on the CPU, the same on every rank.
+
+    Raises:
+        InputError: as `LayerRemoval`.
+    """
+    device = next(chunks[0].parameters()).device
+    # Batches of similar lengths need little padding.
+    order = sorted(range(len(task.requests)), key=lambda i: (-len(task.requests[i].tokens), i))
+    batches = [order[i : i + micro_batch_size] for i in range(0, len(order), micro_batch_size)]
+    losses = torch.zeros(1 + len(blocks), len(order), dtype=torch.float64, device=device)
+    with evaluating(chunks), LayerRemoval(chunks, blocks) as removal:
+        for number in range(parallel.dp_rank(), len(batches), parallel.dp_size()):
+            indices = batches[number]
+            batch = {k: t.to(device) for k, t in _batch([task.requests[i] for i in indices]).items()}
+            if (found := removal.losses(batch)) is not None:
+                losses[:, indices] = found
+            if progress is not None:
+                progress(min(len(order), (number + parallel.dp_size()) * micro_batch_size))
+    losses = merged(losses).cpu()
+    lengths = torch.tensor([request.scored for request in task.requests], dtype=torch.float64)
+    return losses / lengths if normalize else losses
+
+
+def _batch(requests: list[Request]) -> dict[str, Tensor]:
+    """Right-padded, which causal attention does not see; the mask is on the choices' tokens."""
+    longest = max(len(request.tokens) for request in requests) - 1
+    ranks = parallel.tp_size()  # sequence parallelism shares the positions
+    length = -(-longest // ranks) * ranks
+    tokens = torch.zeros(len(requests), length + 1, dtype=torch.int64)
+    mask = torch.zeros(len(requests), length)
+    for row, request in enumerate(requests):
+        end = len(request.tokens)
+        tokens[row, :end] = torch.tensor(request.tokens)
+        mask[row, end - 1 - request.scored : end - 1] = 1
+    positions = torch.arange(length).expand(len(requests), length)
+    return {
+        "tokens": tokens[:, :-1].contiguous(),
+        "labels": tokens[:, 1:].contiguous(),
+        "position_ids": positions.contiguous(),
+        "loss_mask": mask,
+    }
+
+
+def accuracy_and_margin(losses: Tensor, task: Task) -> tuple[Tensor, Tensor]:
+    """How often the right choice is the most probable one, and by how much.
+
+    Args:
+        losses: [passes, requests], of `choice_losses`.
+
+    Returns:
+        Accuracy in [0, 1], where a tie counts as wrong, and the mean margin in nats: the log-probability of the right
+        choice minus that of the best wrong one. Both float64 [passes].
+    """
+    margins = []
+    for answer, own in zip(task.answers, losses.split(task.choices, dim=1), strict=True):
+        wrong = torch.cat([own[:, :answer], own[:, answer + 1 :]], dim=1)
+        margins.append(wrong.min(dim=1).values - own[:, answer])
+    margin = torch.stack(margins, dim=1)
+    return (margin > 0).double().mean(1), margin.mean(1)
