@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nemo_minitron.arch import Architecture
 from nemo_minitron.errors import InputError
 from nemo_minitron.nemo.families import FAMILIES, config_of
 

@@ -109,7 +109,7 @@ def split_loss(
     micro_batch_size: int,
     label: str,
 ) -> LMLoss:
-    """`lm_loss` of a rank's GPTModels over the first `samples` packed sequences of a split (None: all), with progress."""
+    """`lm_loss` of GPTModels over the first `samples` packed sequences of a split (None: all), with progress."""
     dataset = packed(data, d, split)
     count = min(samples or len(dataset), len(dataset))
     return lm_loss(

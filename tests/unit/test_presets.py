@@ -1,0 +1,47 @@
+"""The presets for Llama-3.1-8B state the papers' 4B models: sizes and parameters, from the architecture alone."""
+
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from nemo_minitron.arch import Architecture
+from nemo_minitron.pruning import explicit_layers, resolve_target
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+LLAMA_31_8B = Architecture(
+    num_layers=32,
+    hidden_size=4096,
+    ffn_hidden_size=14336,
+    num_attention_heads=32,
+    num_query_groups=8,
+    kv_channels=128,
+    vocab_size=128256,
+)
+SIZES = ("hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "num_layers")
+
+
+# arXiv 2408.11796, table 3: hidden, MLP, layers; billions of parameters, and of those without embeddings.
+@pytest.mark.parametrize(
+    ("preset", "sizes", "parameters", "non_embedding"),
+    [
+        ("llama31_8b/width", (3072, 9216, 32), 4.51, 3.72),
+        ("llama31_8b/depth", (4096, 14336, 16), 4.54, 3.49),
+    ],
+)
+def test_the_papers_4b_models(
+    preset: str, sizes: tuple[int, int, int], parameters: float, non_embedding: float
+) -> None:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        prune = compose("prune", [f"+conf={preset}", "run_dir=x", "source=x"]).prune
+    target = resolve_target(LLAMA_31_8B, {axis: prune[axis] for axis in SIZES})
+    assert (target.hidden_size, target.ffn_hidden_size, target.num_layers) == sizes
+    assert (target.num_attention_heads, target.num_query_groups, target.kv_channels) == (32, 8, 128)
+    assert round(target.parameters() / 1e9, 2) == parameters
+    assert round(target.non_embedding_parameters() / 1e9, 2) == non_embedding
+
+
+def test_the_depth_preset_drops_the_papers_block() -> None:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        prune = compose("prune", ["+conf=llama31_8b/depth", "run_dir=x", "source=x"]).prune
+    assert explicit_layers(32, None, list(prune.drop_layers)) == [*range(15), 31]
