@@ -122,7 +122,7 @@ def test_weights_that_do_not_fit_the_config(run_on_ranks: Any, tmp_path: Path) -
     make_model(tmp_path, "qwen2")
     config = tmp_path / "config.json"
     config.write_text(config.read_text().replace('"num_hidden_layers": 4', '"num_hidden_layers": 5'))
-    with pytest.raises(InputError, match=r"the weights lack model\.layers\.4\."):
+    with pytest.raises(InputError, match=r"the weight files lack model\.layers\.4\."):
         run_on_ranks(1, sessions.imported, str(tmp_path), str(tmp_path / "cache"), timeout=PATIENCE_S)
     config.write_text(config.read_text().replace('"num_hidden_layers": 5', '"num_hidden_layers": 3'))
     with pytest.raises(InputError, match=r"hold a tensor that config.json does not: model\.layers\.3\."):
