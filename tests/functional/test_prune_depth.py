@@ -12,7 +12,7 @@ from tests.functional.commands import SIZES, VOCAB_SIZE, Commands, Ended, tree
 from tests.functional.conftest import Teacher
 from tests.functional.test_prune import saved_elements
 
-SOURCE = Architecture(**SIZES, vocab_size=VOCAB_SIZE)
+SOURCE = Architecture(**SIZES, vocab_size=VOCAB_SIZE, model_type="llama")
 QUESTIONS = [
     {"question": "import", "choices": ["os", "))))", "42 42"], "answer": 0},
     {"question": "def __init__(self", "choices": ["class", ", value): pass"], "answer": ", value): pass"},
