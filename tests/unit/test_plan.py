@@ -110,6 +110,11 @@ def test_the_least_important_block_goes(importance: list[float], options: dict, 
     assert plan({"num_layers": 2}, scores, contiguous=True, **options).kept == Kept(layers=kept)
 
 
+def test_a_block_of_one_is_a_layer() -> None:
+    scores = scored(**{"layers/block_influence": torch.tensor([3.0, 1, 0, 2])})
+    assert plan({"num_layers": 3}, scores, contiguous=True).kept == Kept(layers=[0, 1, 3])
+
+
 def test_explicit_layers_need_no_scores() -> None:
     assert plan({"num_layers": 2}, keep_layers=[3, 0]).kept == Kept(layers=[0, 3])
     assert plan({}, keep_layers=[0, 1, 2, 3]).kept == Kept()
@@ -141,7 +146,8 @@ def test_impossible_layer_lists_are_named(keep: list | None, drop: list | None, 
         ({"hidden_size": 4}, {"hidden_size": torch.full((8,), torch.nan)}, {}, r"NaN at \[0\]"),
         ({"hidden_size": 9}, {}, {}, r"hidden_size=9: larger than"),
         ({"num_layers": 3}, {}, {}, r"hold no 'layers/block_influence'"),
-        ({"num_layers": 3}, {}, {"contiguous": True}, r"hold no 'blocks/block_influence/1'"),
+        ({"num_layers": 2}, {}, {"contiguous": True}, r"hold no 'blocks/block_influence/2'"),
+        ({"num_layers": 3}, {}, {"contiguous": True}, r"hold no 'layers/block_influence'"),
         ({"num_layers": 1}, {}, {"protect_first": 1, "protect_last": 1}, r"leave 2 of 4 to choose from"),
         ({"num_layers": 3}, {}, {"keep_layers": [0]}, r"num_layers=3: but the listed layers keep 1"),
         (
