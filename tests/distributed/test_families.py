@@ -1,6 +1,7 @@
 """Every family that NeMo converts: imported, pruned while sharded, exported; transformers' own models are the
 reference, and the student's weights are cut out of them by plain indexing."""
 
+import json
 import re
 import shutil
 from dataclasses import dataclass
@@ -24,7 +25,8 @@ SIZES = {
     "num_attention_heads": 2,
 }
 LAYOUTS = {
-    "mistral": {"pipeline_model_parallel_size": 2},
+    # Uneven before, even after: the kept layers are spread anew.
+    "mistral": {"pipeline_model_parallel_size": 2, "num_layers_in_first_pipeline_stage": 1},
     "qwen2": {"tensor_model_parallel_size": 2},
     "qwen2-tied": {"pipeline_model_parallel_size": 2},
     "qwen3": {"tensor_model_parallel_size": 2},
@@ -53,11 +55,31 @@ def logits_of(model: Any, tokens: Tensor) -> Tensor:
 def example(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Example]:
     directory = tmp_path_factory.mktemp(request.param)
     model = make_model(directory / "hf", request.param)
+    if request.param == "qwen2":
+        name_code(directory / "hf")
     tokens = torch.randint(VOCAB_SIZE, (4, CONTEXT), generator=torch.Generator().manual_seed(4))
     (nemo,) = ranks.run_on_ranks(
         1, sessions.imported, str(directory / "hf"), str(directory / "cache"), timeout=PATIENCE_S
     )
     return request.param, Example(model, directory / "hf", nemo, tokens, logits_of(model, tokens))
+
+
+def name_code(directory: Path) -> None:
+    """Let the checkpoint name code of its own for everything that transformers may load, which leaves a trace."""
+    trace = f"open({str(directory / 'it_ran')!r}, 'w')"
+    (directory / "theirs.py").write_text(f"{trace}\nConfig = Model = Tokenizer = None\n")
+    model, tokenizer = (directory / name for name in ("config.json", "tokenizer_config.json"))
+    for file, names in (
+        (model, {"AutoConfig": "theirs.Config", "AutoModelForCausalLM": "theirs.Model"}),
+        (tokenizer, {"AutoTokenizer": ["theirs.Tokenizer", "theirs.Tokenizer"]}),
+    ):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"auto_map": names}))
+
+
+def test_no_code_of_a_checkpoint_runs(example: tuple[str, Example]) -> None:
+    name, e = example
+    assert (e.directory / "theirs.py").is_file() == (name == "qwen2")
+    assert not (e.directory / "it_ran").exists()
 
 
 def exported(run_on_ranks: Any, nemo: str, output: Path) -> Any:
