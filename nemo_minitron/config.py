@@ -29,6 +29,8 @@ class TrainerConfig:
     context_parallel_size: int = 1
     data_parallel_size: int = 1
     sequence_parallel: bool = False
+    num_layers_in_first_pipeline_stage: int | None = None
+    num_layers_in_last_pipeline_stage: int | None = None
     num_nodes: int = 1
     precision: str = "32"
     micro_batch_size: int = 8
@@ -45,6 +47,41 @@ class TrainerConfig:
             self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
         )
         return model * self.data_parallel_size
+
+
+def check_stages(t: TrainerConfig, num_layers: int, key: str) -> None:
+    """Refuse a number of layers that cannot be laid out over the pipeline stages.
+
+    Stages share the layers evenly, but for the first and the last where the layout gives them a number of their own
+    (megatron-core@0.13.1 transformer/transformer_block.py, get_num_layers_to_build).
+
+    Args:
+        t: the layout.
+        num_layers: of the whole model.
+        key: what to call them.
+
+    Raises:
+        InputError: names the key and what would be legal.
+    """
+    pp = t.pipeline_model_parallel_size
+    names = [f"num_layers_in_{place}_pipeline_stage" for place in ("first", "last")]
+    own = {name: getattr(t, name) for name in names if getattr(t, name) is not None}
+    stages, layers = pp - len(own), num_layers - sum(own.values())
+    given = ", ".join(f"trainer.{name}={value}" for name, value in own.items())
+    if own and (pp == 1 or min(own.values()) < 1):
+        raise InputError(
+            f"{given}: must be at least 1, and needs trainer.pipeline_model_parallel_size above 1"
+        )
+    if own and (layers % stages or layers < stages if stages else layers):
+        raise InputError(
+            f"{given}: {layers} of {key} {num_layers} are left for the {stages} other stages, which must get equally "
+            "many, at least one each"
+        )
+    if not own and num_layers % pp:
+        raise InputError(
+            f"trainer.pipeline_model_parallel_size={pp}: does not divide {key} {num_layers}; uneven stages need "
+            f"trainer.{names[0]} or trainer.{names[1]}"
+        )
 
 
 @dataclass

@@ -9,7 +9,7 @@ from typing import Any
 
 from nemo_minitron import recipe as recipe_module
 from nemo_minitron.arch import Architecture
-from nemo_minitron.config import PretrainRecipe
+from nemo_minitron.config import PretrainRecipe, check_stages
 from nemo_minitron.data.prepare import PreparedData, open_corpus, prepare_data
 from nemo_minitron.data.statistics import bits_per_byte, compression_bits_per_byte, unigram_entropy_nats
 from nemo_minitron.errors import InputError
@@ -41,11 +41,7 @@ def architecture(recipe: PretrainRecipe, vocab_size: int) -> Architecture:
                 f"model.{name}={getattr(arch, name)}: not divisible by trainer.tensor_model_parallel_size="
                 f"{t.tensor_model_parallel_size}"
             )
-    if arch.num_layers % t.pipeline_model_parallel_size:
-        raise InputError(
-            f"model.num_layers={arch.num_layers}: not divisible by trainer.pipeline_model_parallel_size="
-            f"{t.pipeline_model_parallel_size}"
-        )
+    check_stages(t, arch.num_layers, "model.num_layers")
     return arch
 
 

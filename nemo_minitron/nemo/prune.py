@@ -9,7 +9,7 @@ from typing import Any
 
 from nemo_minitron import recipe
 from nemo_minitron.arch import WIDTH_AXES, Architecture
-from nemo_minitron.config import PruneConfig, PruneRecipe, cache_dir
+from nemo_minitron.config import PruneConfig, PruneRecipe, cache_dir, check_stages
 from nemo_minitron.data.prepare import PreparedData, prepare_data
 from nemo_minitron.errors import InputError
 from nemo_minitron.nemo import scoring, stepwise
@@ -128,11 +128,7 @@ def _check_source(source: Source, r: PruneRecipe) -> None:
                 f"trainer.tensor_model_parallel_size={t.tensor_model_parallel_size}: does not divide the source's "
                 f"{axis} {getattr(arch, axis)}"
             )
-    if arch.num_layers % t.pipeline_model_parallel_size:
-        raise InputError(
-            f"trainer.pipeline_model_parallel_size={t.pipeline_model_parallel_size}: does not divide the source's "
-            f"{arch.num_layers} layers"
-        )
+    check_stages(t, arch.num_layers, "the source's num_layers")
 
 
 def _converted(source: Source, r: PruneRecipe) -> Source:

@@ -28,6 +28,8 @@ def strategy(t: TrainerConfig, *, training: bool) -> nl.MegatronStrategy:
         pipeline_model_parallel_size=t.pipeline_model_parallel_size,
         context_parallel_size=t.context_parallel_size,
         sequence_parallel=t.sequence_parallel,
+        num_layers_in_first_pipeline_stage=t.num_layers_in_first_pipeline_stage,
+        num_layers_in_last_pipeline_stage=t.num_layers_in_last_pipeline_stage,
         pipeline_dtype=dtype,
         # NeMo's own printer is disabled on all ranks but 0, where it enters a collective: a hang at the first
         # checkpoint of two ranks (ProgressPrinter.on_train_batch_end, nemo_toolkit 2.4.1).

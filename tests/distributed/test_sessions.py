@@ -17,10 +17,11 @@ VOCAB_SIZE, CONTEXT = 64, 32
 LAYOUTS = [
     {"tensor_model_parallel_size": 2},
     {"pipeline_model_parallel_size": 2},
+    {"pipeline_model_parallel_size": 2, "num_layers_in_last_pipeline_stage": 1},
     {"tensor_model_parallel_size": 2, "sequence_parallel": True},
     {"data_parallel_size": 2},
 ]
-LAYOUT_IDS = ["tp2", "pp2", "tp2-sp", "dp2"]
+LAYOUT_IDS = ["tp2", "pp2", "pp2-uneven", "tp2-sp", "dp2"]
 
 
 @dataclass(frozen=True)
