@@ -132,6 +132,10 @@ class Architecture:
         """Parameters of the norms over a head's query and key channels, which all heads share."""
         return 2 * self.kv_channels * self._norm_vectors if self.qk_layernorm else 0
 
+    def key_value_cache_values(self, context: int) -> int:
+        """Keys and values (not bytes) that generation keeps for one sequence of `context` tokens."""
+        return 2 * self.num_layers * self.key_value_size * context
+
     @property
     def _norm_vectors(self) -> int:
         return 2 if self.normalization == "LayerNorm" else 1

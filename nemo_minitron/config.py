@@ -180,6 +180,29 @@ class PruneConfig:
 
 
 @dataclass
+class SearchConfig:
+    """Candidates for `recipes/search.py`: the points of `grid` inside `budget`.
+
+    `budget`: upper limits by metric (`parameters`, `non_embedding_parameters`, `flops_per_token`, `memory_bytes`), each
+    a number or a fraction of the source's ("1/2"); `slack`: the share of it that a candidate may leave unused.
+    `context`
+    tokens, `sequences` and `bytes_per_value` are what FLOPs and memory are counted for. `grid`: choices by axis, sizes
+    or fractions ("1/1" is the source's size). `method`: `grid` tries the `max_candidates` that use most of the budget,
+    `optuna` the `trials` that its sampler asks for.
+    """
+
+    budget: Any = None
+    slack: float = 0.05
+    context: int = 4096
+    sequences: int = 1
+    bytes_per_value: int = 2
+    grid: Any = None
+    method: str = "grid"
+    max_candidates: int = 20
+    trials: int = 20
+
+
+@dataclass
 class EvalConfig:
     """`samples`: packed held-out sequences for the LM loss; null: one whole pass over the valid split."""
 
@@ -202,6 +225,7 @@ class CommonConfig:
     prune: Any = None
     distill: Any = None
     align: Any = None
+    search: Any = None
     optim: Any = None
     eval: EvalConfig = field(default_factory=EvalConfig)
     source: Any = None
@@ -225,6 +249,13 @@ class PruneRecipe(CommonConfig):
 
     source: str = MISSING
     prune: PruneConfig = field(default_factory=PruneConfig)
+
+
+@dataclass
+class SearchRecipe(PruneRecipe):
+    """`recipes/search.py`. `prune`: how units and layers are chosen, and sizes of axes that the grid leaves open."""
+
+    search: SearchConfig = field(default_factory=SearchConfig)
 
 
 def parse(schema: type[SchemaT], config: DictConfig) -> SchemaT:

@@ -53,22 +53,23 @@ def check(r: PruneRecipe) -> Prepared:
     """
     ready = r.prepared or {}
     source = find_source(ready.get("source", r.source))
-    _check_source(source, r)
+    check_source(source, r)
     target, keep_layers = _target(r.prune, source.architecture)
     steps = stepwise.targets(r, source.architecture, target, keep_layers)
     sha256 = ready.get("source_sha256") or source.sha256()
     scores = scoring.check_importance(r.prune, source.architecture, sha256)
     data = prepare_data(r.data, str(source.tokenizer), ready.get("data"))
-    _check_data(r, source, data, scores)
-    task = _task(r.prune, source, data)
+    check_data(r, source, data, scores)
+    task = load_questions(r.prune, source, data)
     prepared = Prepared(source, sha256, steps, keep_layers, data, scores, task)
     stepwise.try_plans(r.prune, source.architecture, steps, keep_layers, scores, sha256)
     if source.kind == "huggingface":
-        prepared = dataclasses.replace(prepared, source=_converted(source, r))
+        prepared = dataclasses.replace(prepared, source=converted(source, r))
     return prepared
 
 
-def _check_data(r: PruneRecipe, source: Source, data: PreparedData, scores: Any) -> None:
+def check_data(r: PruneRecipe, source: Source, data: PreparedData, scores: Any) -> None:
+    """Refuse another tokenizer's data, or too little of it."""
     if data.indexed.vocab_size > source.architecture.vocab_size:
         raise InputError(
             f"data.tokenizer has {data.indexed.vocab_size} entries, the model's vocabulary "
@@ -82,7 +83,8 @@ def _check_data(r: PruneRecipe, source: Source, data: PreparedData, scores: Any)
         )
 
 
-def _task(p: PruneConfig, source: Source, data: PreparedData) -> Any:
+def load_questions(p: PruneConfig, source: Source, data: PreparedData) -> Any:
+    """The task of `prune.task_file`, as tokens; None without one."""
     from nemo_minitron.evaluation.multiple_choice import load_task
 
     return None if p.task_file is None else load_task(p.task_file, data.tokenizer, source.seq_length)
@@ -116,7 +118,8 @@ def _target(p: PruneConfig, arch: Architecture) -> tuple[Architecture, list[int]
     return target, keep
 
 
-def _check_source(source: Source, r: PruneRecipe) -> None:
+def check_source(source: Source, r: PruneRecipe) -> None:
+    """Refuse a source that the data or the layout does not fit."""
     arch, t = source.architecture, r.trainer
     if r.data.seq_length > source.seq_length:
         raise InputError(
@@ -131,7 +134,7 @@ def _check_source(source: Source, r: PruneRecipe) -> None:
     check_stages(t, arch.num_layers, "the source's num_layers")
 
 
-def _converted(source: Source, r: PruneRecipe) -> Source:
+def converted(source: Source, r: PruneRecipe) -> Source:
     """The NeMo 2 form of a Hugging Face directory: made before ranks start, so found in the cache by each of them."""
     from nemo_minitron.nemo.huggingface import import_checkpoint
 
@@ -159,7 +162,7 @@ def run(r: PruneRecipe, prepared: Prepared, directory: Path) -> dict[str, Any]:
     if recipe.rank() == 0:
         compose([plan for _, plan in made]).save(directory / "plan.json")
         scoring.keep_scores(made, directory)
-    _save(session, directory)
+    save(session, directory)
     samples = made[0][0].samples if made[0][0] is not None else 0
     result = _result(r, prepared, before, after, samples, directory)
     return result | _controls(r, prepared, after["loss"].nats, directory)
@@ -201,7 +204,7 @@ def _controls(r: PruneRecipe, prepared: Prepared, loss: float, directory: Path) 
     return {"control_lm_loss_nats": losses, "beats_all_controls": loss < min(losses)}
 
 
-def _save(session: Any, directory: Path) -> None:
+def save(session: Any, directory: Path) -> None:
     """The checkpoint appears under its name when it is whole."""
     temporary = recipe.fresh(directory / f".{CHECKPOINT}.tmp")
     session.save(temporary)

@@ -48,7 +48,7 @@ def score(
     data: PreparedData,
     task: Any,
     *,
-    after: Architecture,
+    gone: Sequence[int],
     choose_layers: bool,
     source_sha256: str,
 ) -> Any:
@@ -59,7 +59,7 @@ def score(
 
     Args:
         task: of `load_task`, or None.
-        after: what the model is to be pruned to.
+        gone: how many layers may go; 0 where none does.
         choose_layers: whether `prune.layer_metric` decides which layers go.
         source_sha256: identity of the model that is scored.
 
@@ -71,21 +71,24 @@ def score(
     """
     from nemo_minitron.nemo.callbacks import ImportanceCallback
 
-    gone = session.architecture.num_layers - after.num_layers
+    lengths = sorted({1, *filter(None, gone)}) if any(gone) else []
     callback = ImportanceCallback(
         batch=r.prune.batch,
         sequence=r.prune.sequence,
         include_final_norm=r.prune.include_final_norm,
-        block_lengths=tuple({1, gone}) if gone else (),
+        block_lengths=lengths,
         source_sha256=source_sha256,
         data_sha256=data.indexed.manifest_sha256,
     )
     callback.attach(session.chunks)
     session.lm_loss(data, r.data, "train", r.prune.calibration_samples, "scoring")
     scores = callback.finish(session.model.config)
-    if not gone or not choose_layers:
+    if not lengths or not choose_layers:
         return scores
-    lengths = (gone,) if r.prune.contiguous else (1,)
+    if not r.prune.contiguous:
+        lengths = [1]
+    elif 1 not in gone:
+        lengths = lengths[1:]
     return dataclasses.replace(scores, tensors=scores.tensors | _by_removal(session, r, data, task, lengths))
 
 

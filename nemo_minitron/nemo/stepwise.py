@@ -68,7 +68,7 @@ def try_plans(
         if p.importance == "random":
             random_plan(p, before, after, p.seed, sha256)
         else:
-            _plan(p, before, after, scores, sha256, keep_layers, dry=scores is None)
+            scored_plan(p, before, after, scores, sha256, keep_layers, dry=scores is None)
         keep_layers = None
 
 
@@ -92,11 +92,11 @@ def score_and_prune(session: Any, r: PruneRecipe, prepared: "Prepared") -> list[
                 r,
                 prepared.data,
                 prepared.task,
-                after=after,
+                gone=[before.num_layers - after.num_layers],
                 choose_layers=listed is None,
                 source_sha256=sha256,
             )
-            plan = _plan(p, before, after, scores, sha256, listed)
+            plan = scored_plan(p, before, after, scores, sha256, listed)
         prune_model(session.model, session.chunks, plan)
         made.append((scores, plan))
         before, listed = after, None
@@ -110,7 +110,7 @@ def random_plan(p: PruneConfig, before: Architecture, after: Architecture, seed:
     return make_plan(before, after, importance="random", seed=seed, source_sha256=sha256, **_limits(p))
 
 
-def _plan(
+def scored_plan(
     p: PruneConfig,
     before: Architecture,
     after: Architecture,
@@ -120,6 +120,7 @@ def _plan(
     *,
     dry: bool = False,
 ) -> Any:
+    """The plan by scores; `dry`: by random ones, to see whether there is one."""
     from nemo_minitron.pruning import make_plan
 
     return make_plan(
