@@ -107,6 +107,58 @@ def all_gather_tp(t: Tensor) -> list[Tensor]:
     return all_gather(t, "tp")
 
 
+def gather_sequence(t: Tensor) -> Tensor:
+    """The whole [s, ...] out of each tensor-parallel rank's [s/tp, ...], as sequence parallelism cuts it."""
+    if tp_size() == 1:
+        return t
+    t = t.contiguous()
+    whole = t.new_empty(t.shape[0] * tp_size(), *t.shape[1:])
+    dist.all_gather_into_tensor(whole, t, group=process_group("tp"))
+    return whole
+
+
+def reduce_scatter_sequence(t: Tensor) -> Tensor:
+    """The rank's [s/tp, ...] of the tensor-parallel ranks' sum of t [s, ...]; s is a multiple of tp."""
+    if tp_size() == 1:
+        return t
+    assert t.shape[0] % tp_size() == 0, f"{t.shape[0]} tokens over {tp_size()} ranks"
+    part = t.new_empty(t.shape[0] // tp_size(), *t.shape[1:])
+    dist.reduce_scatter_tensor(part, t.contiguous(), group=process_group("tp"))
+    return part
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, t: Tensor) -> Tensor:
+        # Megatron-core 0.13.1's mapping leaves a tensor that is not contiguous as it was.
+        return all_reduce(t.clone(memory_format=torch.contiguous_format), "tp")
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+class _Copy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, t: Tensor) -> Tensor:
+        return t.view_as(t)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return all_reduce(gradient.clone(memory_format=torch.contiguous_format), "tp")
+
+
+def sum_tp(t: Tensor) -> Tensor:
+    """The tensor-parallel ranks' sum of t, not in place; the gradient passes as it is, which is right where every
+    rank does the same with the sum."""
+    return t if tp_size() == 1 else _Sum.apply(t)
+
+
+def copy_tp(t: Tensor) -> Tensor:
+    """t, the same on all tensor-parallel ranks, where each goes on with it differently: gradients are summed."""
+    return t if tp_size() == 1 else _Copy.apply(t)
+
+
 def gather_objects(value: Any, group: GroupName) -> list[Any]:
     """Each rank's value, any picklable object, by rank in the group, on every rank. For small things."""
     if group_size(group) == 1:

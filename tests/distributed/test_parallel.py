@@ -16,6 +16,13 @@ def test_nothing_happens_where_nothing_is_initialised():
     [same] = parallel.exchange_tp([t])
     assert same is t
     parallel.exchange_pp([], [])
+    for function in (
+        parallel.gather_sequence,
+        parallel.reduce_scatter_sequence,
+        parallel.sum_tp,
+        parallel.copy_tp,
+    ):
+        assert function(t) is t
 
 
 def exchange() -> None:
@@ -50,6 +57,36 @@ def reductions() -> None:
 
 def test_groups_are_megatrons(run_on_ranks):
     run_on_ranks(4, reductions)
+
+
+def sequence_parts_and_gradients() -> None:
+    layout(tp=2)
+    me = parallel.tp_rank()
+    assert parallel.gather_sequence(torch.tensor([[me, 7]])).tolist() == [[0, 7], [1, 7]]
+    whole = torch.arange(8.0).view(4, 2) * (me + 1)
+    assert (
+        parallel.reduce_scatter_sequence(whole).tolist()
+        == [
+            [[0.0, 3.0], [6.0, 9.0]],
+            [[12.0, 15.0], [18.0, 21.0]],
+        ][me]
+    )
+    for transposed in (False, True):
+        t = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+        t = (t.t() if transposed else t).requires_grad_()
+        weight = torch.full((2, 2), me + 1.0)
+        weight = weight.t() if transposed else weight
+        total = parallel.sum_tp(t * weight)
+        assert torch.equal(total, 3 * t)
+        assert torch.equal(torch.autograd.grad(total.sum(), t)[0], weight)
+        # Where ranks go on differently, each one's gradient is a part.
+        assert torch.equal(
+            torch.autograd.grad((parallel.copy_tp(t) * weight).sum(), t)[0], torch.full((2, 2), 3.0)
+        )
+
+
+def test_sequence_parts_and_gradients(run_on_ranks):
+    run_on_ranks(2, sequence_parts_and_gradients)
 
 
 def stages() -> None:

@@ -1,0 +1,160 @@
+"""The same losses on logits, in plain differentiable torch: for teachers that give only logits, and as a reference.
+
+It holds several float32 copies of [s, b, v/tp]; where hidden states are at hand, use `losses.distillation_loss`.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nemo_minitron import parallel
+from nemo_minitron.distillation.losses import LossSums, check_top_k, poison
+from nemo_minitron.distillation.settings import LossSettings
+from nemo_minitron.distillation.vocabulary import VocabShard, vocab_shard
+from nemo_minitron.errors import InputError
+
+
+def loss_on_logits(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    loss_mask: Tensor,
+    settings: LossSettings,
+    *,
+    vocab_size: int,
+    labels: Tensor | None = None,
+) -> LossSums:
+    """The loss of `losses.distillation_loss` where logits exist already.
+
+    Args:
+        student_logits: [s, b, v_s/tp], the rank's own columns; carries gradients.
+        teacher_logits: [s, b, v_t/tp], likewise; no gradient flows.
+        loss_mask: [b, s].
+        settings: which loss.
+        vocab_size: of both models' tokenizer, without padding.
+        labels: next tokens [b, s], global; needed for a ce_weight above 0.
+
+    Raises:
+        InputError: the vocabulary is larger than the logits'; top_k is larger than it; the two are cut elsewhere over
+            the tensor-parallel ranks (heads padded differently: `vocabulary.align_head` before the products helps).
+    """
+    shard = vocab_shard(student_logits.shape[-1], vocab_size)
+    if vocab_shard(teacher_logits.shape[-1], vocab_size) != shard:
+        raise InputError(
+            f"teacher logits with {teacher_logits.shape[-1]} columns a rank, the student's with "
+            f"{student_logits.shape[-1]}: padded differently; must be cut alike over the tensor-parallel ranks"
+        )
+    check_top_k(settings, vocab_size)
+    student, teacher = (_Side.of(t, shard) for t in (student_logits, teacher_logits.detach()))
+    assert labels is not None or not settings.ce_weight, "the cross-entropy needs labels"
+    weight = loss_mask.t().to(student.logits.dtype)
+    tokens, ce = weight.sum(dtype=torch.float32), None
+    if labels is not None:
+        weight = poison(weight, labels.t(), vocab_size)
+        ce = (_cross_entropy(student, labels.t(), shard) * weight).sum()
+    kd = (_divergence(student, teacher, settings, shard) * weight).sum()
+    loss = kd + settings.ce_weight * ce if ce is not None and settings.ce_weight else kd
+    return LossSums(loss, tokens, kd.detach(), None if ce is None else ce.detach())
+
+
+@dataclass
+class _Side:
+    """Logits [s, b, columns] of the rank's true columns, and the largest of all ranks' [s, b, 1]."""
+
+    logits: Tensor
+    peak: Tensor
+
+    @classmethod
+    def of(cls, logits: Tensor, shard: VocabShard) -> "_Side":
+        logits = logits[..., : shard.columns].to(torch.promote_types(logits.dtype, torch.float32))
+        return cls(logits, _peak(logits))
+
+
+def _peak(logits: Tensor) -> Tensor:
+    lowest = logits.new_full((*logits.shape[:-1], 1), torch.finfo(logits.dtype).min)
+    largest = torch.cat((logits.detach(), lowest), dim=-1).amax(-1, keepdim=True)
+    return parallel.all_reduce(largest, "tp", "max")
+
+
+def _sum(t: Tensor) -> Tensor:
+    return parallel.sum_tp(t.sum(-1))
+
+
+def _divergence(student: _Side, teacher: _Side, settings: LossSettings, shard: VocabShard) -> Tensor:
+    """[s, b] nats, times T^2."""
+    t = settings.temperature
+    if settings.top_k is None:
+        sides = (student.logits - student.peak) / t, (teacher.logits - teacher.peak) / t
+        loss = _of_parts(*sides, settings, reduce=True)
+    else:
+        loss = _of_parts(*_outcomes(student, teacher, settings, shard), settings, reduce=False)
+    return loss * t**2
+
+
+def _of_parts(student: Tensor, teacher: Tensor, settings: LossSettings, reduce: bool) -> Tensor:
+    """From unnormalised log-probabilities [s, b, any], over all ranks' where `reduce`."""
+    total = _sum if reduce else lambda t: t.sum(-1)
+    log_z_student, log_z_teacher = total(student.exp()).log(), total(teacher.exp()).log()
+    if settings.divergence == "forward_kl":
+        cross = total(teacher.exp() * (teacher - student))
+        return cross / log_z_teacher.exp() - log_z_teacher + log_z_student
+    if settings.divergence == "reverse_kl":
+        cross = total(student.exp() * (student - teacher))
+        return cross / log_z_student.exp() - log_z_student + log_z_teacher
+    if reduce:
+        log_z_student = parallel.copy_tp(log_z_student)
+    log_q, log_p = student - log_z_student[..., None], teacher - log_z_teacher[..., None]
+    beta = settings.beta
+    log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
+    return total(beta * log_p.exp() * (log_p - log_m) + (1 - beta) * log_q.exp() * (log_q - log_m))
+
+
+def _outcomes(
+    student: _Side, teacher: _Side, settings: LossSettings, shard: VocabShard
+) -> tuple[Tensor, Tensor]:
+    """Unnormalised log-probabilities [s, b, k (+ 1)] of the teacher's k best tokens (and of all others)."""
+    assert settings.top_k is not None
+    columns, mine = _best(teacher.logits, settings.top_k, shard)
+    found = []
+    for side in (student, teacher):
+        centred = (side.logits - side.peak) / settings.temperature
+        padded = torch.nn.functional.pad(
+            centred, (0, 1)
+        )  # a column to look at where another rank has the token
+        picked = parallel.sum_tp(torch.where(mine, padded.gather(-1, columns), 0))
+        if settings.tail:
+            others = centred.exp() * _not_at(columns, centred)
+            rest = _sum(others).clamp(min=torch.finfo(others.dtype).tiny).log()
+            picked = torch.cat((picked, rest[..., None]), dim=-1)
+        found.append(picked)
+    return found[0], found[1]
+
+
+def _best(teacher: Tensor, k: int, shard: VocabShard) -> tuple[Tensor, Tensor]:
+    """The k best tokens' columns [s, b, k] on this rank, one past the last where another rank has it; whether it is
+    this one."""
+    every = teacher.new_full((*teacher.shape[:-1], k), torch.finfo(teacher.dtype).min)
+    values, columns = teacher.topk(min(k, shard.columns), dim=-1)
+    every[..., : values.shape[-1]] = values
+    candidates = torch.cat(parallel.all_gather_tp(every), dim=-1)
+    places = candidates.topk(k, dim=-1).indices - parallel.tp_rank() * k
+    mine = (places >= 0) & (places < columns.shape[-1])
+    beyond = torch.nn.functional.pad(columns, (0, 1), value=shard.columns)
+    return beyond.gather(-1, places.where(mine, columns.shape[-1])), mine
+
+
+def _not_at(columns: Tensor, like: Tensor) -> Tensor:
+    """[s, b, v] with 0 at the given columns, 1 elsewhere; a column past the last marks nothing."""
+    keep = like.new_ones(*like.shape[:-1], like.shape[-1] + 1)
+    return keep.scatter_(-1, columns, 0)[..., :-1]
+
+
+def _cross_entropy(student: _Side, labels: Tensor, shard: VocabShard) -> Tensor:
+    """[s, b] nats; without meaning where a label is no token."""
+    columns = labels - shard.first
+    mine = (columns >= 0) & (columns < shard.columns)
+    centred = student.logits - student.peak
+    padded = torch.nn.functional.pad(centred, (0, 1))
+    label = torch.where(mine, padded.gather(-1, columns.where(mine, 0)[..., None])[..., 0], 0)
+    return _sum(centred.exp()).log() - parallel.sum_tp(label)
