@@ -1,0 +1,98 @@
+"""What the benchmarks share: a Megatron GPT of any size in one process, random text for it, and clocks."""
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from nemo_minitron.arch import Architecture
+
+
+def add_sizes(parser: argparse.ArgumentParser, **defaults: int) -> None:
+    """Options for the model and the microbatch, one for each default given, and --bf16."""
+    for name, value in defaults.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
+    parser.add_argument("--bf16", action="store_true")
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def architecture(a: argparse.Namespace) -> Architecture:
+    """Llama's proportions."""
+    heads = a.hidden_size // a.kv_channels
+    ffn = a.hidden_size * 8 // 3 // 16 * 16
+    return Architecture(
+        a.num_layers, a.hidden_size, ffn, heads, max(1, heads // 4), a.kv_channels, a.vocab_size
+    )
+
+
+def process_group() -> None:
+    """Megatron's groups, of one process."""
+    from megatron.core import parallel_state, tensor_parallel
+
+    store = torch.distributed.FileStore(f"{tempfile.mkdtemp()}/store", 1)
+    backend = "nccl" if device().type == "cuda" else "gloo"
+    torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    tensor_parallel.model_parallel_cuda_manual_seed(1234)
+
+
+def gpt(arch: Architecture, dtype: torch.dtype = torch.float32, max_sequence_length: int = 4096) -> Any:
+    """Megatron's GPTModel with its own initialisation."""
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    sizes = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
+    config = TransformerConfig(
+        **{name: getattr(arch, name) for name in (*sizes, "kv_channels")},
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        normalization="RMSNorm",
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        gradient_accumulation_fusion=False,
+        use_cpu_initialization=True,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+    )
+    return GPTModel(
+        config=config,
+        transformer_layer_spec=get_gpt_layer_local_spec(normalization="RMSNorm"),
+        vocab_size=arch.vocab_size,
+        max_sequence_length=max_sequence_length,
+        position_embedding_type="rope",
+    ).to(device=device(), dtype=dtype)
+
+
+def random_batch(vocab_size: int, samples: int, seq_length: int) -> dict[str, torch.Tensor]:
+    """A microbatch as GPTDataset's: tokens, labels and position_ids int64 [b, s], loss_mask float32 [b, s]."""
+    text = torch.randint(vocab_size, (samples, seq_length + 1), device=device())
+    return {
+        "tokens": text[:, :-1].contiguous(),
+        "labels": text[:, 1:].contiguous(),
+        "position_ids": torch.arange(seq_length, device=device()).expand(samples, seq_length),
+        "loss_mask": torch.ones(samples, seq_length, device=device()),
+    }
+
+
+def seconds(work: Callable[[], Any]) -> tuple[float, float]:
+    """By the clock on the wall, and of this process on the CPU."""
+    if device().type == "cuda":
+        torch.cuda.synchronize()
+    begin = time.perf_counter(), time.process_time()
+    work()
+    if device().type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin[0], time.process_time() - begin[1]
+
+
+def device_name() -> str:
+    return torch.cuda.get_device_name() if device().type == "cuda" else "cpu"
