@@ -42,8 +42,8 @@ def process_group() -> None:
     tensor_parallel.model_parallel_cuda_manual_seed(1234)
 
 
-def gpt(arch: Architecture, dtype: torch.dtype = torch.float32, max_sequence_length: int = 4096) -> Any:
-    """Megatron's GPTModel with its own initialisation."""
+def gpt(arch: Architecture, dtype: torch.dtype = torch.float32, *, initialised: bool = True) -> Any:
+    """Megatron's GPTModel with its own initialisation, or with ones where only sizes matter."""
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -61,15 +61,20 @@ def gpt(arch: Architecture, dtype: torch.dtype = torch.float32, max_sequence_len
         use_cpu_initialization=True,
         params_dtype=dtype,
         pipeline_dtype=dtype,
+        perform_initialization=initialised,
         bf16=dtype == torch.bfloat16,
     )
-    return GPTModel(
+    model = GPTModel(
         config=config,
         transformer_layer_spec=get_gpt_layer_local_spec(normalization="RMSNorm"),
         vocab_size=arch.vocab_size,
-        max_sequence_length=max_sequence_length,
+        max_sequence_length=4096,
         position_embedding_type="rope",
     ).to(device=device(), dtype=dtype)
+    if not initialised:
+        for parameter in model.parameters():
+            parameter.data.fill_(1.0)
+    return model
 
 
 def random_batch(vocab_size: int, samples: int, seq_length: int) -> dict[str, torch.Tensor]:

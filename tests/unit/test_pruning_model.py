@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nemo_minitron.arch import Architecture
 from nemo_minitron.errors import InputError
-from nemo_minitron.pruning import PrunePlan, make_plan, prune, resolve_target
+from nemo_minitron.pruning import PrunePlan, make_plan, prune, resolve_target, width
 from tests.pruned_by_hand import slice_weights
 from tests.pruning_models import FAMILIES, LLAMA, LiveBytes
 from tests.pruning_strategies import architectures, kept_sets
@@ -135,6 +135,26 @@ def test_what_is_left_alone_is_not_copied() -> None:
         "linear_fc1",
         "linear_fc2",
     }
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_parameters_are_cut_in_chunks(
+    dtype: torch.dtype, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chunks of 4 rows, the last one shorter, and more of them than threads."""
+    monkeypatch.setattr(width, "_COPIED_ELEMENTS", 4 * 40)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    values = torch.randn(50, 40).to(dtype)
+    kept = {"hidden": torch.arange(0, 40, 3), "ffn": torch.tensor([*range(7), *range(20, 50)])}
+    chosen = {axis: width.Selection((indices,)) for axis, indices in kept.items()}
+    for axes, expected in {
+        ("ffn", "hidden"): values[kept["ffn"]][:, kept["hidden"]],
+        (None, "hidden"): values[:, kept["hidden"]],
+        ("ffn", None): values[kept["ffn"]],
+    }.items():
+        found = width.cut(torch.nn.Parameter(values.clone()), axes, chosen)
+        assert torch.equal(found, expected)
 
 
 def test_layers_carry_their_own_settings_along() -> None:
