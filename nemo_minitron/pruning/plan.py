@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
 from torch import Tensor
 
@@ -157,14 +157,13 @@ def _architecture(key: str, values: Any) -> Architecture:
         architecture = Architecture.from_dict(values)
     except InputError as error:
         raise InputError(f"{key}: {error}") from None
-    for f in dataclasses.fields(Architecture):
-        # Dataclasses do not check types: "false" would pass for a true flag.
-        value, default = getattr(architecture, f.name), f.default
-        kind: Any = float | int | None if f.name == "rope_scaling_factor" else type(default)
-        kind = float | int if kind is float else kind
-        legal = default is dataclasses.MISSING or isinstance(value, kind)
-        if not legal or (isinstance(value, bool) and not isinstance(default, bool)):
-            raise InputError(f"{key}.{f.name}: {value!r} is of the wrong type")
+    # Dataclasses do not check types: "false" would pass for a true flag.
+    for name, annotated in get_type_hints(Architecture).items():
+        value, kind = getattr(architecture, name), annotated
+        if float in (annotated, *get_args(annotated)):
+            kind = annotated | int  # JSON writes 1.0 as 1
+        if not isinstance(value, kind) or (isinstance(value, bool) and annotated is not bool):
+            raise InputError(f"{key}.{name}: {value!r} is of the wrong type")
     return architecture
 
 

@@ -40,6 +40,16 @@ def test_a_plan_comes_back_as_it_was(made: PrunePlan, written: Path) -> None:
     assert len(values["kept"]["ffn_hidden_size"]) == 2
 
 
+@pytest.mark.parametrize(
+    "more", [{"model_type": "llama"}, {"rope_scaling_factor": 8.0, "rotary_base": 5e5}], ids=str
+)
+def test_what_not_every_architecture_has_comes_back_too(more: dict[str, Any], tmp_path: Path) -> None:
+    source, target = SOURCE.replace(**more), TARGET.replace(**more)
+    plan = make_plan(source, target, importance="random", source_sha256="")
+    plan.save(tmp_path / "plan.json")
+    assert PrunePlan.load(tmp_path / "plan.json") == plan
+
+
 def test_saving_replaces_the_whole_file_and_leaves_nothing_else(made: PrunePlan, written: Path) -> None:
     written.write_text("x" * 100_000)
     made.save(written)
@@ -101,6 +111,7 @@ def drop(*path: Any) -> Callable[[dict], None]:
             put("source", "gated_linear_unit", "false"),
             r"source.gated_linear_unit: 'false' is of the wrong type",
         ),
+        (put("source", "model_type", 3), r"source.model_type: 3 is of the wrong type"),
         (put("source", "layernorm_epsilon", True), r"source.layernorm_epsilon: True is of the wrong type"),
         (put("source", None), r"source: must be an object"),
         (put("kept", "hidden_size", None), r"kept.hidden_size: null leaves the axis alone, but .* 4 of 8"),
