@@ -9,6 +9,8 @@ from torch import Tensor
 from nemo_minitron.importance.scores import Scores
 
 _COLUMNS = 256
+# Of the metrics that are a measurement without the layer or block.
+_UNITS = {"lm_loss": "loss without it, nats", "task": "accuracy lost"}
 
 
 def importance_picture(scores: Scores, kept: Any, path: str | Path) -> None:
@@ -49,6 +51,8 @@ def importance_picture(scores: Scores, kept: Any, path: str | Path) -> None:
 
 def _depth_curves(plot: Any, scores: Scores, metric: str, layers: Any) -> None:
     """What was scored by one metric: single layers, blocks by their first layer."""
+    from matplotlib.ticker import LogFormatter
+
     for name, values in sorted(scores.tensors.items(), reverse=True):
         kind, _, rest = name.partition("/")
         if rest.split("/")[0] == metric:
@@ -61,10 +65,14 @@ def _depth_curves(plot: Any, scores: Scores, metric: str, layers: Any) -> None:
         plot.axvspan(layer - 0.5, layer + 0.5, alpha=0.15, color="black", label="" if number else "dropped")
     if plot.get_yscale() == "linear":
         plot.set_yscale("log")
+        # "3", not "3 x 10^0": losses lie within a decade.
+        for which in (plot.yaxis.set_major_formatter, plot.yaxis.set_minor_formatter):
+            which(LogFormatter())
     plot.set_title(metric, fontsize=9)
     plot.set_xlabel("layer")
-    plot.set_ylabel("score")
-    plot.legend(fontsize=8)
+    plot.set_ylabel(_UNITS.get(metric, "score"))
+    # The first and last layers matter most, nearly everywhere: there is room between them.
+    plot.legend(fontsize=8, loc="upper center")
 
 
 def _columns(rows: Tensor) -> Tensor:
