@@ -221,7 +221,7 @@ CASES: dict[str, Case] = {
     ),
     "source against stages": Case(
         ["trainer.pipeline_model_parallel_size=3"],
-        ["trainer.pipeline_model_parallel_size=3", "4 layers"],
+        ["trainer.pipeline_model_parallel_size=3", "num_layers 4"],
         env={**RANKS, "NEMO_MINITRON_NPROC": "3"},
     ),
     "more ranks than the layout": Case([], ["2 ranks", "needs 1"], env=RANKS),
