@@ -1,10 +1,10 @@
 """The schemas of the configuration, and the only place where it is validated.
 
 Hydra composes plain YAML; `parse` merges it into these dataclasses, so that an unknown key or a wrong type is refused
-with one line. What needs the model's sizes (targets, layouts) is checked in `pruning.plan.check_target`.
+with one line; `layout` has the trainer's part. What needs the model's sizes (targets, layouts) is checked in
+`pruning.plan.check_target`.
 """
 
-import importlib.util
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,74 +14,9 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_minitron.errors import InputError
+from nemo_minitron.layout import TrainerConfig, check_least, check_trainer
 
 SchemaT = TypeVar("SchemaT")
-
-PRECISIONS = ("32", "bf16-mixed")
-
-
-@dataclass
-class TrainerConfig:
-    """The parallel layout (MegatronStrategy's argument names), precision and batches."""
-
-    tensor_model_parallel_size: int = 1
-    pipeline_model_parallel_size: int = 1
-    context_parallel_size: int = 1
-    data_parallel_size: int = 1
-    sequence_parallel: bool = False
-    num_layers_in_first_pipeline_stage: int | None = None
-    num_layers_in_last_pipeline_stage: int | None = None
-    num_nodes: int = 1
-    precision: str = "32"
-    micro_batch_size: int = 8
-    global_batch_size: int = 8
-    max_steps: int = 0
-    val_check_interval: int = 0
-    limit_val_batches: int = 0
-    log_every_n_steps: int = 10
-
-    @property
-    def ranks(self) -> int:
-        """Processes that the layout needs."""
-        model = (
-            self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
-        )
-        return model * self.data_parallel_size
-
-
-def check_stages(t: TrainerConfig, num_layers: int, key: str) -> None:
-    """Refuse a number of layers that cannot be laid out over the pipeline stages.
-
-    Stages share the layers evenly, but for the first and the last where the layout gives them a number of their own
-    (megatron-core@0.13.1 transformer/transformer_block.py, get_num_layers_to_build).
-
-    Args:
-        t: the layout.
-        num_layers: of the whole model.
-        key: what to call them.
-
-    Raises:
-        InputError: names the key and what would be legal.
-    """
-    pp = t.pipeline_model_parallel_size
-    names = [f"num_layers_in_{place}_pipeline_stage" for place in ("first", "last")]
-    own = {name: getattr(t, name) for name in names if getattr(t, name) is not None}
-    stages, layers = pp - len(own), num_layers - sum(own.values())
-    given = ", ".join(f"trainer.{name}={value}" for name, value in own.items())
-    if own and (pp == 1 or min(own.values()) < 1):
-        raise InputError(
-            f"{given}: must be at least 1, and needs trainer.pipeline_model_parallel_size above 1"
-        )
-    if own and (layers % stages or layers < stages if stages else layers):
-        raise InputError(
-            f"{given}: {layers} of {key} {num_layers} are left for the {stages} other stages, which must get equally "
-            "many, at least one each"
-        )
-    if not own and num_layers % pp:
-        raise InputError(
-            f"trainer.pipeline_model_parallel_size={pp}: does not divide {key} {num_layers}; uneven stages need "
-            f"trainer.{names[0]} or trainer.{names[1]}"
-        )
 
 
 @dataclass
@@ -203,6 +138,48 @@ class SearchConfig:
 
 
 @dataclass
+class IntermediateConfig:
+    """Residual states to match beside the output. `layers`: teacher layer to student layer, 0-based; "late" maps the
+    third from the end of both (arXiv 2407.14679, table 17); null: none. `embedding`: the embeddings' output too. `at`:
+    what a layer adds up to, "output", or that after the following "norm". `distance`: "cosine" or "mse". `alpha`: its
+    weight; null balances it against the output's loss at every step. `projection`: learned maps to the teacher's width,
+    one "shared" or one for "each" state; null: one where the widths differ.
+    """
+
+    layers: Any = None
+    embedding: bool = False
+    at: str = "output"
+    distance: str = "cosine"
+    alpha: float | None = None
+    projection: str | None = None
+
+
+@dataclass
+class DistillConfig:
+    """How the student learns.
+
+    `loss` on the output: "forward_kl", "reverse_kl", "jensen_shannon" (with `beta`), each with a `temperature`, over
+    the teacher's `top_k` tokens or all, with or without the `tail`'s mass, and `ce_weight` of next-token cross-entropy;
+    or "cross_entropy" alone, without a teacher. `from_scratch`: the student's sizes with random weights, for comparison.
+    `max_steps` of `global_batch_size` packed sequences.
+    """
+
+    loss: str = "forward_kl"
+    temperature: float = 1.0
+    beta: float = 0.5
+    top_k: int | None = None
+    tail: bool = True
+    ce_weight: float = 0.0
+    from_scratch: bool = False
+    max_steps: int = MISSING
+    global_batch_size: int = MISSING
+    val_check_interval: int = 0
+    limit_val_batches: int = 8
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    intermediate: IntermediateConfig = field(default_factory=IntermediateConfig)
+
+
+@dataclass
 class EvalConfig:
     """`samples`: packed held-out sequences for the LM loss; null: one whole pass over the valid split."""
 
@@ -258,6 +235,17 @@ class SearchRecipe(PruneRecipe):
     search: SearchConfig = field(default_factory=SearchConfig)
 
 
+@dataclass
+class DistillRecipe(CommonConfig):
+    """`recipes/distill.py`. `student` and `teacher`: Hugging Face, NeMo 2 or run directories; the teacher may be left
+    out where `distill.loss=cross_entropy`.
+    """
+
+    student: str = MISSING
+    teacher: str | None = None
+    distill: DistillConfig = field(default_factory=DistillConfig)
+
+
 def parse(schema: type[SchemaT], config: DictConfig) -> SchemaT:
     """Merge a composed configuration into a schema and check it.
 
@@ -271,7 +259,7 @@ def parse(schema: type[SchemaT], config: DictConfig) -> SchemaT:
         key = getattr(error, "full_key", None)
         reason = str(error).splitlines()[0]
         raise InputError(f"{key}: {reason}" if key and key not in reason else reason) from None
-    _check_trainer(result.trainer)
+    check_trainer(result.trainer)
     _check_ranges(result)
     return result
 
@@ -281,55 +269,6 @@ def _without_nulls(config: DictConfig) -> DictConfig:
     plain = OmegaConf.to_container(config, resolve=True)
     assert isinstance(plain, dict)
     return OmegaConf.create({k: v for k, v in plain.items() if v is not None})
-
-
-def _check_trainer(t: TrainerConfig) -> None:
-    for name in ("tensor_model", "pipeline_model", "context", "data"):
-        _check_least(f"trainer.{name}_parallel_size", getattr(t, f"{name}_parallel_size"), 1)
-    for key, least in _LEAST_OF_TRAINER.items():
-        _check_least(f"trainer.{key}", getattr(t, key), least)
-    if t.precision not in PRECISIONS:
-        raise InputError(f"trainer.precision={t.precision}: must be one of {', '.join(PRECISIONS)}")
-    if min(t.micro_batch_size, t.global_batch_size) < 1 or t.global_batch_size % (
-        t.micro_batch_size * t.data_parallel_size
-    ):
-        raise InputError(
-            f"trainer.global_batch_size={t.global_batch_size}: must be a positive multiple of micro_batch_size "
-            f"{t.micro_batch_size} x data_parallel_size {t.data_parallel_size}"
-        )
-    if t.sequence_parallel and t.tensor_model_parallel_size == 1:
-        raise InputError("trainer.sequence_parallel=true: needs trainer.tensor_model_parallel_size above 1")
-    if t.context_parallel_size > 1 and importlib.util.find_spec("transformer_engine") is None:
-        raise InputError(
-            f"trainer.context_parallel_size={t.context_parallel_size}: needs Transformer Engine, which is not here"
-        )
-    _check_ranks(t)
-
-
-_LEAST_OF_TRAINER = {
-    "num_nodes": 1,
-    "max_steps": 0,
-    "val_check_interval": 0,
-    "limit_val_batches": 0,
-    "log_every_n_steps": 1,
-}
-
-
-def _check_ranks(t: TrainerConfig) -> None:
-    world = int(os.environ.get("NEMO_MINITRON_NPROC") or os.environ.get("WORLD_SIZE") or 1)
-    if world != t.ranks:
-        raise InputError(
-            f"{world} rank{'s were' if world > 1 else ' was'} started, but the layout needs {t.ranks}: tensor "
-            f"{t.tensor_model_parallel_size} x pipeline {t.pipeline_model_parallel_size} x context "
-            f"{t.context_parallel_size} x data {t.data_parallel_size} (trainer.*_parallel_size)"
-        )
-    if t.ranks % t.num_nodes:
-        raise InputError(f"trainer.num_nodes={t.num_nodes}: does not divide the layout's ranks, {t.ranks}")
-
-
-def _check_least(key: str, value: int, least: int) -> None:
-    if value < least:
-        raise InputError(f"{key}={value}: must be at least {least}")
 
 
 def _check_ranges(recipe: Any) -> None:
@@ -347,8 +286,8 @@ def _check_ranges(recipe: Any) -> None:
     if recipe.eval.samples is not None and recipe.eval.samples < 1:
         raise InputError(f"eval.samples={recipe.eval.samples}: must be at least 1, or null for all")
     if isinstance(recipe, PruneRecipe):
-        _check_least("prune.calibration_samples", recipe.prune.calibration_samples, 1)
-        _check_least("prune.control_seeds", recipe.prune.control_seeds, 0)
+        check_least("prune.calibration_samples", recipe.prune.calibration_samples, 1)
+        check_least("prune.control_seeds", recipe.prune.control_seeds, 0)
 
 
 def cache_dir(data: DataConfig, part: str) -> Path:

@@ -232,7 +232,7 @@ def export_checkpoint(source: "Source", output: Path) -> Path:
     """
     from nemo.collections.llm.gpt.model.base import torch_dtype_from_mcore_config
 
-    from nemo_minitron.config import TrainerConfig
+    from nemo_minitron.layout import TrainerConfig
     from nemo_minitron.nemo.session import Session, nemo_tokenizer
 
     assert source.kind == "nemo", source

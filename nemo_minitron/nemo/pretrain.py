@@ -9,10 +9,11 @@ from typing import Any
 
 from nemo_minitron import recipe as recipe_module
 from nemo_minitron.arch import Architecture
-from nemo_minitron.config import PretrainRecipe, check_stages
+from nemo_minitron.config import PretrainRecipe
 from nemo_minitron.data.prepare import PreparedData, open_corpus, prepare_data
 from nemo_minitron.data.statistics import bits_per_byte, compression_bits_per_byte, unigram_entropy_nats
 from nemo_minitron.errors import InputError
+from nemo_minitron.layout import check_stages
 from nemo_minitron.nemo.checkpoints import CHECKPOINT
 
 
@@ -100,6 +101,7 @@ def _train(recipe: PretrainRecipe, prepared: Prepared, directory: Path) -> Path:
     data, t = prepared.data, recipe.trainer
     config = models.to_config(prepared.architecture, seq_length=recipe.data.seq_length, precision=t.precision)
     config.init_method_std = recipe.model.init_method_std
+    trainer.recompute(config, t)
     trainer.seed_everything(recipe.seed)
     tokenizer = session.nemo_tokenizer(data.tokenizer_dir)
     return training.fit(

@@ -9,11 +9,12 @@ from typing import Any
 
 from nemo_minitron import recipe
 from nemo_minitron.arch import WIDTH_AXES, Architecture
-from nemo_minitron.config import PruneConfig, PruneRecipe, cache_dir, check_stages
+from nemo_minitron.config import PruneConfig, PruneRecipe
 from nemo_minitron.data.prepare import PreparedData, prepare_data
 from nemo_minitron.errors import InputError
 from nemo_minitron.nemo import scoring, stepwise
 from nemo_minitron.nemo.checkpoints import CHECKPOINT, Source, find_source
+from nemo_minitron.nemo.openings import check_source, check_vocabulary, converted
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def check(r: PruneRecipe) -> Prepared:
     """
     ready = r.prepared or {}
     source = find_source(ready.get("source", r.source))
-    check_source(source, r)
+    check_source("source", source, r.trainer, r.data.seq_length)
     target, keep_layers = _target(r.prune, source.architecture)
     steps = stepwise.targets(r, source.architecture, target, keep_layers)
     sha256 = ready.get("source_sha256") or source.sha256()
@@ -63,18 +64,12 @@ def check(r: PruneRecipe) -> Prepared:
     task = load_questions(r.prune, source, data)
     prepared = Prepared(source, sha256, steps, keep_layers, data, scores, task)
     stepwise.try_plans(r.prune, source.architecture, steps, keep_layers, scores, sha256)
-    if source.kind == "huggingface":
-        prepared = dataclasses.replace(prepared, source=converted(source, r))
-    return prepared
+    return dataclasses.replace(prepared, source=converted(source, r.data))
 
 
 def check_data(r: PruneRecipe, source: Source, data: PreparedData, scores: Any) -> None:
     """Refuse another tokenizer's data, or too little of it."""
-    if data.indexed.vocab_size > source.architecture.vocab_size:
-        raise InputError(
-            f"data.tokenizer has {data.indexed.vocab_size} entries, the model's vocabulary "
-            f"{source.architecture.vocab_size}"
-        )
+    check_vocabulary(source, data)
     available = data.indexed.tokens["train"] // r.data.seq_length
     if scores is None and r.prune.importance == "activation" and r.prune.calibration_samples > available:
         raise InputError(
@@ -116,31 +111,6 @@ def _target(p: PruneConfig, arch: Architecture) -> tuple[Architecture, list[int]
             f"prune: all sizes are the source's; choose a preset (+conf=width) or set one of {axes}"
         )
     return target, keep
-
-
-def check_source(source: Source, r: PruneRecipe) -> None:
-    """Refuse a source that the data or the layout does not fit."""
-    arch, t = source.architecture, r.trainer
-    if r.data.seq_length > source.seq_length:
-        raise InputError(
-            f"data.seq_length={r.data.seq_length}: the model was made for {source.seq_length} tokens"
-        )
-    for axis in ("num_query_groups", "ffn_hidden_size", "vocab_size"):
-        if getattr(arch, axis) % t.tensor_model_parallel_size:
-            raise InputError(
-                f"trainer.tensor_model_parallel_size={t.tensor_model_parallel_size}: does not divide the source's "
-                f"{axis} {getattr(arch, axis)}"
-            )
-    check_stages(t, arch.num_layers, "the source's num_layers")
-
-
-def converted(source: Source, r: PruneRecipe) -> Source:
-    """The NeMo 2 form of a Hugging Face directory: made before ranks start, so found in the cache by each of them."""
-    from nemo_minitron.nemo.huggingface import import_checkpoint
-
-    converted = find_source(import_checkpoint(source, cache_dir(r.data, "checkpoints")))
-    assert converted.architecture == source.architecture, "NeMo's importer changed the architecture"
-    return converted
 
 
 def run(r: PruneRecipe, prepared: Prepared, directory: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from nemo_minitron.data.prepare import PreparedData, prepare_data
 from nemo_minitron.errors import InputError
 from nemo_minitron.nemo import prune, scoring, stepwise
 from nemo_minitron.nemo.checkpoints import CHECKPOINT, Source, find_source
+from nemo_minitron.nemo.openings import check_source, converted
 from nemo_minitron.pruning.search import (
     Budget,
     Candidate,
@@ -75,7 +76,7 @@ def check(r: SearchRecipe) -> Prepared:
     grid = {**fixed, **check_grid(s.grid)}
     ready = r.prepared or {}
     source = find_source(ready.get("source", r.source))
-    prune.check_source(source, r)
+    check_source("source", source, r.trainer, r.data.seq_length)
     load = Workload(s.context, s.sequences, s.bytes_per_value)
     budget = make_budget(source.architecture, s.budget, s.slack, load)
     found = candidates(
@@ -93,9 +94,7 @@ def check(r: SearchRecipe) -> Prepared:
     data = prepare_data(r.data, str(source.tokenizer), ready.get("data"))
     prune.check_data(r, source, data, scores)
     task = prune.load_questions(r.prune, source, data)
-    if source.kind == "huggingface":
-        source = prune.converted(source, r)
-    return Prepared(source, sha256, data, scores, task, grid, budget, load, found)
+    return Prepared(converted(source, r.data), sha256, data, scores, task, grid, budget, load, found)
 
 
 def run(r: SearchRecipe, prepared: Prepared, directory: Path) -> dict[str, Any]:

@@ -8,11 +8,12 @@ from typing import Any
 
 from nemo_minitron import recipe
 from nemo_minitron.arch import Architecture
-from nemo_minitron.config import DataConfig, TrainerConfig
+from nemo_minitron.config import DataConfig
 from nemo_minitron.data.datasets import gpt_dataset
 from nemo_minitron.data.prepare import PreparedData
 from nemo_minitron.evaluation.lm_loss import LMLoss, lm_loss
 from nemo_minitron.evaluation.multiple_choice import Task, accuracy_and_margin, choice_losses
+from nemo_minitron.layout import TrainerConfig
 from nemo_minitron.nemo import models, trainer
 from nemo_minitron.nemo.checkpoints import Source, weights_may_only_be_tensors
 

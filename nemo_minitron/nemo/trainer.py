@@ -6,7 +6,8 @@ from typing import Any
 import lightning.pytorch
 import torch
 
-from nemo_minitron.config import DataConfig, OptimConfig, TrainerConfig
+from nemo_minitron.config import DataConfig, OptimConfig
+from nemo_minitron.layout import TrainerConfig
 from nemo_minitron.nemo import models
 
 import nemo.lightning as nl  # isort: skip
@@ -63,6 +64,13 @@ def trainer(t: TrainerConfig, *, training: bool, callbacks: list[Any] | None = N
         callbacks=callbacks,
         logger=False,
     )
+
+
+def recompute(config: Any, t: TrainerConfig) -> None:
+    """Let a NeMo config say which activations training forms again."""
+    config.recompute_granularity = t.recompute_granularity
+    if t.recompute_granularity == "full":
+        config.recompute_method, config.recompute_num_layers = "uniform", 1
 
 
 def optimizer(o: OptimConfig, t: TrainerConfig) -> MegatronOptimizerModule:

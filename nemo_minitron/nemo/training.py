@@ -17,6 +17,7 @@ def fit(
     *,
     save_every_n_steps: int,
     start: Path | None = None,
+    new_parameters: bool = False,
 ) -> Path:
     """Train with `nemo.collections.llm.train`, or go on where a killed run stopped.
 
@@ -27,13 +28,17 @@ def fit(
         directory: the run's; NeMo writes into `directory/nemo`.
         save_every_n_steps: steps between checkpoints; the last step is always saved.
         start: weights to begin with (a NeMo 2 directory), unless the run has a checkpoint of its own.
+        new_parameters: whether the model has parameters that `start` lacks; they keep the values that they have.
 
     Returns:
         The last checkpoint, which RUN/checkpoint now names too.
     """
+    from megatron.core.dist_checkpointing.validation import StrictHandling
     from nemo.collections import llm
 
     foreign = start is not None and not _checkpoints(directory)
+    if foreign and new_parameters:
+        trainer.strategy.ckpt_load_strictness = StrictHandling.LOG_UNEXPECTED
     with weights_may_only_be_tensors() if foreign else contextlib.nullcontext():
         llm.train(
             model, data, trainer, log=_logger(directory, save_every_n_steps), resume=_resume(directory, start)

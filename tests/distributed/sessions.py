@@ -61,7 +61,7 @@ def samples(tokens: Tensor) -> list[dict[str, Tensor]]:
 
 def open_session(checkpoint: str | Path, **sizes: Any) -> Any:
     """A session of this rank; every rank of the layout calls it."""
-    from nemo_minitron.config import TrainerConfig
+    from nemo_minitron.layout import TrainerConfig
     from nemo_minitron.nemo.checkpoints import find_source
     from nemo_minitron.nemo.session import Session
 

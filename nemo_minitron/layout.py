@@ -1,0 +1,142 @@
+"""The parallel layout that a run asks for, and what of it can be refused before a model is known."""
+
+import importlib.util
+import os
+from dataclasses import dataclass
+
+from nemo_minitron.errors import InputError
+
+PRECISIONS = ("32", "bf16-mixed")
+RECOMPUTED = ("selective", "full")
+
+
+@dataclass
+class TrainerConfig:
+    """The parallel layout (MegatronStrategy's argument names), precision and batches.
+
+    `recompute_granularity`: activations that training forms again on the way back instead of keeping them: "selective",
+    those of attention, or "full", those of whole layers (Megatron-core's names); null: none.
+    """
+
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    context_parallel_size: int = 1
+    data_parallel_size: int = 1
+    sequence_parallel: bool = False
+    num_layers_in_first_pipeline_stage: int | None = None
+    num_layers_in_last_pipeline_stage: int | None = None
+    num_nodes: int = 1
+    precision: str = "32"
+    recompute_granularity: str | None = None
+    micro_batch_size: int = 8
+    global_batch_size: int = 8
+    max_steps: int = 0
+    val_check_interval: int = 0
+    limit_val_batches: int = 0
+    log_every_n_steps: int = 10
+
+    @property
+    def ranks(self) -> int:
+        """Processes that the layout needs."""
+        model = (
+            self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+        )
+        return model * self.data_parallel_size
+
+
+def check_stages(t: TrainerConfig, num_layers: int, key: str) -> None:
+    """Refuse a number of layers that cannot be laid out over the pipeline stages.
+
+    Stages share the layers evenly, but for the first and the last where the layout gives them a number of their own
+    (megatron-core@0.13.1 transformer/transformer_block.py, get_num_layers_to_build).
+
+    Args:
+        t: the layout.
+        num_layers: of the whole model.
+        key: what to call them.
+
+    Raises:
+        InputError: names the key and what would be legal.
+    """
+    pp = t.pipeline_model_parallel_size
+    names = [f"num_layers_in_{place}_pipeline_stage" for place in ("first", "last")]
+    own = {name: getattr(t, name) for name in names if getattr(t, name) is not None}
+    stages, layers = pp - len(own), num_layers - sum(own.values())
+    given = ", ".join(f"trainer.{name}={value}" for name, value in own.items())
+    if own and (pp == 1 or min(own.values()) < 1):
+        raise InputError(
+            f"{given}: must be at least 1, and needs trainer.pipeline_model_parallel_size above 1"
+        )
+    if own and (layers % stages or layers < stages if stages else layers):
+        raise InputError(
+            f"{given}: {layers} of {key} {num_layers} are left for the {stages} other stages, which must get equally "
+            "many, at least one each"
+        )
+    if not own and num_layers % pp:
+        raise InputError(
+            f"trainer.pipeline_model_parallel_size={pp}: does not divide {key} {num_layers}; uneven stages need "
+            f"trainer.{names[0]} or trainer.{names[1]}"
+        )
+
+
+def check_trainer(t: TrainerConfig) -> None:
+    """Refuse an impossible layout or batch, a feature that is not here, or another number of ranks than were started.
+
+    Raises:
+        InputError: names the key and what would be legal.
+    """
+    for name in ("tensor_model", "pipeline_model", "context", "data"):
+        check_least(f"trainer.{name}_parallel_size", getattr(t, f"{name}_parallel_size"), 1)
+    for key, least in _LEAST_OF_TRAINER.items():
+        check_least(f"trainer.{key}", getattr(t, key), least)
+    if t.precision not in PRECISIONS:
+        raise InputError(f"trainer.precision={t.precision}: must be one of {', '.join(PRECISIONS)}")
+    if t.recompute_granularity not in (None, *RECOMPUTED):
+        raise InputError(
+            f"trainer.recompute_granularity={t.recompute_granularity}: must be one of {', '.join(RECOMPUTED)}, or null"
+        )
+    if min(t.micro_batch_size, t.global_batch_size) < 1 or t.global_batch_size % (
+        t.micro_batch_size * t.data_parallel_size
+    ):
+        raise InputError(
+            f"trainer.global_batch_size={t.global_batch_size}: must be a positive multiple of micro_batch_size "
+            f"{t.micro_batch_size} x data_parallel_size {t.data_parallel_size}"
+        )
+    if t.sequence_parallel and t.tensor_model_parallel_size == 1:
+        raise InputError("trainer.sequence_parallel=true: needs trainer.tensor_model_parallel_size above 1")
+    if t.context_parallel_size > 1 and importlib.util.find_spec("transformer_engine") is None:
+        raise InputError(
+            f"trainer.context_parallel_size={t.context_parallel_size}: needs Transformer Engine, which is not here"
+        )
+    _check_ranks(t)
+
+
+_LEAST_OF_TRAINER = {
+    "num_nodes": 1,
+    "max_steps": 0,
+    "val_check_interval": 0,
+    "limit_val_batches": 0,
+    "log_every_n_steps": 1,
+}
+
+
+def _check_ranks(t: TrainerConfig) -> None:
+    world = int(os.environ.get("NEMO_MINITRON_NPROC") or os.environ.get("WORLD_SIZE") or 1)
+    if world != t.ranks:
+        raise InputError(
+            f"{world} rank{'s were' if world > 1 else ' was'} started, but the layout needs {t.ranks}: tensor "
+            f"{t.tensor_model_parallel_size} x pipeline {t.pipeline_model_parallel_size} x context "
+            f"{t.context_parallel_size} x data {t.data_parallel_size} (trainer.*_parallel_size)"
+        )
+    if t.ranks % t.num_nodes:
+        raise InputError(f"trainer.num_nodes={t.num_nodes}: does not divide the layout's ranks, {t.ranks}")
+
+
+def check_least(key: str, value: int, least: int) -> None:
+    """Refuse a number that is too small.
+
+    Raises:
+        InputError: names the key, its value and the least one.
+    """
+    if value < least:
+        raise InputError(f"{key}={value}: must be at least {least}")

@@ -1,0 +1,139 @@
+"""What `recipes/distill.py` refuses before a model is loaded, and what its settings mean."""
+
+import dataclasses
+
+from nemo_minitron.arch import Architecture
+from nemo_minitron.config import DistillRecipe
+from nemo_minitron.distillation.intermediate import (
+    DISTANCES,
+    PLACES,
+    PROJECTIONS,
+    Intermediate,
+    check_map,
+    late_map,
+)
+from nemo_minitron.distillation.settings import DIVERGENCES, LossSettings
+from nemo_minitron.errors import InputError
+from nemo_minitron.layout import TrainerConfig, check_least
+from nemo_minitron.nemo.checkpoints import Source
+
+CROSS_ENTROPY = "cross_entropy"
+
+
+def training_layout(r: DistillRecipe) -> TrainerConfig:
+    """The trainer's settings with the steps and batches of `distill`.
+
+    Raises:
+        InputError: a number of steps or a batch that is none.
+    """
+    d, t = r.distill, r.trainer
+    check_least("distill.max_steps", d.max_steps, 1)
+    check_least("distill.val_check_interval", d.val_check_interval, 0)
+    check_least("distill.limit_val_batches", d.limit_val_batches, 1)
+    if d.global_batch_size < 1 or d.global_batch_size % (t.micro_batch_size * t.data_parallel_size):
+        raise InputError(
+            f"distill.global_batch_size={d.global_batch_size}: must be a positive multiple of "
+            f"trainer.micro_batch_size {t.micro_batch_size} x trainer.data_parallel_size {t.data_parallel_size}"
+        )
+    return dataclasses.replace(
+        t,
+        max_steps=d.max_steps,
+        global_batch_size=d.global_batch_size,
+        val_check_interval=min(d.val_check_interval or d.max_steps, d.max_steps),
+        limit_val_batches=d.limit_val_batches,
+    )
+
+
+def loss_settings(r: DistillRecipe) -> LossSettings | None:
+    """The loss on the output; None for next-token cross-entropy alone.
+
+    Raises:
+        InputError: see `LossSettings`.
+    """
+    d = r.distill
+    if d.loss == CROSS_ENTROPY:
+        return None
+    if d.loss not in DIVERGENCES:
+        raise InputError(f"distill.loss={d.loss}: must be one of {', '.join((*DIVERGENCES, CROSS_ENTROPY))}")
+    try:
+        return LossSettings(d.loss, d.beta, d.temperature, d.top_k, d.tail, d.ce_weight)
+    except InputError as error:
+        raise InputError(f"distill.{error}") from None
+
+
+def check_vocabularies(student: Source, teacher: Source) -> None:
+    """Refuse a teacher of another tokenizer; the number of padding rows may differ.
+
+    Raises:
+        InputError: names the first token that differs.
+    """
+    from nemo_minitron.data.tokenizer import load_tokenizer
+
+    ours, theirs = (load_tokenizer(str(source.tokenizer)).get_vocab() for source in (student, teacher))
+    if ours != theirs:
+        token = min(set(ours.items()) ^ set(theirs.items()), key=lambda item: item[1])
+        raise InputError(
+            f"teacher: another tokenizer than the student's ({len(theirs)} entries, not {len(ours)}); they differ at "
+            f"id {token[1]}, {token[0]!r}"
+        )
+
+
+def shared_vocabulary(student: Source, teacher: Source) -> int:
+    """Over how many tokens both models are compared: all rows, or the tokenizer's where they are padded differently."""
+    from nemo_minitron.data.tokenizer import load_tokenizer
+
+    rows = student.architecture.vocab_size
+    if rows == teacher.architecture.vocab_size:
+        return rows
+    return len(load_tokenizer(str(student.tokenizer)))
+
+
+def intermediate(r: DistillRecipe, student: Architecture, teacher: Architecture | None) -> Intermediate | None:
+    """Which states are compared; None where none are.
+
+    Raises:
+        InputError: an unknown choice; layers that do not exist; a projection that would span pipeline stages; full
+            recomputation.
+    """
+    i, where = r.distill.intermediate, "distill.intermediate"
+    if i.layers is None and not i.embedding:
+        return None
+    if teacher is None:
+        raise InputError(f"{where}: needs a teacher, but distill.loss={CROSS_ENTROPY}")
+    for name, value, legal in (
+        ("distance", i.distance, DISTANCES),
+        ("at", i.at, PLACES),
+        ("projection", i.projection, (None, *PROJECTIONS)),
+    ):
+        if value not in legal:
+            raise InputError(f"{where}.{name}={value}: must be one of {', '.join(filter(None, legal))}")
+    if i.alpha is not None and not i.alpha > 0:
+        raise InputError(f"{where}.alpha={i.alpha}: must be above 0, or null to balance it at every step")
+    found = Intermediate(
+        _layers(r, student, teacher), i.embedding, i.at, i.distance, i.alpha, i.projection
+    )
+    maps = i.projection is not None or student.hidden_size != teacher.hidden_size
+    stages = r.trainer.pipeline_model_parallel_size
+    if maps and i.projection != "each" and stages > 1 and len(found.pairs) > 1:
+        raise InputError(
+            f"{where}.projection={i.projection or 'shared'}: its states lie on {stages} pipeline stages; must be each"
+        )
+    if r.trainer.recompute_granularity == "full":
+        raise InputError(
+            "trainer.recompute_granularity=full: whole layers are run twice, and states between them would be compared "
+            "twice; must be selective or null"
+        )
+    return found
+
+
+def _layers(r: DistillRecipe, student: Architecture, teacher: Architecture) -> dict[int, int]:
+    layers = r.distill.intermediate.layers
+    if layers is None:
+        return {}
+    given = late_map(teacher.num_layers, student.num_layers) if layers == "late" else layers
+    if not isinstance(given, dict) or not all(isinstance(n, int) for pair in given.items() for n in pair):
+        raise InputError(
+            f"distill.intermediate.layers={layers}: must be late, or teacher to student layers such as {{29: 13}}"
+        )
+    check_map(given, teacher.num_layers, student.num_layers)
+    return given
