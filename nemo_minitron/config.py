@@ -160,7 +160,7 @@ class DistillConfig:
 
     `loss` on the output: "forward_kl", "reverse_kl", "jensen_shannon" (with `beta`), each with a `temperature`, over
     the teacher's `top_k` tokens or all, with or without the `tail`'s mass, and `ce_weight` of next-token cross-entropy;
-    or "cross_entropy" alone, without a teacher. `from_scratch`: the student's sizes with random weights, for comparison.
+    or "cross_entropy" alone, without a teacher. `from_scratch`: random weights of the student's sizes, for comparison.
     `max_steps` of `global_batch_size` packed sequences.
     """
 

@@ -65,7 +65,10 @@ def check_map(layers: Mapping[int, int], teacher_layers: int, student_layers: in
         InputError: an index out of range, or a student layer that is named twice.
     """
     for teacher, student in layers.items():
-        for name, index, count in (("teacher", teacher, teacher_layers), ("student", student, student_layers)):
+        for name, index, count in (
+            ("teacher", teacher, teacher_layers),
+            ("student", student, student_layers),
+        ):
             if not 0 <= index < count:
                 raise InputError(
                     f"distill.intermediate.layers: {teacher}: {student}: the {name} has layers 0 to {count - 1}"

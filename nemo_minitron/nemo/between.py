@@ -70,7 +70,8 @@ class Between:
                 own.attach(self._comparer(of_teacher, of_student, own.state))
         held = parallel.gather_over_pp((list(student_taps), list(teacher_taps)))
         self._stages = [
-            (_stage(held, 1, of_teacher), _stage(held, 0, of_student)) for of_teacher, of_student in between.pairs
+            (_stage(held, 1, of_teacher), _stage(held, 0, of_student))
+            for of_teacher, of_student in between.pairs
         ]
 
     def _reader(self, key: Key, state: Any) -> Any:

@@ -1,5 +1,7 @@
 """The work of `recipes/distill.py`: train a student on its teacher's predictions, and measure both."""
 
+import logging
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,10 @@ from nemo_minitron.layout import TrainerConfig
 from nemo_minitron.nemo import distill_checks as checks
 from nemo_minitron.nemo.checkpoints import CHECKPOINT, Source, find_source
 from nemo_minitron.nemo.openings import check_source, check_vocabulary, converted
+
+logger = logging.getLogger("nemo_minitron")
+# Nats. Random weights cost as much as a guess among all tokens, or more.
+BETTER_THAN_A_GUESS = 0.1
 
 
 @dataclass(frozen=True)
@@ -69,7 +75,9 @@ def run(r: DistillRecipe, prepared: Prepared, directory: Path) -> dict[str, Any]
     Returns:
         The fields of `result.json`.
     """
-    before = None if r.distill.from_scratch else _lm_loss(r, prepared, prepared.student, "student before").nats
+    before = (
+        None if r.distill.from_scratch else _lm_loss(r, prepared, prepared.student, "student before").nats
+    )
     trained = _train(r, prepared, directory)
     after = _lm_loss(r, prepared, find_source(directory / CHECKPOINT), "student after")
     d, t = r.distill, prepared.trainer
@@ -115,8 +123,8 @@ def _train(r: DistillRecipe, prepared: Prepared, directory: Path) -> dict[str, A
     from nemo_minitron.nemo.steplog import StepLog, read_steps
 
     data, t, source = prepared.data, prepared.trainer, prepared.student
-    log = StepLog(directory / "steps.jsonl")
-    transform = None if prepared.teacher is None else _transform(r, prepared, log)
+    steps = StepLog(directory / "steps.jsonl")
+    transform = None if prepared.teacher is None else _transform(r, prepared, steps)
     config = models.to_config(source.architecture, seq_length=source.seq_length, precision=t.precision)
     trainer.recompute(config, t)
     trainer.seed_everything(r.seed)
@@ -124,18 +132,18 @@ def _train(r: DistillRecipe, prepared: Prepared, directory: Path) -> dict[str, A
     training.fit(
         models.to_model(config, tokenizer, trainer.optimizer(r.distill.optim, t)),
         trainer.training_data(data.indexed, tokenizer, r.data, t, data.index_cache),
-        trainer.trainer(t, training=True, callbacks=[*([transform] if transform else []), log]),
+        trainer.trainer(t, training=True, callbacks=[*([transform] if transform else []), steps]),
         directory,
         save_every_n_steps=t.val_check_interval,
         start=None if r.distill.from_scratch else source.path,
         new_parameters=prepared.between is not None,
     )
-    found = {entry["split"]: entry for entry in read_steps(log.path)}
+    found = {entry["split"]: entry for entry in read_steps(steps.path)}
     ahead = {} if transform is None else {"bytes": transform.ahead_bytes, "seconds": transform.ahead_seconds}
     return {**found, "ahead": ahead}
 
 
-def _transform(r: DistillRecipe, prepared: Prepared, log: Any) -> Any:
+def _transform(r: DistillRecipe, prepared: Prepared, steps: Any) -> Any:
     from nemo_minitron.nemo.distillation import DistillTransform
 
     assert prepared.teacher is not None
@@ -146,8 +154,8 @@ def _transform(r: DistillRecipe, prepared: Prepared, log: Any) -> Any:
         vocab_size=checks.shared_vocabulary(prepared.student, prepared.teacher),
         between=prepared.between,
         precision=r.trainer.precision,
-        on_loaded=lambda chunks: log.write("teacher", 0, {"lm_loss": _teacher_loss(r, prepared, chunks)}),
-        on_step=log.add,
+        on_loaded=lambda chunks: steps.write("teacher", 0, {"lm_loss": _teacher_loss(r, prepared, chunks)}),
+        on_step=steps.add,
     )
 
 
@@ -155,7 +163,7 @@ def _teacher_loss(r: DistillRecipe, prepared: Prepared, chunks: list[Any]) -> fl
     """The loaded teacher's own LM loss; a teacher that lost its weights on the way teaches nothing.
 
     Raises:
-        InputError: it knows no more than how frequent each token is.
+        InputError: it guesses.
     """
     from nemo_minitron.data.statistics import unigram_entropy_nats
     from nemo_minitron.nemo.session import split_loss
@@ -168,11 +176,18 @@ def _teacher_loss(r: DistillRecipe, prepared: Prepared, chunks: list[Any]) -> fl
         r.eval.samples,
         micro_batch_size=r.trainer.micro_batch_size,
         label="teacher",
-    )
-    chance = unigram_entropy_nats(prepared.data.indexed.valid_prefix)
-    if not loss.nats < chance:
+    ).nats
+    guess = math.log(checks.true_vocabulary(prepared.student))
+    frequencies = unigram_entropy_nats(prepared.data.indexed.valid_prefix)
+    if not loss < guess - BETTER_THAN_A_GUESS:
         raise InputError(
-            f"teacher={r.teacher}: its LM loss is {loss.nats:.3f} nats on the held-out data, no better than the "
-            f"frequency of each token ({chance:.3f}): its weights are wrong, or the data is not for it"
+            f"teacher={r.teacher}: its LM loss is {loss:.3f} nats on the held-out data, where guessing costs "
+            f"{guess:.3f}: its weights are not those that were trained, or the data is not for it"
         )
-    return loss.nats
+    if loss >= frequencies:
+        logger.warning(
+            "teacher: its LM loss, %.3f nats, is no better than the frequency of each token (%.3f)",
+            loss,
+            frequencies,
+        )
+    return loss

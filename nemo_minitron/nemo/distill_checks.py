@@ -78,17 +78,22 @@ def check_vocabularies(student: Source, teacher: Source) -> None:
         )
 
 
-def shared_vocabulary(student: Source, teacher: Source) -> int:
-    """Over how many tokens both models are compared: all rows, or the tokenizer's where they are padded differently."""
+def true_vocabulary(source: Source) -> int:
+    """Entries of its tokenizer: the rows of its output layer without padding."""
     from nemo_minitron.data.tokenizer import load_tokenizer
 
+    return len(load_tokenizer(str(source.tokenizer)))
+
+
+def shared_vocabulary(student: Source, teacher: Source) -> int:
+    """Over how many tokens both models are compared: all rows, or the tokenizer's where they are padded differently."""
     rows = student.architecture.vocab_size
-    if rows == teacher.architecture.vocab_size:
-        return rows
-    return len(load_tokenizer(str(student.tokenizer)))
+    return rows if rows == teacher.architecture.vocab_size else true_vocabulary(student)
 
 
-def intermediate(r: DistillRecipe, student: Architecture, teacher: Architecture | None) -> Intermediate | None:
+def intermediate(
+    r: DistillRecipe, student: Architecture, teacher: Architecture | None
+) -> Intermediate | None:
     """Which states are compared; None where none are.
 
     Raises:
@@ -109,9 +114,7 @@ def intermediate(r: DistillRecipe, student: Architecture, teacher: Architecture 
             raise InputError(f"{where}.{name}={value}: must be one of {', '.join(filter(None, legal))}")
     if i.alpha is not None and not i.alpha > 0:
         raise InputError(f"{where}.alpha={i.alpha}: must be above 0, or null to balance it at every step")
-    found = Intermediate(
-        _layers(r, student, teacher), i.embedding, i.at, i.distance, i.alpha, i.projection
-    )
+    found = Intermediate(_layers(r, student, teacher), i.embedding, i.at, i.distance, i.alpha, i.projection)
     maps = i.projection is not None or student.hidden_size != teacher.hidden_size
     stages = r.trainer.pipeline_model_parallel_size
     if maps and i.projection != "each" and stages > 1 and len(found.pairs) > 1:

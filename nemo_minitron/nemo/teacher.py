@@ -38,7 +38,9 @@ class Teacher:
         holder = models.to_model(config, tokenizer)
         set_model_parallel_attributes(holder, strategy.parallelism)
         self.source = source
-        self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
+        self.device = (
+            torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
+        )
         self.chunk = config.configure_model(tokenizer)
         self._restore()
         self.chunk.requires_grad_(False).eval().to(self.device)
@@ -58,7 +60,9 @@ class Teacher:
         """On the last stage the model returns its final hidden states unless labels are given."""
         own = self.chunk._postprocess
 
-        def postprocess(hidden_states: Tensor, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Tensor:
+        def postprocess(
+            hidden_states: Tensor, *args: Any, labels: Tensor | None = None, **kwargs: Any
+        ) -> Tensor:
             if labels is not None:
                 return own(hidden_states, *args, labels=labels, **kwargs)
             return hidden_states
@@ -67,7 +71,7 @@ class Teacher:
 
     @torch.no_grad()
     def hidden_states(self, batch: dict[str, Any]) -> Tensor:
-        """This stage's output, on the last one the final norm's: [s, b, h], or [s/tp, b, h] under sequence parallelism.
+        """This stage's output, on the last one the final norm's: [s, b, h]; under sequence parallelism [s/tp, b, h].
 
         Args:
             batch: a microbatch as NeMo's data step gives it to the model.

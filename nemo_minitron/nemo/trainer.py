@@ -46,7 +46,7 @@ def trainer(t: TrainerConfig, *, training: bool, callbacks: list[Any] | None = N
     cpu = models.hosts.prepare_megatron()
     models.quiet_nemo()
     plugins = [nl.MegatronMixedPrecision(precision=t.precision)] if t.precision != "32" else []
-    return nl.Trainer(
+    made = nl.Trainer(
         accelerator="cpu" if cpu else "gpu",
         devices=t.ranks // t.num_nodes,
         num_nodes=t.num_nodes,
@@ -61,9 +61,11 @@ def trainer(t: TrainerConfig, *, training: bool, callbacks: list[Any] | None = N
         accumulate_grad_batches=1,
         use_distributed_sampler=False,
         enable_model_summary=False,
-        callbacks=callbacks,
         logger=False,
     )
+    # Not through the constructor: NeMo writes its arguments into every checkpoint, and pickles what is not NeMo's own.
+    made.callbacks[:0] = callbacks or []
+    return made
 
 
 def recompute(config: Any, t: TrainerConfig) -> None:
