@@ -246,6 +246,14 @@ class DistillRecipe(CommonConfig):
     distill: DistillConfig = field(default_factory=DistillConfig)
 
 
+@dataclass
+class CorrectTeacherRecipe(CommonConfig):
+    """`recipes/correct_teacher.py`. `distill`: the schedule, with `loss: cross_entropy`."""
+
+    teacher: str = MISSING
+    distill: DistillConfig = field(default_factory=DistillConfig)
+
+
 def parse(schema: type[SchemaT], config: DictConfig) -> SchemaT:
     """Merge a composed configuration into a schema and check it.
 

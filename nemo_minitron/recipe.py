@@ -60,6 +60,21 @@ def rank() -> int:
     return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
 
 
+def register_resolvers(name: str) -> None:
+    """What configurations may ask.
+
+    `${repository:}`: the checkout that the recipe was started from. `${for_recipe:[a,b],x,y}`: x in recipes a and b,
+    else y.
+
+    Args:
+        name: of the recipe that runs.
+    """
+    OmegaConf.register_new_resolver("repository", lambda: str(_ROOT), replace=True)
+    OmegaConf.register_new_resolver(
+        "for_recipe", lambda names, value, otherwise: value if name in names else otherwise, replace=True
+    )
+
+
 def main(
     name: str,
     schema: type[SchemaT],
@@ -79,8 +94,7 @@ def main(
     started = False
     _quiet()
     sys.argv[1:] = [_quoted(override) for override in sys.argv[1:]]
-    # ${repository:} in a configuration is the checkout that the recipe was started from.
-    OmegaConf.register_new_resolver("repository", lambda: str(_ROOT), replace=True)
+    register_resolvers(name)
 
     @hydra.main(version_base="1.3", config_path=str(_ROOT / "conf"), config_name=name)
     def task(config: DictConfig) -> None:

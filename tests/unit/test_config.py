@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_minitron.config import CommonConfig, PretrainRecipe, PruneRecipe, parse
 from nemo_minitron.errors import InputError
+from nemo_minitron.recipe import register_resolvers
 
 ROOT = Path(__file__).resolve().parents[2]
 CONF = ROOT / "conf"
@@ -50,12 +51,12 @@ def name_of(file: Path) -> str:
 
 @pytest.fixture(scope="module", autouse=True)
 def _hydra() -> Iterator[None]:
-    OmegaConf.register_new_resolver("repository", lambda: str(ROOT), replace=True)
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         yield
 
 
 def composed(recipe: str, *overrides: str) -> DictConfig:
+    register_resolvers(recipe)
     return compose(recipe, overrides=[*overrides, "run_dir=run"])
 
 

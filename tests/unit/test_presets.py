@@ -7,6 +7,7 @@ from hydra import compose, initialize_config_dir
 
 from nemo_minitron.arch import Architecture
 from nemo_minitron.pruning import explicit_layers, resolve_target
+from nemo_minitron.recipe import register_resolvers
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 LLAMA_31_8B = Architecture(
@@ -45,3 +46,35 @@ def test_the_depth_preset_drops_the_papers_block() -> None:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         prune = compose("prune", ["+conf=llama31_8b/depth", "run_dir=x", "source=x"]).prune
     assert explicit_layers(32, None, list(prune.drop_layers)) == [*range(15), 31]
+
+
+# arXiv 2408.11796, section 3: context 8192, batch 1152, 94B tokens on 32 nodes of 8 GPUs; distillation 1e-4 to 1e-5 over
+# 40 steps of warm-up and on logits alone, correction 120 and a fifth of the peak of 3e-4.
+@pytest.mark.parametrize(
+    ("recipe", "preset", "peak", "warm_up"),
+    [
+        ("distill", "width", 1e-4, 40),
+        ("distill", "depth", 1e-4, 40),
+        ("correct_teacher", "correction", 6e-5, 120),
+    ],
+)
+def test_the_papers_training(recipe: str, preset: str, peak: float, warm_up: int) -> None:
+    register_resolvers(recipe)
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        found = compose(recipe, [f"+conf=llama31_8b/{preset}", "run_dir=x", "teacher=x"])
+    d, t = found.distill, found.trainer
+    ranks = t.tensor_model_parallel_size * t.pipeline_model_parallel_size * t.data_parallel_size
+    assert (t.num_nodes, ranks, t.precision) == (32, 32 * 8, "bf16-mixed")
+    assert (found.data.seq_length, d.global_batch_size) == (8192, 1152)
+    assert d.max_steps == -(-94_000_000_000 // (8192 * 1152))
+    assert (d.optim.lr, d.optim.min_lr, d.optim.warmup_steps) == (peak, peak / 10, warm_up)
+    assert d.loss == ("forward_kl" if recipe == "distill" else "cross_entropy")
+    assert (d.intermediate.layers, d.intermediate.embedding, d.ce_weight) == (None, False, 0)
+
+
+@pytest.mark.parametrize("preset", ["width", "depth"])
+def test_pruning_takes_one_node(preset: str) -> None:
+    register_resolvers("prune")
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        t = compose("prune", [f"+conf=llama31_8b/{preset}", "run_dir=x", "source=x"]).trainer
+    assert (t.num_nodes, t.data_parallel_size, t.tensor_model_parallel_size) == (1, 1, 8)
