@@ -159,6 +159,12 @@ def copy_tp(t: Tensor) -> Tensor:
     return t if tp_size() == 1 else _Copy.apply(t)
 
 
+def barrier() -> None:
+    """Wait for all ranks; one process goes on at once."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.barrier()
+
+
 def gather_objects(value: Any, group: GroupName) -> list[Any]:
     """Each rank's value, any picklable object, by rank in the group, on every rank. For small things."""
     if group_size(group) == 1:

@@ -35,7 +35,8 @@ class DistillationReduction(MaskedTokenLossReduction):
         """NeMo's hook: (sum to differentiate, token count, what `reduce` gets)."""
         count = batch["loss_mask"].sum()
         parts = torch.cat([forward_out.detach(), count.view(1).to(forward_out)])
-        return forward_out[0], count.to(torch.int), {"parts": parts}
+        # The pipeline's schedule frees what the last stage returns, and refuses a view.
+        return forward_out[0].clone(), count.to(torch.int), {"parts": parts}
 
     def reduce(self, losses_reduced_per_micro_batch: list[dict[str, Tensor]]) -> Tensor:
         """NeMo's hook: the global batch's mean loss, nats a token; `means` has all parts', `tokens` their number."""

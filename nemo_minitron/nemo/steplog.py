@@ -33,6 +33,16 @@ class StepLog(pl.Callback):
             kept = [entry for entry in read_steps(self.path) if entry["step"] < trainer.global_step]
             self.path.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
 
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Lightning's hook; a run that goes on validates after the same steps as one that was not interrupted.
+
+        The checkpoint is written before Lightning counts its step as done, so that it would count one too few.
+        """
+        progress = trainer.fit_loop.epoch_loop.batch_progress
+        missing = trainer.global_step + 1 - progress.total.ready
+        progress.total.ready += missing
+        progress.current.ready += missing
+
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron import recipe
+from nemo_minitron import parallel, recipe
 from nemo_minitron.nemo.checkpoints import CHECKPOINT, weights_may_only_be_tensors
 
 
@@ -47,6 +47,7 @@ def fit(
     if recipe.rank() == 0:
         recipe.fresh(link)
         link.symlink_to(os.path.relpath(last_checkpoint(directory), directory), target_is_directory=True)
+    parallel.barrier()
     return last_checkpoint(directory)
 
 

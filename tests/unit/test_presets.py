@@ -48,7 +48,7 @@ def test_the_depth_preset_drops_the_papers_block() -> None:
     assert explicit_layers(32, None, list(prune.drop_layers)) == [*range(15), 31]
 
 
-# arXiv 2408.11796, section 3: context 8192, batch 1152, 94B tokens on 32 nodes of 8 GPUs; distillation 1e-4 to 1e-5 over
+# arXiv 2408.11796, section 3: context 8192, batch 1152, 94B tokens, 32 nodes of 8 GPUs; distillation 1e-4 to 1e-5 over
 # 40 steps of warm-up and on logits alone, correction 120 and a fifth of the peak of 3e-4.
 @pytest.mark.parametrize(
     ("recipe", "preset", "peak", "warm_up"),
