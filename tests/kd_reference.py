@@ -1,5 +1,7 @@
 """Distillation losses in float64, one process, whole logits: what the package's losses are held against."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -30,7 +32,8 @@ def loss_sums(
     elif divergence == "reverse_kl":
         kd = F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1)
     else:
-        log_m = (beta * p + (1 - beta) * q).log()
+        # Not the mixture's log: where both underflow to 0 it has none.
+        log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log(1 - beta))
         kd = (beta * p * (log_p - log_m) + (1 - beta) * q * (log_q - log_m)).sum(-1)
     kd = (temperature**2 * kd * mask.t()).sum()
     ce = kd.new_zeros(())
