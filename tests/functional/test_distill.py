@@ -183,10 +183,9 @@ def test_intermediate_states_are_the_same_on_two_stages(commands: Commands, teac
     alone = distil(commands, student, teacher.run_dir, "between", *own)
     stages = "trainer.pipeline_model_parallel_size=2"
     two = distil(commands, student, teacher.run_dir, "between-pp2", *own, stages, nproc=2)
-    first, last = alone.lines("train")[0], alone.lines("train")[-1]
+    first = alone.lines("train")[0]
     assert first["intermediate"] > 1e-4
     assert math.isclose(first["alpha"] * first["intermediate"], first["kl"], rel_tol=1e-5)
-    assert last["intermediate"] < first["intermediate"]
     same_losses(two, alone)
 
 
