@@ -31,14 +31,14 @@ def architecture(a: argparse.Namespace) -> Architecture:
     )
 
 
-def process_group() -> None:
-    """Megatron's groups, of one process."""
+def process_group(rank: int = 0, ranks: int = 1, directory: str | None = None) -> None:
+    """Megatron's groups, all ranks tensor-parallel; more than one meet in an empty directory."""
     from megatron.core import parallel_state, tensor_parallel
 
-    store = torch.distributed.FileStore(f"{tempfile.mkdtemp()}/store", 1)
+    store = torch.distributed.FileStore(f"{directory or tempfile.mkdtemp()}/store", ranks)
     backend = "nccl" if device().type == "cuda" else "gloo"
-    torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
-    parallel_state.initialize_model_parallel()
+    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=ranks)
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=ranks)
     tensor_parallel.model_parallel_cuda_manual_seed(1234)
 
 

@@ -2,8 +2,7 @@
 
 Shapes: n tokens, v the rank's columns, h one side's hidden size. CUDA has products of 16-bit inputs with a float32
 result. On a CPU the head is walked in blocks of rows that stay in its cache, widened to float32 if need be, and float32
-goes to oneDNN where torch has it: the BLAS that torch's CPU builds bring (MKL) leaves half of the speed of a CPU that is
-not Intel's unused.
+goes to oneDNN where torch has it: MKL, the BLAS of torch's CPU builds, leaves half the speed of AMD's CPUs unused.
 """
 
 from collections.abc import Iterator
