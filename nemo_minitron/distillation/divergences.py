@@ -43,9 +43,13 @@ class Divergence(ABC):
 
     def __init__(self, student: Tensor, teacher: Tensor, settings: LossSettings, scratch: Scratch) -> None:
         self.student, self.teacher, self.settings = student, teacher, settings
-        self._work = scratch.take(0, len(student))
         self._scratch = scratch
         self.per_token: Tensor
+
+    @property
+    def _work(self) -> Tensor:
+        """[n, v], the same at every call."""
+        return self._scratch.take(0, len(self.student))
 
     @abstractmethod
     def steps(self) -> Steps:

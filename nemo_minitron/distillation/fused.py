@@ -20,6 +20,7 @@ from nemo_minitron.distillation.products import (
     write_hidden_gradient,
     write_logits,
 )
+from nemo_minitron.distillation.recomputing import RecomputingForwardKL, ReportedNextToken
 from nemo_minitron.distillation.rounds import reduce_over_tp, run_in_step
 from nemo_minitron.distillation.settings import LossSettings
 from nemo_minitron.distillation.top_k import NEVER, TopKDivergence, TopKRows
@@ -149,8 +150,7 @@ class _Pass:
         parts = [kd.steps()]
         ce = None
         if self.job.columns is not None:
-            number = 2 if self.want and ce_weight else 0
-            ce = NextToken(student, self.job.columns[tokens], self.scratch.take(number, len(student)))
+            ce = self._next_token(student, self.job.columns[tokens])
             parts.insert(0, ce.steps())
         run_in_step(parts, reduce_over_tp)
         self.sums[0] += (kd.per_token * weight).sum(dtype=torch.float64)
@@ -161,6 +161,12 @@ class _Pass:
             if ce is not None and ce_weight:
                 ce.add_gradient(weight * ce_weight)
 
+    def _next_token(self, student: Tensor, columns: Tensor) -> NextToken:
+        needs_gradient = self.want and self.job.settings.ce_weight
+        if student.is_cuda and not needs_gradient:
+            return ReportedNextToken(student, columns, student)
+        return NextToken(student, columns, self.scratch.take(2 if needs_gradient else 0, len(student)))
+
     def _divergence(self, student: Tensor, tokens: slice, place: slice) -> Divergence | TopKDivergence:
         teacher, settings, shard = self.job.teacher, self.job.settings, self.job.shard
         if isinstance(teacher, TopKRows):
@@ -170,6 +176,8 @@ class _Pass:
         assert self.teacher is not None
         if settings.top_k is not None:
             return TopKDivergence(student, self.teacher[place], settings, shard, len(self.head))
+        if student.is_cuda and settings.divergence == "forward_kl":
+            return RecomputingForwardKL(student, self.teacher[place], settings, self.scratch)
         return divergence(student, self.teacher[place], settings, self.scratch)
 
     def _write_gradients(self, rows: slice) -> None:
