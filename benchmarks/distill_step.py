@@ -1,0 +1,193 @@
+"""What a whole distillation step costs beside NeMo 2.4's own: python benchmarks/distill_step.py
+
+Both sides train the same student on the same teacher and packed text, through NeMo's trainer, MegatronStrategy and
+optimizer in one process; forward, loss, backward and update are all in the step.
+
+* ours: `DistillTransform` of `nemo_minitron.nemo.distillation`;
+* nemo: `nemo.collections.llm.distill`, that is ModelOpt's `DistillationModel` and NeMo's `LogitsKLLoss`.
+
+The models are Llamas of random weights, made once in a temporary directory; the text is Python's standard library.
+Sides take turns, each run in a process of its own; a run's figures are the median step after the first two, and the
+peak resident memory of the process. Prints one JSON line with medians over runs, and ratios ours / nemo.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import models
+
+ROOT = Path(__file__).resolve().parent.parent
+SIDES = ("ours", "nemo")
+NOT_COUNTED = 2
+
+
+def make_model(directory: Path, a: argparse.Namespace, hidden_size: int) -> None:
+    """A Llama of random weights as a NeMo 2 directory."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    from nemo_minitron.nemo.checkpoints import find_source
+    from nemo_minitron.nemo.huggingface import import_checkpoint
+
+    torch.manual_seed(hidden_size)
+    config = LlamaConfig(
+        vocab_size=a.vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=hidden_size * 8 // 3 // 16 * 16,
+        num_hidden_layers=a.num_layers,
+        num_attention_heads=hidden_size // 64,
+        num_key_value_heads=max(1, hidden_size // 256),
+        max_position_embeddings=a.seq_length,
+        tie_word_embeddings=False,
+        torch_dtype=torch.float32,
+    )
+    LlamaForCausalLM(config).save_pretrained(directory / "hf")
+    AutoTokenizer.from_pretrained(ROOT / "assets" / "demo-teacher").save_pretrained(directory / "hf")
+    converted = import_checkpoint(find_source(directory / "hf"), directory / "cache")
+    (directory / "nemo").symlink_to(converted)
+
+
+def settings(a: argparse.Namespace) -> tuple[Any, Any, Any]:
+    """The trainer's layout, the data's and the optimizer's settings, the same for both sides."""
+    from nemo_minitron.config import DataConfig, OptimConfig
+    from nemo_minitron.layout import TrainerConfig
+
+    layout = TrainerConfig(
+        micro_batch_size=a.micro_batch_size, global_batch_size=a.global_batch_size, max_steps=a.steps
+    )
+    return layout, DataConfig(seq_length=a.seq_length), OptimConfig(warmup_steps=1)
+
+
+def run_side(a: argparse.Namespace, directory: Path) -> dict[str, float]:
+    """Train for the steps in this process."""
+    from nemo_minitron import hosts
+
+    hosts.prepare_nemo()
+    import lightning.pytorch as pl
+    import nemo.lightning as nl
+    from nemo.collections import llm
+
+    from nemo_minitron.data.prepare import prepare_data
+    from nemo_minitron.distillation import LossSettings
+    from nemo_minitron.nemo import models as nemo_models
+    from nemo_minitron.nemo import trainer
+    from nemo_minitron.nemo.checkpoints import find_source
+    from nemo_minitron.nemo.distillation import DistillTransform
+    from nemo_minitron.nemo.session import nemo_tokenizer
+
+    class Clock(pl.Callback):
+        """Seconds of each step."""
+
+        def __init__(self) -> None:
+            self.seconds: list[float] = []
+
+        def on_train_batch_start(self, *_: Any) -> None:
+            self.begin = time.perf_counter()
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            self.seconds.append(time.perf_counter() - self.begin)
+
+    layout, data, optim = settings(a)
+    student, teacher = (find_source(directory / name / "nemo") for name in ("student", "teacher"))
+    prepared = prepare_data(data, str(student.tokenizer), None)
+    tokenizer, clock = nemo_tokenizer(student.tokenizer), Clock()
+    module = trainer.training_data(prepared.indexed, tokenizer, data, layout, prepared.index_cache)
+    trainer.seed_everything(1)
+    common = {
+        "log": nl.NeMoLogger(explicit_log_dir=tempfile.mkdtemp(dir=directory), ckpt=None),
+        "resume": nl.AutoResume(
+            restore_config=nl.RestoreConfig(
+                path=str(student.path), load_optim_state=False, load_artifacts=False
+            )
+        ),
+    }
+    if a.side == "ours":
+        model = nemo_models.to_model(
+            nemo_models.to_config(student.architecture, seq_length=a.seq_length),
+            tokenizer,
+            trainer.optimizer(optim, layout),
+        )
+        transform = DistillTransform(teacher, LossSettings())
+        llm.train(
+            model, module, trainer.trainer(layout, training=True, callbacks=[transform, clock]), **common
+        )
+    else:
+        llm.distill(
+            str(student.path),
+            str(teacher.path),
+            module,
+            trainer.trainer(layout, training=True, callbacks=[clock]),
+            optim=trainer.optimizer(optim, layout),
+            tokenizer=tokenizer,
+            **common,
+        )
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"seconds": statistics.median(clock.seconds[NOT_COUNTED:]), "peak_rss_bytes": peak}
+
+
+def in_turn(a: argparse.Namespace, directory: Path) -> dict[str, list[dict[str, float]]]:
+    """Each side in processes of its own, one after the other."""
+    found: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
+    # Making the models, Lightning took a port and said so in the environment.
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("MASTER_")}
+    for _ in range(a.runs):
+        for side in SIDES:
+            command = [sys.executable, __file__, *sys.argv[1:], "--side", side, "--directory", str(directory)]
+            ended = subprocess.run(command, capture_output=True, text=True, env=environment)
+            if ended.returncode:
+                sys.exit(f"{side} failed:\n{ended.stderr[-3000:]}")
+            found[side].append(json.loads(ended.stdout.splitlines()[-1]))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    models.add_sizes(
+        parser,
+        num_layers=4,
+        hidden_size=512,
+        teacher_hidden_size=768,
+        vocab_size=32000,
+        seq_length=512,
+        micro_batch_size=2,
+        global_batch_size=4,
+        steps=8,
+        runs=3,
+    )
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
+    a = parser.parse_args()
+    if a.side:
+        print(json.dumps(run_side(a, a.directory)))
+        return
+    with tempfile.TemporaryDirectory() as name:
+        for model, hidden_size in (("student", a.hidden_size), ("teacher", a.teacher_hidden_size)):
+            (Path(name) / model).mkdir()
+            make_model(Path(name) / model, a, hidden_size)
+        found = in_turn(a, Path(name))
+    line: dict[str, Any] = {
+        key: value for key, value in vars(a).items() if key not in ("side", "directory", "bf16")
+    }
+    for key, unit in (("seconds", "step_s"), ("peak_rss_bytes", "peak_rss_bytes")):
+        medians = {side: statistics.median(run[key] for run in found[side]) for side in SIDES}
+        ratios = [o[key] / n[key] for o, n in zip(found["ours"], found["nemo"], strict=True)]
+        line |= {f"{unit}_{side}": round(medians[side], 4) for side in SIDES}
+        line[f"{key}_ratio"] = round(statistics.median(ratios), 4)
+    print(json.dumps(line))
+
+
+if __name__ == "__main__":
+    main()
