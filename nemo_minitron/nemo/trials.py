@@ -39,6 +39,11 @@ def check_distillation(r: SearchRecipe, source: Architecture, found: list[Candid
         return
     if r.distill.from_scratch:
         raise InputError("distill.from_scratch=true: a search ranks pruned models; must be false")
+    if r.distill.optim.warmup_steps >= s.distill_steps:
+        raise InputError(
+            f"search.distill_steps={s.distill_steps}: must be above distill.optim.warmup_steps="
+            f"{r.distill.optim.warmup_steps}"
+        )
     training = short_distillation(r, "", r.run_dir)
     distill_checks.training_layout(training)
     if distill_checks.loss_settings(training) is None:
