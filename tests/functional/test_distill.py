@@ -136,6 +136,8 @@ def test_a_nemo_script_s_first_step_is_what_transformers_computes(
         timeout=400,
     )
     assert done.returncode == 0, done.stderr[-4000:]
+    fate = json.loads((tmp_path / "teacher.json").read_text())
+    assert fate == {"unchanged": True, "gradients": False, "buffers": False, "shared": False}
     ranks.run_on_ranks(1, sessions.exported, str(student), str(tmp_path / "hf"), timeout=PATIENCE_S)
     models = [LlamaForCausalLM.from_pretrained(path) for path in (tmp_path / "hf", teacher.huggingface)]
     first, second, *_ = torch.load(tmp_path / "batches.pt", weights_only=True)

@@ -145,6 +145,53 @@ def test_settings_that_change_no_loss(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("layers", ["{1: 2, 3: 3}", "{2: 1, 3: 3}"], ids=["forth", "back"])
+def test_states_move_to_another_stage(commands: Commands, teacher: Teacher, layers: str) -> None:
+    """The student begins as the teacher, whose other layers it is to imitate."""
+    own = [f"distill.intermediate.layers={layers}", "distill.intermediate.alpha=1"]
+    name = f"moved-{layers[1]}"
+    alone = under(commands, teacher.run_dir, teacher.run_dir, f"{name}-alone", *own)
+    two = under(
+        commands,
+        teacher.run_dir,
+        teacher.run_dir,
+        name,
+        *own,
+        count=2,
+        pipeline_model_parallel_size=2,
+        micro_batch_size=2,
+    )
+    first, *_, last = alone.lines("train")
+    assert 0.01 < last["intermediate"] < first["intermediate"]
+    for ours, theirs in zip(two.lines("train"), alone.lines("train"), strict=True):
+        assert ours["intermediate"] == pytest.approx(theirs["intermediate"], rel=1e-3)
+        assert ours["kl"] == pytest.approx(theirs["kl"], rel=1e-2, abs=1e-6)
+    assert two.result["lm_loss_nats_after"] == pytest.approx(alone.result["lm_loss_nats_after"], rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_teacher_of_another_padding_teaches_the_same(
+    commands: Commands, teacher: Teacher, pruned: Pruned, straight: Run, count: int
+) -> None:
+    """Rows beyond the tokenizer's entries take no part; on two ranks the heads are cut at different tokens."""
+    from safetensors.torch import load_file, save_file
+
+    padded = commands.home / f"padded-{count}"
+    shutil.copytree(teacher.huggingface, padded)
+    weights = load_file(padded / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        weights[name] = torch.cat([weights[name], torch.full((16, weights[name].shape[1]), 0.5)])
+    save_file(weights, padded / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((padded / "config.json").read_text())
+    (padded / "config.json").write_text(json.dumps({**config, "vocab_size": config["vocab_size"] + 16}))
+    run = under(
+        commands, pruned.run_dir, padded, f"padded-{count}", count=count, tensor_model_parallel_size=count
+    )
+    test_distill.same_losses(run, straight)
+
+
+@pytest.mark.slow
 def test_bf16_mixed_stays_near_float32(
     commands: Commands, teacher: Teacher, pruned: Pruned, straight: Run
 ) -> None:
