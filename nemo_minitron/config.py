@@ -123,7 +123,9 @@ class SearchConfig:
     `context`
     tokens, `sequences` and `bytes_per_value` are what FLOPs and memory are counted for. `grid`: choices by axis, sizes
     or fractions ("1/1" is the source's size). `method`: `grid` tries the `max_candidates` that use most of the budget,
-    `optuna` the `trials` that its sampler asks for.
+    `optuna` the `trials` that its sampler asks for. `distill_steps`: steps of `distill` that each candidate learns from
+    the source before it is ranked (arXiv 2407.14679: 400); 0 ranks by the loss right after pruning.
+    `distill_candidates`: only so many, the best after pruning; null: all.
     """
 
     budget: Any = None
@@ -135,6 +137,8 @@ class SearchConfig:
     method: str = "grid"
     max_candidates: int = 20
     trials: int = 20
+    distill_steps: int = 0
+    distill_candidates: int | None = None
 
 
 @dataclass
@@ -230,9 +234,12 @@ class PruneRecipe(CommonConfig):
 
 @dataclass
 class SearchRecipe(PruneRecipe):
-    """`recipes/search.py`. `prune`: how units and layers are chosen, and sizes of axes that the grid leaves open."""
+    """`recipes/search.py`. `prune`: how units and layers are chosen, and sizes of axes that the grid leaves open;
+    `distill`: how candidates learn where `search.distill_steps` is above 0.
+    """
 
     search: SearchConfig = field(default_factory=SearchConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
 
 
 @dataclass

@@ -59,10 +59,10 @@ def late_map(teacher_layers: int, student_layers: int) -> dict[int, int]:
 
 
 def check_map(layers: Mapping[int, int], teacher_layers: int, student_layers: int) -> None:
-    """Refuse a map from teacher to student layers that names one which does not exist.
+    """Refuse a map from teacher to student layers that makes no sense. A teacher layer may be one that was pruned away.
 
     Raises:
-        InputError: an index out of range, or a student layer that is named twice.
+        InputError: an index out of range, a student layer that is named twice, pairs that cross.
     """
     for teacher, student in layers.items():
         for name, index, count in (
@@ -75,6 +75,11 @@ def check_map(layers: Mapping[int, int], teacher_layers: int, student_layers: in
                 )
     if len(set(layers.values())) != len(layers):
         raise InputError(f"distill.intermediate.layers={dict(layers)}: names a student layer twice")
+    if (students := [layers[teacher] for teacher in sorted(layers)]) != sorted(students):
+        raise InputError(
+            f"distill.intermediate.layers={dict(layers)}: pairs cross; a later layer of the teacher must go with "
+            "a later one of the student"
+        )
 
 
 @dataclass(frozen=True)

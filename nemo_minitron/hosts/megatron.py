@@ -1,5 +1,6 @@
 """Gaps of megatron-core 0.13.1 without CUDA, Transformer Engine and Apex."""
 
+import functools
 import importlib
 from collections.abc import Iterable
 from typing import Any
@@ -15,6 +16,7 @@ def close_gaps() -> None:
     factories_written_for_cuda()
     random_states_of_the_cpu()
     clipping_asserts_cuda_gradients()
+    optimizers_know_types_by_their_cuda_names()
     local_norm_refuses_sequence_parallel()
 
 
@@ -61,6 +63,34 @@ def clipping_asserts_cuda_gradients() -> None:
 
     clip_grads.clip_grad_by_total_norm_fp32 = clip
     optimizer.clip_grad_by_total_norm_fp32 = clip
+
+
+def optimizers_know_types_by_their_cuda_names() -> None:
+    """The mixed-precision and the distributed optimizer tell parameters apart by type strings such as
+    'torch.cuda.BFloat16Tensor', and raise on any other (`optimizer.py:616`, `distrib_optimizer.py:335`)."""
+    from megatron.core.optimizer import distrib_optimizer, optimizer
+
+    for made in (optimizer.Float16OptimizerWithFloat16Params, distrib_optimizer.DistributedOptimizer):
+        if not hasattr(made.__init__, "__wrapped__"):
+            made.__init__ = _with_cuda_type_names(made.__init__)
+
+
+def _with_cuda_type_names(function: Any) -> Any:
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        inherited = torch.Tensor.type
+
+        def named(tensor: torch.Tensor, *rest: Any, **options: Any) -> Any:
+            answer = inherited(tensor, *rest, **options)
+            return answer.replace("torch.", "torch.cuda.", 1) if isinstance(answer, str) else answer
+
+        torch.Tensor.type = named  # type: ignore[method-assign]
+        try:
+            return function(*args, **kwargs)
+        finally:
+            del torch.Tensor.type
+
+    return wrapped
 
 
 def local_norm_refuses_sequence_parallel() -> None:

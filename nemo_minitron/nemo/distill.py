@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron import recipe
+from nemo_minitron import parallel, recipe
 from nemo_minitron.config import DistillRecipe
 from nemo_minitron.data.prepare import PreparedData, prepare_data
 from nemo_minitron.distillation.intermediate import Intermediate
@@ -64,7 +64,8 @@ def check(r: DistillRecipe) -> Prepared:
         checks.check_vocabularies(student, teacher)
     between = checks.intermediate(r, student.architecture, teacher.architecture if teacher else None)
     data = prepare_data(r.data, str(student.tokenizer), ready.get("data"))
-    check_vocabulary(student, data)
+    for source in filter(None, (student, teacher)):
+        check_vocabulary(source, data)
     teacher = None if teacher is None else converted(teacher, r.data)
     return Prepared(converted(student, r.data), teacher, data, trainer, settings, between)
 
@@ -74,12 +75,17 @@ def run(r: DistillRecipe, prepared: Prepared, directory: Path) -> dict[str, Any]
 
     Returns:
         The fields of `result.json`.
+
+    Raises:
+        FloatingPointError: a loss or a gradient that is not finite; the last good checkpoint is kept.
     """
     before = (
         None if r.distill.from_scratch else _lm_loss(r, prepared, prepared.student, "student before").nats
     )
     trained = _train(r, prepared, directory)
     after = _lm_loss(r, prepared, find_source(directory / CHECKPOINT), "student after")
+    if not math.isfinite(after.nats):
+        raise FloatingPointError(f"step {r.distill.max_steps - 1}: after it the LM loss is {after.nats}")
     d, t = r.distill, prepared.trainer
     return {
         "recipe": "distill",
@@ -104,7 +110,7 @@ def run(r: DistillRecipe, prepared: Prepared, directory: Path) -> dict[str, Any]
         "tensor_model_parallel_size": t.tensor_model_parallel_size,
         "pipeline_model_parallel_size": t.pipeline_model_parallel_size,
         "peak_rss_gib": recipe.peak_rss_gib(),
-        "teacher_states_gib": round(trained["ahead"].get("bytes", 0) / 2**30, 3),
+        "teacher_states_gib": round(trained["ahead"].get("bytes", 0) / 2**30, 6),
         "teacher_schedule_s": round(trained["ahead"].get("seconds", 0.0), 2),
         "checkpoint": str((directory / CHECKPOINT).resolve()),
     }
@@ -139,8 +145,13 @@ def _train(r: DistillRecipe, prepared: Prepared, directory: Path) -> dict[str, A
         new_parameters=prepared.between is not None,
     )
     found = {entry["split"]: entry for entry in read_steps(steps.path)}
-    ahead = {} if transform is None else {"bytes": transform.ahead_bytes, "seconds": transform.ahead_seconds}
-    return {**found, "ahead": ahead}
+    return {**found, "ahead": {} if transform is None else _ahead(transform)}
+
+
+def _ahead(transform: Any) -> dict[str, float]:
+    """What the teacher's own schedules took, on the stage where it was the most."""
+    stages = parallel.gather_over_pp((transform.ahead_bytes, transform.ahead_seconds))
+    return {"bytes": max(b for b, _ in stages), "seconds": max(s for _, s in stages)}
 
 
 def _transform(r: DistillRecipe, prepared: Prepared, steps: Any) -> Any:

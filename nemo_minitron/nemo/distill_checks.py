@@ -1,9 +1,11 @@
 """What `recipes/distill.py` refuses before a model is loaded, and what its settings mean."""
 
 import dataclasses
+import math
+from pathlib import Path
 
 from nemo_minitron.arch import Architecture
-from nemo_minitron.config import DistillRecipe
+from nemo_minitron.config import DistillRecipe, OptimConfig
 from nemo_minitron.distillation.intermediate import (
     DISTANCES,
     PLACES,
@@ -24,9 +26,10 @@ def training_layout(r: DistillRecipe) -> TrainerConfig:
     """The trainer's settings with the steps and batches of `distill`.
 
     Raises:
-        InputError: a number of steps or a batch that is none.
+        InputError: a number of steps, a batch or a learning rate that is none.
     """
     d, t = r.distill, r.trainer
+    _check_optimizer(d.optim)
     check_least("distill.max_steps", d.max_steps, 1)
     check_least("distill.val_check_interval", d.val_check_interval, 0)
     check_least("distill.limit_val_batches", d.limit_val_batches, 1)
@@ -42,6 +45,21 @@ def training_layout(r: DistillRecipe) -> TrainerConfig:
         val_check_interval=min(d.val_check_interval or d.max_steps, d.max_steps),
         limit_val_batches=d.limit_val_batches,
     )
+
+
+def _check_optimizer(o: OptimConfig) -> None:
+    if not 0 <= o.min_lr < o.lr < math.inf:
+        raise InputError(
+            f"distill.optim.lr={o.lr}, distill.optim.min_lr={o.min_lr}: the first must be above the second, which must "
+            "be at least 0"
+        )
+    check_least("distill.optim.warmup_steps", o.warmup_steps, 0)
+    for name in ("weight_decay", "clip_grad"):
+        if not 0 <= getattr(o, name) < math.inf:
+            raise InputError(f"distill.optim.{name}={getattr(o, name)}: must be a finite number, 0 or above")
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0 <= getattr(o, name) < 1:
+            raise InputError(f"distill.optim.{name}={getattr(o, name)}: must be at least 0 and below 1")
 
 
 def loss_settings(r: DistillRecipe) -> LossSettings | None:
@@ -138,5 +156,19 @@ def _layers(r: DistillRecipe, student: Architecture, teacher: Architecture) -> d
         raise InputError(
             f"distill.intermediate.layers={layers}: must be late, or teacher to student layers such as {{29: 13}}"
         )
-    check_map(given, teacher.num_layers, student.num_layers)
+    try:
+        check_map(given, teacher.num_layers, student.num_layers)
+    except InputError as error:
+        raise InputError(f"{error}{_kept_layers(r.student, error)}") from None
     return given
+
+
+def _kept_layers(student: str, error: InputError) -> str:
+    """What the layers of a student that lost some were called before, where that is known and of use."""
+    from nemo_minitron.pruning import PrunePlan
+
+    path = Path(student) / "plan.json"
+    if "the student has layers" not in str(error) or not path.is_file():
+        return ""
+    kept = PrunePlan.load(path).kept.layers
+    return "" if kept is None else f", which were {kept} before the others were pruned"

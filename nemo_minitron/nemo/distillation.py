@@ -16,6 +16,7 @@ from nemo_minitron.distillation.settings import LossSettings
 from nemo_minitron.distillation.vocabulary import align_head
 from nemo_minitron.nemo.between import Between, add_projections
 from nemo_minitron.nemo.checkpoints import Source
+from nemo_minitron.nemo.saving import place
 from nemo_minitron.nemo.teacher import Teacher, microbatch_mask, microbatch_tokens, output_weight
 
 from megatron.core.models.gpt import GPTModel  # isort: skip
@@ -248,10 +249,7 @@ class DistillTransform(ModelTransform):
             self._validation.append(parts)
             return
         if not all(map(math.isfinite, parts.values())):
-            raise FloatingPointError(
-                f"step {self.trainer.global_step} (the batch of that number in the data's order): {parts}; "
-                "the last checkpoint is kept"
-            )
+            raise FloatingPointError(f"{place(self.trainer.global_step)}: {parts}")
         if self._alpha is not None:
             parts["alpha"] = self._alpha
         if self.between is not None and self.between.alpha is None:

@@ -8,6 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 
 from nemo_minitron import recipe
+from nemo_minitron.nemo.saving import place
 
 
 class StepLog(pl.Callback):
@@ -48,11 +49,11 @@ class StepLog(pl.Callback):
         """Lightning's hook; the optimizer has stepped.
 
         Raises:
-            FloatingPointError: the loss is not finite; the checkpoint before it is the last.
+            FloatingPointError: the loss is not finite.
         """
         step, loss = trainer.global_step - 1, float(trainer.callback_metrics["reduced_train_loss"])
         if not math.isfinite(loss):
-            raise FloatingPointError(f"step {step}: the loss is {loss}; the last checkpoint is kept")
+            raise FloatingPointError(f"{place(step)}: the loss is {loss}")
         self._write("train", step, loss)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:

@@ -32,17 +32,18 @@ def fit(
 
     Returns:
         The last checkpoint, which RUN/checkpoint now names too.
+
+    Raises:
+        FloatingPointError: a loss or a gradient that is not finite, with the step and its samples; the last good
+            checkpoint is kept.
     """
     from megatron.core.dist_checkpointing.validation import StrictHandling
-    from nemo.collections import llm
 
     foreign = start is not None and not _checkpoints(directory)
     if foreign and new_parameters:
         trainer.strategy.ckpt_load_strictness = StrictHandling.LOG_UNEXPECTED
     with weights_may_only_be_tensors() if foreign else contextlib.nullcontext():
-        llm.train(
-            model, data, trainer, log=_logger(directory, save_every_n_steps), resume=_resume(directory, start)
-        )
+        _train(model, data, trainer, _logger(directory, save_every_n_steps), _resume(directory, start))
     link = directory / CHECKPOINT
     if recipe.rank() == 0:
         recipe.fresh(link)
@@ -51,14 +52,26 @@ def fit(
     return last_checkpoint(directory)
 
 
+def _train(model: Any, data: Any, trainer: Any, log: Any, resume: Any) -> None:
+    from nemo.collections import llm
+
+    from nemo_minitron.nemo.saving import is_not_finite, place
+
+    try:
+        llm.train(model, data, trainer, log=log, resume=resume)
+    except RuntimeError as error:
+        if not is_not_finite(error):
+            raise
+        raise FloatingPointError(f"{place(trainer.global_step)}: a gradient is not finite") from error
+
+
 def _logger(directory: Path, every_n_steps: int) -> Any:
     import nemo.lightning as nl
 
-    checkpoints = nl.ModelCheckpoint(
+    from nemo_minitron.nemo.saving import Checkpoints
+
+    checkpoints = Checkpoints(
         every_n_train_steps=every_n_steps,
-        save_last=True,
-        save_top_k=1,
-        monitor="val_loss",
         filename="{step}",
         # Without it the save at the last step leaves the optimizer out, and resuming fails with a KeyError.
         save_optim_on_train_end=True,

@@ -18,11 +18,14 @@ _COLUMNS = (
     "memory_bytes",
     "lm_loss_nats",
 )
+# Where candidates were distilled.
+_DISTILLED = ("lm_loss_nats_distilled", "rank_pruned")
 
 
 def write_report(
     tried: Sequence[Candidate],
     losses: Mapping[str, float],
+    distilled: Mapping[str, float],
     source: Architecture,
     source_loss: float,
     load: Workload,
@@ -32,21 +35,23 @@ def write_report(
 
     Args:
         tried: best first.
-        losses: LM loss in nats by candidate name.
+        losses: LM loss in nats right after pruning, by candidate name.
+        distilled: that after a short distillation, of those that had one; where there are any, the table also tells the
+            rank by `losses`.
         source, source_loss: the unpruned model, for comparison (rank 0 in the table).
         load: what FLOPs and memory are counted for.
         directory: where the files go.
     """
     unpruned = Candidate(source, load.costs(source))
-    rows = [_row(0, unpruned, source_loss)]
-    rows += [_row(i + 1, candidate, losses[candidate.name]) for i, candidate in enumerate(tried)]
+    rows = [_row(0, unpruned, source_loss), *_ranked(tried, losses, distilled)]
+    columns = [*_COLUMNS, *(_DISTILLED if distilled else ())]
     text = io.StringIO()
-    writer = csv.DictWriter(text, _COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     (directory / "search.csv").write_text(text.getvalue())
-    (directory / "search.md").write_text(_markdown(rows, load))
-    _plot(tried, losses, unpruned, source_loss, directory / "search.png")
+    (directory / "search.md").write_text(_markdown(rows, columns, load))
+    _plot(tried, losses, distilled, unpruned, source_loss, directory / "search.png")
 
 
 def _row(rank: int, candidate: Candidate, nats: float) -> dict[str, object]:
@@ -54,9 +59,23 @@ def _row(rank: int, candidate: Candidate, nats: float) -> dict[str, object]:
     return {"rank": rank, **sizes, **candidate.costs, "lm_loss_nats": round(nats, 6)}
 
 
-def _markdown(rows: Sequence[Mapping[str, object]], load: Workload) -> str:
-    lines = ["| " + " | ".join(_COLUMNS) + " |", "|" + "---|" * len(_COLUMNS)]
-    lines += ["| " + " | ".join(_cell(row[c]) for c in _COLUMNS) + " |" for row in rows]
+def _ranked(
+    tried: Sequence[Candidate], losses: Mapping[str, float], distilled: Mapping[str, float]
+) -> list[dict[str, object]]:
+    before = sorted(losses[c.name] for c in tried)
+    rows = []
+    for rank, c in enumerate(tried, 1):
+        row = _row(rank, c, losses[c.name])
+        if distilled:
+            row["rank_pruned"] = before.index(losses[c.name]) + 1
+            row["lm_loss_nats_distilled"] = round(distilled[c.name], 6) if c.name in distilled else ""
+        rows.append(row)
+    return rows
+
+
+def _markdown(rows: Sequence[Mapping[str, object]], columns: Sequence[str], load: Workload) -> str:
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    lines += ["| " + " | ".join(_cell(row.get(c, "")) for c in columns) + " |" for row in rows]
     note = (
         f"Rank 0 is the unpruned model. FLOPs of a forward pass per token at {load.context} tokens of context; memory "
         f"of weights and keys/values of {load.sequences} such sequence(s) at {load.bytes_per_value} bytes a value."
@@ -65,12 +84,15 @@ def _markdown(rows: Sequence[Mapping[str, object]], load: Workload) -> str:
 
 
 def _cell(value: object) -> str:
+    if isinstance(value, str):
+        return value
     return f"{value:.4f}" if isinstance(value, float) else f"{value:,}"
 
 
 def _plot(
     tried: Sequence[Candidate],
     losses: Mapping[str, float],
+    distilled: Mapping[str, float],
     unpruned: Candidate,
     source_loss: float,
     path: Path,
@@ -82,23 +104,23 @@ def _plot(
     FigureCanvasAgg(figure)
     plot = figure.subplots()
     layers = [c.architecture.num_layers for c in tried]
-    marks = plot.scatter(
-        [c.costs["parameters"] for c in tried], [losses[c.name] for c in tried], c=layers, cmap="viridis"
-    )
+    # Filled: what the rank goes by.
+    ranked = [distilled.get(c.name, losses[c.name]) for c in tried]
+    size = [c.costs["parameters"] for c in tried]
+    marks = plot.scatter(size, ranked, c=layers, cmap="viridis", zorder=3)
     if len(set(layers)) > 1:
         figure.colorbar(marks, ax=plot, label="layers")
+    if distilled:
+        before = [losses[c.name] for c in tried]
+        plot.scatter(size, before, facecolors="none", edgecolors="gray", label="after pruning")
+        plot.vlines(size, ranked, before, colors="lightgray", zorder=1)
     plot.scatter(
         [unpruned.costs["parameters"]], [source_loss], marker="*", s=120, color="black", label="unpruned"
     )
-    best = tried[0]
     plot.annotate(
-        best.name,
-        (best.costs["parameters"], losses[best.name]),
-        textcoords="offset points",
-        xytext=(4, -12),
-        fontsize=8,
+        tried[0].name, (size[0], ranked[0]), textcoords="offset points", xytext=(4, -12), fontsize=8
     )
     plot.set_xlabel("parameters")
-    plot.set_ylabel("LM loss after pruning, nats a token")
+    plot.set_ylabel(f"LM loss after {'distillation' if distilled else 'pruning'}, nats a token")
     plot.legend()
     figure.savefig(path, dpi=110)

@@ -143,3 +143,62 @@ def pruned_under(overrides: list[str], sizes: dict[str, Any]) -> dict[str, Any]:
             directory.mkdir(parents=True)
         dist.barrier()
         return prune.run(recipe, prune.check(recipe), directory)
+
+
+def distilled_under(
+    overrides: list[str], sizes: dict[str, Any], spoiled_after: int | None = None
+) -> dict[str, Any]:
+    """The work of recipes/distill.py under a layout; what goes to result.json.
+
+    `spoiled_after`: all weights turn to NaN right after so many optimizer steps.
+    """
+    import torch.distributed as dist
+    from hydra import compose, initialize_config_dir
+    from megatron.core import num_microbatches_calculator
+
+    from nemo_minitron.config import DistillRecipe, parse
+    from nemo_minitron.nemo import distill
+
+    # An earlier training in this process may have had other batches.
+    num_microbatches_calculator.destroy_num_microbatches_calculator()
+    layout(
+        sizes.get("tensor_model_parallel_size", 1),
+        sizes.get("pipeline_model_parallel_size", 1),
+        sp=sizes.get("sequence_parallel", False),
+    )
+    with (
+        _launched(),
+        _spoiled(spoiled_after),
+        initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")),
+    ):
+        named = [f"trainer.{name}={value}" for name, value in sizes.items()]
+        recipe = parse(DistillRecipe, compose("distill", overrides=[*overrides, *named]))
+        directory = Path(recipe.run_dir)
+        if dist.get_rank() == 0:
+            directory.mkdir(parents=True, exist_ok=True)
+        dist.barrier()
+        return distill.run(recipe, distill.check(recipe), directory)
+
+
+@contextlib.contextmanager
+def _spoiled(after: int | None) -> Iterator[None]:
+    import lightning.pytorch as pl
+
+    from nemo_minitron.nemo import trainer
+
+    class Spoiler(pl.Callback):
+        def on_train_batch_end(self, running: Any, module: Any, *rest: Any) -> None:
+            if running.global_step == after:
+                for parameter in module.parameters():
+                    parameter.data.fill_(torch.nan)
+
+    make = trainer.trainer
+
+    def made(*args: Any, callbacks: Any = None, **options: Any) -> Any:
+        return make(*args, callbacks=[Spoiler(), *(callbacks or [])], **options)
+
+    trainer.trainer = made
+    try:
+        yield
+    finally:
+        trainer.trainer = make

@@ -1,5 +1,6 @@
 """Losses and gradients of a sharded vocabulary against one process in float64."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -63,6 +64,23 @@ def sharded_losses(tp: int) -> None:
 
 def test_tensor_and_sequence_parallel(run_on_ranks):
     run_on_ranks(2, sharded_losses, 2)
+
+
+def every_mask(tp: int) -> None:
+    torch.set_num_threads(1)
+    layout(tp=tp)
+    p = problem(s=8)
+    one_sequence = torch.ones_like(p.mask)
+    one_sequence[1:] = 0
+    masks = [torch.ones_like(p.mask), p.mask, p.mask * torch.tensor([[0.25], [1.5], [2.0]]), one_sequence]
+    for mask, loss in itertools.product(masks, every_setting()):
+        masked = replace(p, mask=mask)
+        check(masked, loss, expected(masked, loss, upstream=2.0), sp=False)
+
+
+@pytest.mark.parametrize("tp", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_every_loss_with_every_mask(run_on_ranks, tp):
+    run_on_ranks(tp, every_mask, tp, timeout=300)
 
 
 def test_four_ranks(run_on_ranks):

@@ -2,7 +2,8 @@
 
     recorded_distillation.py STUDENT TEACHER TRAIN_PREFIX OUTPUT
 
-OUTPUT/batches.pt: each step's tokens, labels [b, s] and loss mask; OUTPUT/steps.json: what the transform reported.
+OUTPUT/batches.pt: each step's tokens, labels [b, s] and loss mask; OUTPUT/steps.json: what the transform reported;
+OUTPUT/teacher.json: what became of the teacher's weights.
 """
 
 import json
@@ -43,6 +44,19 @@ def hear(split: str, parts: dict[str, float]) -> None:
     said.append({"split": split, **parts})
 
 
+def fate(
+    before: dict[str, torch.Tensor], teacher: torch.nn.Module, student: torch.nn.Module
+) -> dict[str, bool]:
+    own = {id(p) for p in student.parameters()}
+    found = dict(teacher.named_parameters())
+    return {
+        "unchanged": all(torch.equal(before[name], p) for name, p in found.items()),
+        "gradients": any(p.requires_grad or p.grad is not None for p in found.values()),
+        "buffers": any(hasattr(p, "main_grad") for p in found.values()),
+        "shared": any(id(p) in own for p in found.values()),
+    }
+
+
 def main(student: str, teacher: str, train: str, output: str) -> None:
     model = load_context(Path(student) / "context", "model")
     data = llm.PreTrainingDataModule(
@@ -55,7 +69,12 @@ def main(student: str, teacher: str, train: str, output: str) -> None:
         split=None,
     )
     recorder = Recorder()
-    transform = DistillTransform(find_source(teacher), LossSettings(), on_step=hear)
+    loaded: dict[str, torch.Tensor] = {}
+
+    def keep(chunks: list[torch.nn.Module]) -> None:
+        loaded.update({name: p.clone() for name, p in chunks[0].named_parameters()})
+
+    transform = DistillTransform(find_source(teacher), LossSettings(), on_step=hear, on_loaded=keep)
     trainer = nl.Trainer(
         accelerator="cpu",
         devices=1,
@@ -83,6 +102,8 @@ def main(student: str, teacher: str, train: str, output: str) -> None:
     )
     torch.save(recorder.seen, f"{output}/batches.pt")
     Path(output, "steps.json").write_text(json.dumps(said))
+    assert transform.teacher is not None
+    Path(output, "teacher.json").write_text(json.dumps(fate(loaded, transform.teacher.chunk, model)))
 
 
 if __name__ == "__main__":

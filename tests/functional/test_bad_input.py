@@ -5,52 +5,15 @@ import os
 import pickle
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.functional import distill_cases
+from tests.functional.cases import RANKS, Case, Places, write
 from tests.functional.commands import Commands, tree
 from tests.functional.conftest import Pruned, Teacher
-
-
-@dataclass(frozen=True)
-class Places:
-    """What a case may start from. `checkpoint`: the teacher's NeMo 2 directory."""
-
-    home: Path
-    huggingface: Path
-    checkpoint: Path
-    run_dir: Path
-    pruned: Path
-
-    def copy(self, name: str, source: Path) -> Path:
-        """A checkpoint to damage, without its optimizer."""
-        target = self.home / "bad" / name
-        shutil.copytree(source, target)
-        return target
-
-
-@dataclass(frozen=True)
-class Case:
-    """Overrides after the usual ones, and the parts that the refusal has to have."""
-
-    overrides: list[str] | Callable[[Places], list[str]]
-    says: list[str]
-    recipe: str = "prune"
-    env: dict[str, str] = field(default_factory=dict)
-    preset: str = "+conf=width"
-
-
-RANKS = {"NEMO_MINITRON_NPROC": "2", "NEMO_MINITRON_PREPARE": "1"}
-
-
-def write(path: Path, content: str | bytes) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content.encode() if isinstance(content, str) else content)
-    return path
-
 
 # ---- damaged and hostile checkpoints -----------------------------------------------------------------------
 
@@ -316,6 +279,7 @@ CASES: dict[str, Case] = {
         "pretrain",
         RANKS,
     ),
+    **distill_cases.CASES,
 }
 
 
@@ -329,9 +293,12 @@ def places(commands: Commands, teacher: Teacher, pruned: Pruned) -> Places:
 def arguments(commands: Commands, case: Case, overrides: list[str], run_dir: Path) -> list[str]:
     if case.recipe == "pretrain":
         return [*commands.data(), *commands.sizes(), f"run_dir={run_dir}", *overrides]
-    usual = [case.preset, *commands.data()]
     teacher = commands.home / "teacher-hf"
-    return [*usual, f"source={teacher}", f"run_dir={run_dir}", *overrides]
+    models = {
+        "distill": [f"student={commands.home / 'pruned'}", f"teacher={teacher}"],
+        "correct_teacher": [f"teacher={teacher}"],
+    }.get(case.recipe, [f"source={teacher}"])
+    return [case.preset, *commands.data(), *models, f"run_dir={run_dir}", *overrides]
 
 
 @pytest.fixture(scope="module")

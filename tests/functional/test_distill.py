@@ -79,6 +79,14 @@ def test_the_student_learns_and_the_result_says_so(distilled: Run, pruned: Prune
     assert result["kl_nats_after"] == valid["kl"] < distilled.lines("train")[0]["kl"]
 
 
+def test_a_validation_tells_both_losses(distilled: Run) -> None:
+    """On the first sequences of those that the result's LM loss is measured on."""
+    (valid,) = distilled.lines("valid")
+    assert valid["step"] == STEPS - 1
+    assert 0 < valid["kl"] == valid["loss"]
+    assert math.isclose(valid["lm_loss"], distilled.result["lm_loss_nats_after"], rel_tol=0.05)
+
+
 def test_the_teacher_s_own_loss_is_told_first(distilled: Run, teacher: Teacher) -> None:
     (line,) = distilled.lines("teacher")
     assert math.isclose(line["lm_loss"], teacher.result["lm_loss_nats"], rel_tol=1e-6)
@@ -128,6 +136,8 @@ def test_a_nemo_script_s_first_step_is_what_transformers_computes(
         timeout=400,
     )
     assert done.returncode == 0, done.stderr[-4000:]
+    fate = json.loads((tmp_path / "teacher.json").read_text())
+    assert fate == {"unchanged": True, "gradients": False, "buffers": False, "shared": False}
     ranks.run_on_ranks(1, sessions.exported, str(student), str(tmp_path / "hf"), timeout=PATIENCE_S)
     models = [LlamaForCausalLM.from_pretrained(path) for path in (tmp_path / "hf", teacher.huggingface)]
     first, second, *_ = torch.load(tmp_path / "batches.pt", weights_only=True)
@@ -159,7 +169,9 @@ def test_a_layout_agrees_with_one_process(
     assert run.result["ranks"] == count
     same_losses(run, distilled)
     if "pp2" in name:
-        assert run.result["teacher_states_gib"] >= 0
+        # The global batch's final states, on the last stage.
+        states = 8 * SEQ_LENGTH * SIZES["hidden_size"] * 4
+        assert run.result["teacher_states_gib"] == round(states / 2**30, 6)
         assert run.result["teacher_schedule_s"] > 0
 
 

@@ -207,6 +207,46 @@ def clipping_asserts_cuda_gradients(gap: Callable[[], None]) -> None:
 
 
 @shows("megatron")
+def optimizers_know_types_by_their_cuda_names(gap: Callable[[], None]) -> None:
+    """Weights in bfloat16 step as their copies in float32 do under torch's own Adam."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.transformer import TransformerConfig
+
+    config = TransformerConfig(num_layers=1, hidden_size=4, num_attention_heads=1, bf16=True)
+    start, gradient = torch.arange(16.0).view(4, 4) / 8, torch.arange(16.0, 0.0, -1.0).view(4, 4)
+
+    def stepped(distributed: bool) -> Tensor:
+        linear = torch.nn.Linear(4, 4, bias=False, dtype=torch.bfloat16)
+        linear.weight.data.copy_(start)
+        buffers = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True, use_distributed_optimizer=distributed
+        )
+        model = DistributedDataParallel(config, buffers, linear)
+        options = OptimizerConfig(
+            optimizer="adam", lr=0.01, weight_decay=0.1, clip_grad=0.0, bf16=True,
+            params_dtype=torch.bfloat16, use_distributed_optimizer=distributed,
+        )  # fmt: skip
+        optimizer = get_megatron_optimizer(options, [model])
+        for _ in range(3):
+            linear.weight.main_grad.copy_(gradient)
+            optimizer.step()
+        return linear.weight.detach()
+
+    for distributed in (False, True):
+        breaks(lambda: stepped(distributed), TypeError)  # noqa: B023
+    gap()
+    theirs = torch.nn.Parameter(start.clone())
+    theirs.grad = gradient
+    adam = torch.optim.AdamW([theirs], lr=0.01, weight_decay=0.1, betas=(0.9, 0.999), eps=1e-8)
+    for _ in range(3):
+        adam.step()
+    for distributed in (False, True):
+        assert torch.equal(stepped(distributed), theirs.detach().bfloat16())
+    assert torch.zeros(1).type() == "torch.FloatTensor"
+
+
+@shows("megatron")
 def local_norm_refuses_sequence_parallel(gap: Callable[[], None]) -> None:
     from megatron.core.models.gpt import gpt_layer_specs
     from megatron.core.transformer import TransformerConfig, torch_norm, transformer_block

@@ -6,6 +6,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from nemo_minitron.arch import Architecture
+from nemo_minitron.config import DistillRecipe, parse
+from nemo_minitron.distillation.intermediate import Intermediate
+from nemo_minitron.nemo.distill_checks import intermediate
 from nemo_minitron.pruning import explicit_layers, resolve_target
 from nemo_minitron.recipe import register_resolvers
 
@@ -78,3 +81,22 @@ def test_pruning_takes_one_node(preset: str) -> None:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         t = compose("prune", [f"+conf=llama31_8b/{preset}", "run_dir=x", "source=x"]).trainer
     assert (t.num_nodes, t.data_parallel_size, t.tensor_model_parallel_size) == (1, 1, 8)
+
+
+# arXiv 2407.14679, tables 15 to 17: for fewer layers the embeddings and the third layer from the end, by cosine,
+# weighed as the output's loss; for narrower ones the output alone.
+@pytest.mark.parametrize(("preset", "layers"), [("width", {}), ("depth", {29: 13})])
+def test_which_states_the_demo_presets_compare(preset: str, layers: dict[int, int]) -> None:
+    register_resolvers("distill")
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        recipe = parse(
+            DistillRecipe, compose("distill", [f"+conf={preset}", "run_dir=x", "student=x", "teacher=x"])
+        )
+    student = LLAMA_31_8B.replace(num_layers=16)
+    found = intermediate(recipe, student, LLAMA_31_8B)
+    assert recipe.distill.loss == "forward_kl"
+    assert (recipe.distill.temperature, recipe.distill.ce_weight) == (1.0, 0.0)
+    if not layers:
+        assert found is None
+    else:
+        assert found == Intermediate(layers, embedding=True, at="output", distance="cosine", alpha=None)
