@@ -85,7 +85,7 @@ class CachePlan:
             read_contents(before["contents"])
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
             raise InputError(f"{where}: {self.directory.name}/{PLAN} cannot be read; {advice}") from None
-        old, new = ({**plan, **plan.pop("contents")} for plan in (before, self.to_dict()))
+        old, new = (plan.pop("contents") | plan for plan in (before, self.to_dict()))
         different = [name for name in new if old.get(name) != new[name] and name != "teacher"]
         if different:
             name = different[0]
