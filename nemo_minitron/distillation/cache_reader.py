@@ -223,7 +223,7 @@ def covers(cache: TeacherCache, sequences: Callable[[int], Tensor], count: int, 
 def _directory(path: Path, where: str) -> Path:
     for directory in (path, path / CACHE):
         if (directory / MANIFEST).is_file():
-            return directory
+            return directory.resolve()
     if not path.is_dir():
         raise InputError(f"{where}: no such directory")
     if (path / CACHE).is_dir():

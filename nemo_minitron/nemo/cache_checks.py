@@ -47,7 +47,7 @@ def open_cache(r: DistillRecipe, student: Source, settings: LossSettings | None)
         raise InputError(
             f"trainer.context_parallel_size={r.trainer.context_parallel_size}: must be 1 with teacher_cache"
         )
-    cache = TeacherCache(r.teacher_cache)
+    cache = TeacherCache((r.prepared or {}).get("teacher_cache", r.teacher_cache))
     _check_contents(cache, r, student)
     _check_loss(cache.contents, cache.where, settings, student)
     if not r.prepared:

@@ -34,6 +34,7 @@ class Prepared:
         return {
             "student": str(self.student.path),
             "teacher": str(self.teacher.path) if isinstance(self.teacher, Source) else None,
+            "teacher_cache": str(self.teacher.directory) if isinstance(self.teacher, TeacherCache) else None,
             "data": self.data.to_config(),
         }
 
@@ -82,7 +83,7 @@ def run(r: DistillRecipe, prepared: Prepared, directory: Path) -> dict[str, Any]
     return {
         "recipe": "distill",
         "student": str(r.student),
-        "teacher": str(r.teacher) if isinstance(prepared.teacher, Source) else None,
+        "teacher": _teacher_name(r, prepared),
         "teacher_cache": str(r.teacher_cache) if isinstance(prepared.teacher, TeacherCache) else None,
         "data": r.data.name,
         "data_sha256": prepared.data.indexed.manifest_sha256,
@@ -107,6 +108,14 @@ def run(r: DistillRecipe, prepared: Prepared, directory: Path) -> dict[str, Any]
         "teacher_schedule_s": round(trained["ahead"].get("seconds", 0.0), 2),
         "checkpoint": str((directory / CHECKPOINT).resolve()),
     }
+
+
+def _teacher_name(r: DistillRecipe, prepared: Prepared) -> str | None:
+    """Where the teacher is, or was when its cache was written."""
+    teacher = prepared.teacher
+    if isinstance(teacher, TeacherCache):
+        return teacher.contents.teacher
+    return None if teacher is None else str(r.teacher)
 
 
 def _lm_loss(r: DistillRecipe, prepared: Prepared, source: Source, label: str) -> Any:

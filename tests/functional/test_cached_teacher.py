@@ -109,7 +109,8 @@ def test_the_cached_teacher_teaches_what_the_live_one_does(runs: Runs) -> None:
     assert math.isclose(told["lm_loss"], own["lm_loss"], rel_tol=1e-6)
     live, cached = runs.result("live"), runs.result("from-hidden")
     assert math.isclose(cached["lm_loss_nats_after"], live["lm_loss_nats_after"], rel_tol=1e-5)
-    assert (cached["teacher"], cached["teacher_cache"]) == (None, str(runs.path("hidden")))
+    assert cached["teacher"] == live["teacher"]
+    assert (cached["teacher_cache"], live["teacher_cache"]) == (str(runs.path("hidden")), None)
 
 
 def test_the_result_says_what_was_kept(runs: Runs) -> None:
