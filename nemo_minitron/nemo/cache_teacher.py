@@ -59,7 +59,7 @@ def check(r: CacheTeacherRecipe) -> Prepared:
         plan = _plan(r, _contents(r, teacher, data, ready["teacher_sha256"]))
         return Prepared(teacher, data, plan, tuple(ready["finished"]))
     rough = _contents(r, teacher, data, ())
-    _check_space(r, rough, 0 if r.overwrite else _held(r))
+    _check_space(r, rough)
     sha256 = [teacher.sha256()]
     teacher = converted(teacher, r.data)
     sha256 += [s for s in [teacher.sha256()] if s not in sha256]
@@ -124,13 +124,10 @@ def _plan(r: CacheTeacherRecipe, contents: Contents) -> CachePlan:
     )
 
 
-def _held(r: CacheTeacherRecipe) -> int:
-    """Bytes that an earlier run of the same directory left and that need no more space."""
-    return sum(path.stat().st_size for path in (Path(r.run_dir) / CACHE).glob("*.safetensors"))
-
-
-def _check_space(r: CacheTeacherRecipe, contents: Contents, held: int) -> None:
+def _check_space(r: CacheTeacherRecipe, contents: Contents) -> None:
     """Say what the cache takes; refuse it where that is more than is free."""
+    # What an earlier run of the directory left is kept, or goes before anything is written.
+    held = sum(path.stat().st_size for path in (Path(r.run_dir) / CACHE).glob("*.safetensors"))
     place = Path(r.run_dir).absolute()
     while not place.exists():
         place = place.parent
@@ -145,7 +142,7 @@ def _check_space(r: CacheTeacherRecipe, contents: Contents, held: int) -> None:
             f"{size}; {place} has {free / 2**30:,.3f} GiB free: choose fewer sequences (distill.max_steps, "
             "cache.train_samples), cache=top_k, or another run_dir"
         )
-    kept = f", {held / 2**30:,.3f} GiB of it there" if held else ""
+    kept = f", {held / 2**30:,.3f} GiB of it there" if held and not r.overwrite else ""
     print(f"{size}{kept}; {free / 2**30:,.3f} GiB free ({tokens:,} tokens)", file=sys.stderr, flush=True)
 
 
@@ -159,30 +156,34 @@ def run(r: CacheTeacherRecipe, prepared: Prepared, directory: Path) -> dict[str,
     from nemo_minitron.nemo.teacher_loss import teacher_loss
     from nemo_minitron.nemo.teacher_states import write_states
 
-    plan, t, contents = prepared.plan, r.trainer, prepared.plan.contents
+    plan, mbs = prepared.plan, r.trainer.micro_batch_size
     if recipe.rank() == 0:
         if r.overwrite:
             recipe.fresh(plan.directory)
         plan.begin()
-    session = Session(prepared.teacher, t)
-    where, mbs = f"teacher={r.teacher}", t.micro_batch_size
+    session = Session(prepared.teacher, r.trainer)
+    where = f"teacher={r.teacher}"
     loss = teacher_loss(
         session.chunks, prepared.data, r.data, r.eval.samples, micro_batch_size=mbs, where=where
     )
-    begin = time.monotonic()
-    write_states(
-        session.chunks[0],
-        plan,
-        [n for n in range(len(plan.shards)) if n not in prepared.finished],
-        _sequences(r, prepared),
-        micro_batch_size=mbs,
-    )
+    begin, rest = time.monotonic(), [n for n in range(len(plan.shards)) if n not in prepared.finished]
+    write_states(session.chunks[0], plan, rest, _sequences(r, prepared), micro_batch_size=mbs)
     parallel.barrier()
     seconds = time.monotonic() - begin
     if recipe.rank() == 0:
         plan.finish(loss)
     parallel.barrier()
-    written = sum(len(s) for n, s in enumerate(plan.shards) if n not in prepared.finished)
+    written = sum(len(plan.shards[n]) for n in rest) * plan.contents.seq_length
+    return _result(r, prepared) | {
+        "lm_loss_nats_teacher": loss,
+        "write_s": round(seconds, 2),
+        "tokens_per_s": round(written / seconds, 1),
+        "peak_rss_gib": recipe.peak_rss_gib(),
+    }
+
+
+def _result(r: CacheTeacherRecipe, prepared: Prepared) -> dict[str, Any]:
+    plan, t, contents = prepared.plan, r.trainer, prepared.plan.contents
     files = plan.directory.glob("*.safetensors")
     return {
         "recipe": "cache_teacher",
@@ -201,13 +202,9 @@ def run(r: CacheTeacherRecipe, prepared: Prepared, directory: Path) -> dict[str,
         "bytes": sum(file.stat().st_size for file in files),
         "shards": len(plan.shards),
         "shards_kept": len(prepared.finished),
-        "lm_loss_nats_teacher": loss,
-        "write_s": round(seconds, 2),
-        "tokens_per_s": round(written * contents.seq_length / seconds, 1),
         "ranks": t.ranks,
         "tensor_model_parallel_size": t.tensor_model_parallel_size,
         "pipeline_model_parallel_size": t.pipeline_model_parallel_size,
-        "peak_rss_gib": recipe.peak_rss_gib(),
         "cache": str(plan.directory.resolve()),
     }
 
