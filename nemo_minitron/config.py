@@ -184,6 +184,20 @@ class DistillConfig:
 
 
 @dataclass
+class CacheConfig:
+    """What `recipes/cache_teacher.py` keeps of a teacher. `form`: "hidden", its final hidden states, from which every
+    loss is exact; or "top_k", its `distill.top_k` largest logits, and the others' log-sum-exp at `distill.temperature`.
+    `train_samples`, `valid_samples`: sequences of each split; null: what a distillation with the settings of `distill`
+    reads. `shard_mib`: MiB of a shard, which is what a killed run has to do again.
+    """
+
+    form: str = "hidden"
+    train_samples: int | None = None
+    valid_samples: int | None = None
+    shard_mib: int = 256
+
+
+@dataclass
 class EvalConfig:
     """`samples`: packed held-out sequences for the LM loss; null: one whole pass over the valid split."""
 
@@ -205,6 +219,7 @@ class CommonConfig:
     model: Any = None
     prune: Any = None
     distill: Any = None
+    cache: Any = None
     align: Any = None
     search: Any = None
     optim: Any = None
@@ -212,6 +227,7 @@ class CommonConfig:
     source: Any = None
     student: Any = None
     teacher: Any = None
+    teacher_cache: str | None = None
     prepared: Any = None
 
 
@@ -245,12 +261,23 @@ class SearchRecipe(PruneRecipe):
 @dataclass
 class DistillRecipe(CommonConfig):
     """`recipes/distill.py`. `student` and `teacher`: Hugging Face, NeMo 2 or run directories; the teacher may be left
-    out where `distill.loss=cross_entropy`.
+    out where `distill.loss=cross_entropy`. `teacher_cache`: a run of `recipes/cache_teacher.py` to read instead of
+    loading a teacher; `verify_cache`: compare its checksums first, which reads all of it once.
     """
 
     student: str = MISSING
     teacher: str | None = None
+    verify_cache: bool = True
     distill: DistillConfig = field(default_factory=DistillConfig)
+
+
+@dataclass
+class CacheTeacherRecipe(CommonConfig):
+    """`recipes/cache_teacher.py`. `distill`: of the runs that will read the cache: how many sequences, which loss."""
+
+    teacher: str = MISSING
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
 
 
 @dataclass

@@ -64,7 +64,7 @@ def register_resolvers(name: str) -> None:
     """What configurations may ask.
 
     `${repository:}`: the checkout that the recipe was started from. `${for_recipe:[a,b],x,y}`: x in recipes a and b,
-    else y.
+    else y. `${unless:x,y}`: nothing where x is given, else y.
 
     Args:
         name: of the recipe that runs.
@@ -72,6 +72,9 @@ def register_resolvers(name: str) -> None:
     OmegaConf.register_new_resolver("repository", lambda: str(_ROOT), replace=True)
     OmegaConf.register_new_resolver(
         "for_recipe", lambda names, value, otherwise: value if name in names else otherwise, replace=True
+    )
+    OmegaConf.register_new_resolver(
+        "unless", lambda given, value: value if given is None else None, replace=True
     )
 
 

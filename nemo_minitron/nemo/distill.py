@@ -1,7 +1,5 @@
 """The work of `recipes/distill.py`: train a student on its teacher's predictions, and measure both."""
 
-import logging
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,25 +7,23 @@ from typing import Any
 from nemo_minitron import parallel, recipe
 from nemo_minitron.config import DistillRecipe
 from nemo_minitron.data.prepare import PreparedData, prepare_data
+from nemo_minitron.distillation.cache_reader import TeacherCache
 from nemo_minitron.distillation.intermediate import Intermediate
 from nemo_minitron.distillation.settings import LossSettings
 from nemo_minitron.errors import InputError
 from nemo_minitron.layout import TrainerConfig
+from nemo_minitron.nemo import cache_checks
 from nemo_minitron.nemo import distill_checks as checks
 from nemo_minitron.nemo.checkpoints import CHECKPOINT, Source, find_source
 from nemo_minitron.nemo.openings import check_source, check_vocabulary, converted
 
-logger = logging.getLogger("nemo_minitron")
-# Nats. Random weights cost as much as a guess among all tokens, or more.
-BETTER_THAN_A_GUESS = 0.1
-
 
 @dataclass(frozen=True)
 class Prepared:
-    """What is known and made before a model is loaded; both sources are of kind "nemo"."""
+    """What is known and made before a model is loaded; sources are of kind "nemo"."""
 
     student: Source
-    teacher: Source | None
+    teacher: Source | TeacherCache | None
     data: PreparedData
     trainer: TrainerConfig
     settings: LossSettings | None
@@ -37,7 +33,8 @@ class Prepared:
         """For the launcher's ranks."""
         return {
             "student": str(self.student.path),
-            "teacher": str(self.teacher.path) if self.teacher else None,
+            "teacher": str(self.teacher.path) if isinstance(self.teacher, Source) else None,
+            "teacher_cache": str(self.teacher.directory) if isinstance(self.teacher, TeacherCache) else None,
             "data": self.data.to_config(),
         }
 
@@ -46,15 +43,15 @@ def check(r: DistillRecipe) -> Prepared:
     """Refuse what cannot work; convert the checkpoints and index the data once.
 
     Raises:
-        InputError: a loss, a weight or a map that is none; checkpoints that do not fit each other, the layout or
-            the data.
+        InputError: a loss, a weight or a map that is none; checkpoints or a cache that do not fit each other, the
+            layout or the data.
     """
     ready = r.prepared or {}
     trainer, settings = checks.training_layout(r), checks.loss_settings(r)
     student = find_source(ready.get("student", r.student), "student")
     check_source("student", student, trainer, r.data.seq_length)
-    teacher = None
-    if settings is not None:
+    teacher, cache = None, cache_checks.open_cache(r, student, settings)
+    if settings is not None and cache is None:
         if r.teacher is None:
             raise InputError(
                 f"teacher: give one, or train on next tokens alone with distill.loss={checks.CROSS_ENTROPY}"
@@ -64,10 +61,13 @@ def check(r: DistillRecipe) -> Prepared:
         checks.check_vocabularies(student, teacher)
     between = checks.intermediate(r, student.architecture, teacher.architecture if teacher else None)
     data = prepare_data(r.data, str(student.tokenizer), ready.get("data"))
-    for source in filter(None, (student, teacher)):
-        check_vocabulary(source, data)
+    for source in (student, teacher):
+        if source is not None:
+            check_vocabulary(source, data)
+    if cache is not None and not ready:
+        cache_checks.check_sequences(cache, r, data)
     teacher = None if teacher is None else converted(teacher, r.data)
-    return Prepared(converted(student, r.data), teacher, data, trainer, settings, between)
+    return Prepared(converted(student, r.data), teacher or cache, data, trainer, settings, between)
 
 
 def run(r: DistillRecipe, prepared: Prepared, directory: Path) -> dict[str, Any]:
@@ -90,7 +90,8 @@ def run(r: DistillRecipe, prepared: Prepared, directory: Path) -> dict[str, Any]
     return {
         "recipe": "distill",
         "student": str(r.student),
-        "teacher": str(r.teacher) if prepared.teacher else None,
+        "teacher": _teacher_name(r, prepared),
+        "teacher_cache": str(r.teacher_cache) if isinstance(prepared.teacher, TeacherCache) else None,
         "data": r.data.name,
         "data_sha256": prepared.data.indexed.manifest_sha256,
         "loss": d.loss,
@@ -114,6 +115,14 @@ def run(r: DistillRecipe, prepared: Prepared, directory: Path) -> dict[str, Any]
         "teacher_schedule_s": round(trained["ahead"].get("seconds", 0.0), 2),
         "checkpoint": str((directory / CHECKPOINT).resolve()),
     }
+
+
+def _teacher_name(r: DistillRecipe, prepared: Prepared) -> str | None:
+    """Where the teacher is, or was when its cache was written."""
+    teacher = prepared.teacher
+    if isinstance(teacher, TeacherCache):
+        return teacher.contents.teacher
+    return None if teacher is None else str(r.teacher)
 
 
 def _lm_loss(r: DistillRecipe, prepared: Prepared, source: Source, label: str) -> Any:
@@ -156,49 +165,32 @@ def _ahead(transform: Any) -> dict[str, float]:
 
 def _transform(r: DistillRecipe, prepared: Prepared, steps: Any) -> Any:
     from nemo_minitron.nemo.distillation import DistillTransform
+    from nemo_minitron.nemo.teacher_loss import teacher_loss
 
-    assert prepared.teacher is not None
+    teacher = prepared.teacher
+    assert teacher is not None
     assert prepared.settings is not None
+
+    def loaded(chunks: list[Any]) -> None:
+        if isinstance(teacher, TeacherCache):
+            loss = teacher.manifest.lm_loss_nats
+        else:
+            loss = teacher_loss(
+                chunks,
+                prepared.data,
+                r.data,
+                r.eval.samples,
+                micro_batch_size=r.trainer.micro_batch_size,
+                where=f"teacher={r.teacher}",
+            )
+        steps.write("teacher", 0, {"lm_loss": loss})
+
     return DistillTransform(
-        prepared.teacher,
+        teacher,
         prepared.settings,
-        vocab_size=checks.shared_vocabulary(prepared.student, prepared.teacher),
+        vocab_size=checks.shared_vocabulary(prepared.student, checks.output_rows(teacher)),
         between=prepared.between,
         precision=r.trainer.precision,
-        on_loaded=lambda chunks: steps.write("teacher", 0, {"lm_loss": _teacher_loss(r, prepared, chunks)}),
+        on_loaded=loaded,
         on_step=steps.add,
     )
-
-
-def _teacher_loss(r: DistillRecipe, prepared: Prepared, chunks: list[Any]) -> float:
-    """The loaded teacher's own LM loss; a teacher that lost its weights on the way teaches nothing.
-
-    Raises:
-        InputError: it guesses.
-    """
-    from nemo_minitron.data.statistics import unigram_entropy_nats
-    from nemo_minitron.nemo.session import split_loss
-
-    loss = split_loss(
-        chunks,
-        prepared.data,
-        r.data,
-        "valid",
-        r.eval.samples,
-        micro_batch_size=r.trainer.micro_batch_size,
-        label="teacher",
-    ).nats
-    guess = math.log(checks.true_vocabulary(prepared.student))
-    frequencies = unigram_entropy_nats(prepared.data.indexed.valid_prefix)
-    if not loss < guess - BETTER_THAN_A_GUESS:
-        raise InputError(
-            f"teacher={r.teacher}: its LM loss is {loss:.3f} nats on the held-out data, where guessing costs "
-            f"{guess:.3f}: its weights are not those that were trained, or the data is not for it"
-        )
-    if loss >= frequencies:
-        logger.warning(
-            "teacher: its LM loss, %.3f nats, is no better than the frequency of each token (%.3f)",
-            loss,
-            frequencies,
-        )
-    return loss

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from nemo_minitron.arch import Architecture
 from nemo_minitron.config import DistillRecipe, OptimConfig
+from nemo_minitron.distillation.cache_reader import TeacherCache
 from nemo_minitron.distillation.intermediate import (
     DISTANCES,
     PLACES,
@@ -103,10 +104,16 @@ def true_vocabulary(source: Source) -> int:
     return len(load_tokenizer(str(source.tokenizer)))
 
 
-def shared_vocabulary(student: Source, teacher: Source) -> int:
+def output_rows(teacher: Source | TeacherCache) -> int:
+    """Rows of the teacher's output layer, padding included."""
+    cached = isinstance(teacher, TeacherCache)
+    return teacher.contents.vocab_size if cached else teacher.architecture.vocab_size
+
+
+def shared_vocabulary(student: Source, teacher_rows: int) -> int:
     """Over how many tokens both models are compared: all rows, or the tokenizer's where they are padded differently."""
     rows = student.architecture.vocab_size
-    return rows if rows == teacher.architecture.vocab_size else true_vocabulary(student)
+    return rows if rows == teacher_rows else true_vocabulary(student)
 
 
 def intermediate(

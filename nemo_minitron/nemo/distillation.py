@@ -10,12 +10,15 @@ import torch
 from torch import Tensor
 
 from nemo_minitron import parallel
+from nemo_minitron.distillation.cache_reader import TeacherCache
 from nemo_minitron.distillation.intermediate import Intermediate
-from nemo_minitron.distillation.losses import HiddenTeacher, distillation_loss
+from nemo_minitron.distillation.losses import HiddenTeacher, TopKTeacher, distillation_loss
 from nemo_minitron.distillation.settings import LossSettings
 from nemo_minitron.distillation.vocabulary import align_head
 from nemo_minitron.nemo.between import Between, add_projections
+from nemo_minitron.nemo.cached_teacher import CachedTeacher
 from nemo_minitron.nemo.checkpoints import Source
+from nemo_minitron.nemo.distill_checks import output_rows
 from nemo_minitron.nemo.saving import place
 from nemo_minitron.nemo.teacher import Teacher, microbatch_mask, microbatch_tokens, output_weight
 
@@ -58,14 +61,17 @@ class DistillTransform(ModelTransform):
     batch's [s, b, h] on the last stage, and a second bubble (`ahead_bytes`, `ahead_seconds`).
 
     Args:
-        teacher: a checkpoint of kind "nemo", with the student's vocabulary; it takes the student's layout.
+        teacher: a checkpoint of kind "nemo", with the student's vocabulary; it takes the student's layout. Or a cache,
+            written under any layout, that has every sequence of the data; then no teacher is loaded. The data's
+            positions and attention must be plain: neither begins anew inside a sequence.
         settings: the loss on the output.
         vocab_size: tokens that both models are compared on; None: all rows of their output layers, which must then be
             equally many. Where those are padded differently, this is how many they have in common.
         between: residual states to compare beside it. Where that needs projections, they are parameters of the student
             while it is trained, and lie in its checkpoints beside the model's own.
         precision: of the teacher, "32" or "bf16-mixed".
-        on_loaded: called with the teacher's Megatron GPTModels before the first step, on every rank.
+        on_loaded: called with the teacher's Megatron GPTModels (none with a cache) before the first step, on every
+            rank.
         on_step: called after each step with the split ("train", "valid") and means over the global batch, nats a token:
             `PARTS` and, with `between`, "intermediate" and "alpha"; on every rank.
 
@@ -76,7 +82,7 @@ class DistillTransform(ModelTransform):
 
     def __init__(
         self,
-        teacher: Source,
+        teacher: Source | TeacherCache,
         settings: LossSettings,
         *,
         vocab_size: int | None = None,
@@ -87,7 +93,8 @@ class DistillTransform(ModelTransform):
     ) -> None:
         super().__init__()
         self.source, self.settings, self.precision = teacher, settings, precision
-        self.vocab_size = vocab_size or teacher.architecture.vocab_size
+        self._cache = teacher if isinstance(teacher, TeacherCache) else None
+        self.vocab_size = vocab_size or output_rows(teacher)
         self.between, self.on_loaded, self.on_step = between, on_loaded, on_step
         self.teacher: Teacher | None = None
         self.ahead_bytes, self.ahead_seconds = 0, 0.0
@@ -95,7 +102,9 @@ class DistillTransform(ModelTransform):
         self._student: Any = None
         self._compared: Between | None = None
         self._mask: Tensor | None = None
-        self._hidden: Tensor | None = None
+        self._target: HiddenTeacher | TopKTeacher | None = None
+        self._cached: CachedTeacher | None = None
+        self._batches: list[Any] = []
         self._ahead: list[tuple[Tensor | None, Any]] = []
         self._masks: list[Tensor] = []
         self._microbatch = 0
@@ -124,16 +133,26 @@ class DistillTransform(ModelTransform):
         """Load the teacher, and let the student's last stage return losses."""
         module, chunks = trainer.lightning_module, list(trainer.strategy.megatron_parallel)
         assert len(chunks) == 1, "virtual pipeline stages are not supported"
-        length = module.config.seq_length
-        self.teacher = Teacher(self.source, trainer.strategy, module.tokenizer, length, self.precision)
+        if self._cache is None:
+            length = module.config.seq_length
+            self.teacher = Teacher(self.source, trainer.strategy, module.tokenizer, length, self.precision)
         if self.on_loaded is not None:
-            self.on_loaded([self.teacher.chunk])
+            self.on_loaded([self.teacher.chunk] if self.teacher else [])
         self._student = _gpt_model(chunks[0])
         if self.between is not None:
+            assert self.teacher is not None, "a cache holds no states between layers"
             self._compared = Between(self.between, self._student, self.teacher.chunk)
         if self._student.post_process:
             self._student._postprocess = self._postprocess
-            rows = output_weight(self._student).shape[0]
+            self._take_output_layer(output_weight(self._student))
+
+    def _take_output_layer(self, student: Tensor) -> None:
+        """The teacher's, cut where the student's [v/tp, h] is."""
+        rows = student.shape[0]
+        if self._cache is not None:
+            self._cached = CachedTeacher(self._cache, self.settings, rows, self.vocab_size, student.device)
+        else:
+            assert self.teacher is not None
             self._head = align_head(output_weight(self.teacher.chunk), rows, self.vocab_size)
 
     def on_megatron_step_start(self, step: Any) -> Any:
@@ -141,10 +160,13 @@ class DistillTransform(ModelTransform):
         self._microbatch = 0
         balances = self.between is not None and self._alpha is None and self.trainer.training
         ahead = parallel.pp_size() > 1
-        if not (balances or ahead):
+        if not (balances or ahead or self._cache):
             return step
+        # What reaches a microbatch has no tokens on the last stage, and no mask on the others.
         batches = [next(step.data) for _ in range(get_num_microbatches())]
-        if ahead:
+        if self._cache:
+            self._batches = batches
+        elif ahead:
             self._run_ahead(batches)
         if balances:
             self._first_balance(step, batches)
@@ -186,14 +208,19 @@ class DistillTransform(ModelTransform):
 
     def on_megatron_microbatch_start(self, batch: dict[str, Any]) -> None:
         """NeMo's hook: the teacher's states of this microbatch, and the mask, which NeMo does not hand to the model."""
+        if self._cache is not None:
+            self._read(self._batches[self._microbatch])
+            self._microbatch += 1
+            return
         assert self.teacher is not None
         if parallel.pp_size() > 1:
-            self._hidden, states = self._ahead[self._microbatch]
+            hidden, states = self._ahead[self._microbatch]
             self._mask = self._masks[self._microbatch].to(self.teacher.device)
         else:
-            self._hidden = self.teacher.hidden_states(batch)
+            hidden = self.teacher.hidden_states(batch)
             states = self._compared.take() if self._compared else {}
             self._mask = batch["loss_mask"]
+        self._target = HiddenTeacher(hidden, self._head) if self._student.post_process else None
         self._microbatch += 1
         if self._compared is not None:
             assert self._mask is not None
@@ -201,17 +228,23 @@ class DistillTransform(ModelTransform):
             scale = (self._alpha or 0.0) / (float(self._mask.sum().clamp(min=1)) * get_num_microbatches())
             self._compared.begin(states, self._mask, scale)
 
+    def _read(self, batch: Any) -> None:
+        """The mask of a microbatch, and on the last stage its teacher, from the cache."""
+        self._mask = microbatch_mask(batch).to(next(self._student.parameters()).device)
+        if self._cached is not None:
+            self._target = self._cached.target(microbatch_tokens(batch))
+
     def _postprocess(self, hidden_states: Tensor, labels: Tensor | None = None, **rest: Any) -> Tensor:
         """In place of Megatron's own on the last stage: the microbatch's `PARTS`, of which the first has a gradient."""
         student = self._student
         if labels is None:
             return type(student)._postprocess(student, hidden_states, labels=labels, **rest)
         assert self._mask is not None
-        assert self._hidden is not None
+        assert self._target is not None
         result = distillation_loss(
             hidden_states,
             output_weight(student),
-            HiddenTeacher(self._hidden, self._head),
+            self._target,
             self._mask,
             self.settings,
             vocab_size=self.vocab_size,
@@ -242,7 +275,7 @@ class DistillTransform(ModelTransform):
         training = bool(self.trainer.training)
         module = self.trainer.lightning_module
         parts = self._shared(module.training_loss_reduction if training else module.validation_loss_reduction)
-        self._ahead, self._masks, self._hidden = [], [], None
+        self._ahead, self._masks, self._batches, self._target = [], [], [], None
         if self._compared is not None:
             self._compared.end()
         if not training:

@@ -44,7 +44,7 @@ class Teacher:
         self.chunk = config.configure_model(tokenizer)
         self._restore()
         self.chunk.requires_grad_(False).eval().to(self.device)
-        self._give_hidden_states()
+        give_hidden_states(self.chunk)
 
     def _restore(self) -> None:
         wanted = self.chunk.sharded_state_dict(prefix="module.")
@@ -55,19 +55,6 @@ class Teacher:
         # Extra states of norms and linears are Transformer Engine's and hold no weights.
         names = [n for n in (*missing, *unexpected) if not n.endswith("_extra_state")]
         assert not names, f"{self.source.path}: {names}"
-
-    def _give_hidden_states(self) -> None:
-        """On the last stage the model returns its final hidden states unless labels are given."""
-        own = self.chunk._postprocess
-
-        def postprocess(
-            hidden_states: Tensor, *args: Any, labels: Tensor | None = None, **kwargs: Any
-        ) -> Tensor:
-            if labels is not None:
-                return own(hidden_states, *args, labels=labels, **kwargs)
-            return hidden_states
-
-        self.chunk._postprocess = postprocess
 
     @torch.no_grad()
     def hidden_states(self, batch: dict[str, Any]) -> Tensor:
@@ -119,6 +106,19 @@ class Teacher:
                 forward_only=True,
             )
         return found
+
+
+def give_hidden_states(model: Any) -> None:
+    """Let a GPTModel return its final hidden states, [s, b, h] or [s/tp, b, h], unless labels are given; on the last
+    stage."""
+    own = model._postprocess
+
+    def postprocess(hidden_states: Tensor, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Tensor:
+        if labels is not None:
+            return own(hidden_states, *args, labels=labels, **kwargs)
+        return hidden_states
+
+    model._postprocess = postprocess
 
 
 def output_weight(model: Any) -> Tensor:

@@ -134,10 +134,10 @@ class Commands:
         assert process.returncode == -signal.SIGKILL
         return log.read_text(errors="replace")
 
-    def ask(self, asked: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """What comes of recipes that shall be refused, in one process for all; see refusals.py."""
+    def ask(self, asked: list[dict[str, Any]], script: str = "refusals.py") -> list[dict[str, Any]]:
+        """What comes of recipes that shall be refused, in one process for all; see refusals.py and in_turn.py."""
         done = subprocess.run(
-            [sys.executable, str(ROOT / "tests" / "functional" / "refusals.py")],
+            [sys.executable, str(ROOT / "tests" / "functional" / script)],
             input=json.dumps(asked),
             env=self.environment(PYTHONPATH=str(ROOT)),
             cwd=self.home,
