@@ -16,6 +16,7 @@ from nemo_minitron.layout import TrainerConfig
 from nemo_minitron.nemo import distill_checks as checks
 from nemo_minitron.nemo.checkpoints import CHECKPOINT, Source, find_source
 from nemo_minitron.nemo.openings import check_source, check_vocabulary, converted
+from nemo_minitron.synthesis.mixture import TeacherText, check_mixture, prepare_text
 
 logger = logging.getLogger("nemo_minitron")
 # Nats. Random weights cost as much as a guess among all tokens, or more.
@@ -32,6 +33,7 @@ class Prepared:
     trainer: TrainerConfig
     settings: LossSettings | None
     between: Intermediate | None
+    text: TeacherText | None
 
     def to_config(self) -> dict[str, Any]:
         """For the launcher's ranks."""
@@ -39,6 +41,7 @@ class Prepared:
             "student": str(self.student.path),
             "teacher": str(self.teacher.path) if self.teacher else None,
             "data": self.data.to_config(),
+            "sdg": self.text.to_config() if self.text else None,
         }
 
 
@@ -51,6 +54,7 @@ def check(r: DistillRecipe) -> Prepared:
     """
     ready = r.prepared or {}
     trainer, settings = checks.training_layout(r), checks.loss_settings(r)
+    check_mixture(r.sdg, r.distill.sdg_weight)
     student = find_source(ready.get("student", r.student), "student")
     check_source("student", student, trainer, r.data.seq_length)
     teacher = None
@@ -65,8 +69,9 @@ def check(r: DistillRecipe) -> Prepared:
     between = checks.intermediate(r, student.architecture, teacher.architecture if teacher else None)
     data = prepare_data(r.data, str(student.tokenizer), ready.get("data"))
     check_vocabulary(student, data)
+    text = prepare_text(r.sdg, r.distill.sdg_weight, r.data, data, ready.get("sdg"))
     teacher = None if teacher is None else converted(teacher, r.data)
-    return Prepared(converted(student, r.data), teacher, data, trainer, settings, between)
+    return Prepared(converted(student, r.data), teacher, data, trainer, settings, between, text)
 
 
 def run(r: DistillRecipe, prepared: Prepared, directory: Path) -> dict[str, Any]:
@@ -87,6 +92,9 @@ def run(r: DistillRecipe, prepared: Prepared, directory: Path) -> dict[str, Any]
         "teacher": str(r.teacher) if prepared.teacher else None,
         "data": r.data.name,
         "data_sha256": prepared.data.indexed.manifest_sha256,
+        "sdg": r.sdg,
+        "sdg_sha256": prepared.text.indexed.manifest_sha256 if prepared.text else None,
+        "sdg_weight": d.sdg_weight,
         "loss": d.loss,
         "ce_weight": d.ce_weight,
         "from_scratch": d.from_scratch,
@@ -122,7 +130,7 @@ def _train(r: DistillRecipe, prepared: Prepared, directory: Path) -> dict[str, A
     from nemo_minitron.nemo import models, session, trainer, training
     from nemo_minitron.nemo.steplog import StepLog, read_steps
 
-    data, t, source = prepared.data, prepared.trainer, prepared.student
+    data, t, source, text = prepared.data, prepared.trainer, prepared.student, prepared.text
     steps = StepLog(directory / "steps.jsonl")
     transform = None if prepared.teacher is None else _transform(r, prepared, steps)
     config = models.to_config(source.architecture, seq_length=source.seq_length, precision=t.precision)
@@ -131,7 +139,9 @@ def _train(r: DistillRecipe, prepared: Prepared, directory: Path) -> dict[str, A
     tokenizer = session.nemo_tokenizer(data.tokenizer_dir)
     training.fit(
         models.to_model(config, tokenizer, trainer.optimizer(r.distill.optim, t)),
-        trainer.training_data(data.indexed, tokenizer, r.data, t, data.index_cache),
+        trainer.training_data(
+            data.indexed, tokenizer, r.data, t, data.index_cache, text.paths(data) if text else None
+        ),
         trainer.trainer(t, training=True, callbacks=[*([transform] if transform else []), steps]),
         directory,
         save_every_n_steps=t.val_check_interval,
