@@ -117,7 +117,7 @@ def run(r: SynthesizeRecipe, prepared: Prepared, directory: Path) -> dict[str, A
         **found,
         "write_s": round(seconds, 2),
         "tokens_written_now": tokens,
-        "tokens_per_s": round(tokens / seconds, 1) if tokens else None,
+        "tokens_per_s": round(tokens / seconds, 1) if seconds else None,
         "ranks": t.ranks,
         "tensor_model_parallel_size": t.tensor_model_parallel_size,
         "pipeline_model_parallel_size": t.pipeline_model_parallel_size,
@@ -128,15 +128,15 @@ def run(r: SynthesizeRecipe, prepared: Prepared, directory: Path) -> dict[str, A
 
 def _write(r: SynthesizeRecipe, prepared: Prepared) -> tuple[int, float]:
     """Write the batches that are missing, shared by data-parallel ranks; new tokens of all ranks, and seconds."""
+    prompts, store = prepared.prompts.tokens, prepared.store
+    if r.trainer.ranks == 1 and not store.missing():
+        return 0, 0.0
     from nemo_minitron.nemo.session import progress_bar
     from nemo_minitron.nemo.writers import make_writer
 
-    prompts, store = prepared.prompts.tokens, prepared.store
-    parallel.barrier()
-    missing = store.missing()
-    if not missing:
-        return 0, 0.0
     writer = make_writer(r, prepared.teacher, max(map(len, prompts)))
+    parallel.barrier()  # rank 0 has made the directory ready, and the next: nobody writes before all have looked
+    missing = store.missing()
     parallel.barrier()
     mine = missing[parallel.dp_rank() :: parallel.dp_size()]
     show = progress_bar("writing", len(mine) * r.synthesize.batch_size)
@@ -195,8 +195,10 @@ def _text(tokenizer: Any, sample: Written) -> Text:
         tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         for ids in (sample.prompt, sample.prompt + sample.new)
     )
-    # The last token may be a part of a character where the text was cut.
-    return Text(sample, prompt, both[len(prompt) :] if sample.ended else both[len(prompt) :].rstrip("\ufffd"))
+    # Where tokens are cut, the last may be a part of a character.
+    prompt = prompt.rstrip("\ufffd")
+    new = both[len(prompt) :]
+    return Text(sample, prompt, new if sample.ended else new.rstrip("\ufffd"))
 
 
 def _reference(prepared: Prepared, kept: list[Text]) -> list[tuple[list[int], str]]:
