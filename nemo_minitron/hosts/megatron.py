@@ -16,6 +16,7 @@ def close_gaps() -> None:
     random_states_of_the_cpu()
     clipping_asserts_cuda_gradients()
     local_norm_refuses_sequence_parallel()
+    stages_share_logits_of_cuda_only()
 
 
 def factories_written_for_cuda() -> None:
@@ -73,6 +74,14 @@ def local_norm_refuses_sequence_parallel() -> None:
     _replace(
         torch_norm.WrappedTorchNorm, HostNorm, (torch_norm, backends, gpt_layer_specs, transformer_block)
     )
+
+
+def stages_share_logits_of_cuda_only() -> None:
+    """Text generation over pipeline stages asserts that what the last one broadcasts is a CUDA tensor
+    (`inference/communication_utils.py`, `_is_cuda`)."""
+    from megatron.core.inference import communication_utils
+
+    communication_utils._is_cuda = lambda tensor: None
 
 
 def _replace(old: Any, new: Any, modules: Iterable[Any]) -> None:
