@@ -53,7 +53,8 @@ def check(r: SynthesizeRecipe) -> Prepared:
     s, ready = r.synthesize, r.prepared or {}
     check_settings(s, r.trainer)
     teacher = find_source(ready.get("teacher", r.teacher), "teacher")
-    check_source("teacher", teacher, r.trainer, r.data.seq_length)
+    # Prompts of a file are not packed.
+    check_source("teacher", teacher, r.trainer, r.data.seq_length if s.prompts is None else 1)
     tokenizer, data = load_tokenizer(teacher.tokenizer), None
     if s.prompts is None:
         data = prepare_data(r.data, str(teacher.tokenizer), ready.get("data"))
