@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nemo_minitron.errors import InputError
 from nemo_minitron.layout import TrainerConfig, check_least, check_trainer
+from nemo_minitron.synthesis.settings import SynthesizeConfig
 
 SchemaT = TypeVar("SchemaT")
 
@@ -165,7 +166,8 @@ class DistillConfig:
     `loss` on the output: "forward_kl", "reverse_kl", "jensen_shannon" (with `beta`), each with a `temperature`, over
     the teacher's `top_k` tokens or all, with or without the `tail`'s mass, and `ce_weight` of next-token cross-entropy;
     or "cross_entropy" alone, without a teacher. `from_scratch`: random weights of the student's sizes, for comparison.
-    `max_steps` of `global_batch_size` packed sequences.
+    `max_steps` of `global_batch_size` packed sequences, of which the share `sdg_weight` is of the teacher's text in
+    `sdg` and the rest of the corpus.
     """
 
     loss: str = "forward_kl"
@@ -175,6 +177,7 @@ class DistillConfig:
     tail: bool = True
     ce_weight: float = 0.0
     from_scratch: bool = False
+    sdg_weight: float = 0.0
     max_steps: int = MISSING
     global_batch_size: int = MISSING
     val_check_interval: int = 0
@@ -220,6 +223,7 @@ class CommonConfig:
     prune: Any = None
     distill: Any = None
     cache: Any = None
+    synthesize: Any = None
     align: Any = None
     search: Any = None
     optim: Any = None
@@ -228,6 +232,7 @@ class CommonConfig:
     student: Any = None
     teacher: Any = None
     teacher_cache: str | None = None
+    sdg: Any = None
     prepared: Any = None
 
 
@@ -263,11 +268,13 @@ class DistillRecipe(CommonConfig):
     """`recipes/distill.py`. `student` and `teacher`: Hugging Face, NeMo 2 or run directories; the teacher may be left
     out where `distill.loss=cross_entropy`. `teacher_cache`: a run of `recipes/cache_teacher.py` to read instead of
     loading a teacher; `verify_cache`: compare its checksums first, which reads all of it once.
+    `sdg`: a run directory of `recipes/synthesize.py`, for the teacher's text.
     """
 
     student: str = MISSING
     teacher: str | None = None
     verify_cache: bool = True
+    sdg: str | None = None
     distill: DistillConfig = field(default_factory=DistillConfig)
 
 
@@ -286,6 +293,14 @@ class CorrectTeacherRecipe(CommonConfig):
 
     teacher: str = MISSING
     distill: DistillConfig = field(default_factory=DistillConfig)
+
+
+@dataclass
+class SynthesizeRecipe(CommonConfig):
+    """`recipes/synthesize.py`. `teacher`: who writes; `data`: whose openings it goes on with unless it has prompts."""
+
+    teacher: str = MISSING
+    synthesize: SynthesizeConfig = field(default_factory=SynthesizeConfig)
 
 
 def parse(schema: type[SchemaT], config: DictConfig) -> SchemaT:

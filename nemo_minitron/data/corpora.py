@@ -187,6 +187,11 @@ def _read_files(paths: list[str], root: str, text_key: str) -> Iterator[Document
             yield Document(name, _decode(Path(path).read_bytes(), path))
 
 
+def jsonl_documents(path: str | Path, text_key: str = "text") -> Stream:
+    """All documents of one JSONL file, one a line."""
+    return Stream(lambda: _read_jsonl(str(path), os.path.basename(path), text_key))
+
+
 def _read_jsonl(path: str, name: str, text_key: str) -> Iterator[Document]:
     # Bytes, not text mode: a U+2028 inside a string is no line end, and an error can name its line.
     with open(path, "rb") as lines:

@@ -18,6 +18,7 @@ def close_gaps() -> None:
     clipping_asserts_cuda_gradients()
     optimizers_know_types_by_their_cuda_names()
     local_norm_refuses_sequence_parallel()
+    stages_share_logits_of_cuda_only()
 
 
 def factories_written_for_cuda() -> None:
@@ -103,6 +104,14 @@ def local_norm_refuses_sequence_parallel() -> None:
     _replace(
         torch_norm.WrappedTorchNorm, HostNorm, (torch_norm, backends, gpt_layer_specs, transformer_block)
     )
+
+
+def stages_share_logits_of_cuda_only() -> None:
+    """Text generation over pipeline stages asserts that what the last one broadcasts is a CUDA tensor
+    (`inference/communication_utils.py`, `_is_cuda`)."""
+    from megatron.core.inference import communication_utils
+
+    communication_utils._is_cuda = lambda tensor: None
 
 
 def _replace(old: Any, new: Any, modules: Iterable[Any]) -> None:

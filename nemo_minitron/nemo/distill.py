@@ -1,5 +1,6 @@
 """The work of `recipes/distill.py`: train a student on its teacher's predictions, and measure both."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from nemo_minitron.nemo import cache_checks
 from nemo_minitron.nemo import distill_checks as checks
 from nemo_minitron.nemo.checkpoints import CHECKPOINT, Source, find_source
 from nemo_minitron.nemo.openings import check_source, check_vocabulary, converted
+from nemo_minitron.synthesis.mixture import TeacherText, check_mixture, prepare_text
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class Prepared:
     trainer: TrainerConfig
     settings: LossSettings | None
     between: Intermediate | None
+    text: TeacherText | None
 
     def to_config(self) -> dict[str, Any]:
         """For the launcher's ranks."""
@@ -36,6 +39,7 @@ class Prepared:
             "teacher": str(self.teacher.path) if isinstance(self.teacher, Source) else None,
             "teacher_cache": str(self.teacher.directory) if isinstance(self.teacher, TeacherCache) else None,
             "data": self.data.to_config(),
+            "sdg": self.text.to_config() if self.text else None,
         }
 
 
@@ -48,6 +52,7 @@ def check(r: DistillRecipe) -> Prepared:
     """
     ready = r.prepared or {}
     trainer, settings = checks.training_layout(r), checks.loss_settings(r)
+    check_mixture(r.sdg, r.distill.sdg_weight)
     student = find_source(ready.get("student", r.student), "student")
     check_source("student", student, trainer, r.data.seq_length)
     teacher, cache = None, cache_checks.open_cache(r, student, settings)
@@ -64,10 +69,15 @@ def check(r: DistillRecipe) -> Prepared:
     for source in (student, teacher):
         if source is not None:
             check_vocabulary(source, data)
+    text = prepare_text(r.sdg, r.distill.sdg_weight, r.data, data, ready.get("sdg"))
+    if cache is not None and text is not None:
+        raise InputError(
+            f"teacher_cache={r.teacher_cache}, sdg={r.sdg}: a cache has the corpus's states only"
+        )
     if cache is not None and not ready:
         cache_checks.check_sequences(cache, r, data)
     teacher = None if teacher is None else converted(teacher, r.data)
-    return Prepared(converted(student, r.data), teacher or cache, data, trainer, settings, between)
+    return Prepared(converted(student, r.data), teacher or cache, data, trainer, settings, between, text)
 
 
 def run(r: DistillRecipe, prepared: Prepared, directory: Path) -> dict[str, Any]:
@@ -94,6 +104,9 @@ def run(r: DistillRecipe, prepared: Prepared, directory: Path) -> dict[str, Any]
         "teacher_cache": str(r.teacher_cache) if isinstance(prepared.teacher, TeacherCache) else None,
         "data": r.data.name,
         "data_sha256": prepared.data.indexed.manifest_sha256,
+        "sdg": r.sdg,
+        "sdg_sha256": prepared.text.indexed.manifest_sha256 if prepared.text else None,
+        "sdg_weight": d.sdg_weight,
         "loss": d.loss,
         "ce_weight": d.ce_weight,
         "from_scratch": d.from_scratch,
@@ -137,7 +150,7 @@ def _train(r: DistillRecipe, prepared: Prepared, directory: Path) -> dict[str, A
     from nemo_minitron.nemo import models, session, trainer, training
     from nemo_minitron.nemo.steplog import StepLog, read_steps
 
-    data, t, source = prepared.data, prepared.trainer, prepared.student
+    data, t, source, text = prepared.data, prepared.trainer, prepared.student, prepared.text
     steps = StepLog(directory / "steps.jsonl")
     transform = None if prepared.teacher is None else _transform(r, prepared, steps)
     config = models.to_config(source.architecture, seq_length=source.seq_length, precision=t.precision)
@@ -146,7 +159,9 @@ def _train(r: DistillRecipe, prepared: Prepared, directory: Path) -> dict[str, A
     tokenizer = session.nemo_tokenizer(data.tokenizer_dir)
     training.fit(
         models.to_model(config, tokenizer, trainer.optimizer(r.distill.optim, t)),
-        trainer.training_data(data.indexed, tokenizer, r.data, t, data.index_cache),
+        trainer.training_data(
+            data.indexed, tokenizer, r.data, t, data.index_cache, text.paths(data) if text else None
+        ),
         trainer.trainer(t, training=True, callbacks=[*([transform] if transform else []), steps]),
         directory,
         save_every_n_steps=t.val_check_interval,

@@ -94,13 +94,24 @@ def optimizer(o: OptimConfig, t: TrainerConfig) -> MegatronOptimizerModule:
     return MegatronOptimizerModule(config=config, lr_scheduler=schedule)
 
 
-def training_data(indexed: Any, tokenizer: Any, d: DataConfig, t: TrainerConfig, cache: Path) -> Any:
-    """NeMo's PreTrainingDataModule over an indexed corpus: documents packed, never padded."""
+def training_data(
+    indexed: Any,
+    tokenizer: Any,
+    d: DataConfig,
+    t: TrainerConfig,
+    cache: Path,
+    train: list[str] | None = None,
+) -> Any:
+    """NeMo's PreTrainingDataModule over an indexed corpus: documents packed, never padded.
+
+    Args:
+        train: what to train on instead of the corpus's train split: a prefix, or weights and prefixes in turn.
+    """
     from nemo.collections.llm.gpt.data.pre_training import PreTrainingDataModule
 
     return PreTrainingDataModule(
         paths={
-            "train": [indexed.train_prefix],
+            "train": train or [indexed.train_prefix],
             "validation": [indexed.valid_prefix],
             "test": [indexed.valid_prefix],
         },

@@ -268,6 +268,17 @@ def local_norm_refuses_sequence_parallel(gap: Callable[[], None]) -> None:
     assert norm.weight.sequence_parallel
 
 
+@shows("megatron")
+def stages_share_logits_of_cuda_only(gap: Callable[[], None]) -> None:
+    from megatron.core.inference.communication_utils import broadcast_from_last_pipeline_stage
+
+    logits = torch.rand(2, 1, 3)
+    breaks(lambda: broadcast_from_last_pipeline_stage([2, 1, 3], torch.float32, logits))
+    gap()
+    assert broadcast_from_last_pipeline_stage([2, 1, 3], torch.float32, logits) is logits
+    breaks(lambda: broadcast_from_last_pipeline_stage([2, 1, 4], torch.float32, logits))
+
+
 # ---- NeMo 2 ------------------------------------------------------------------------------------------------
 
 

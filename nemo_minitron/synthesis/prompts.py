@@ -1,0 +1,155 @@
+"""What the teacher starts from: prompts of a file, or the openings of a corpus, as token ids."""
+
+import hashlib
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nemo_minitron.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from nemo_minitron.data.indexed import IndexedCorpus
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Token ids of every prompt, where each came from, and a hash over all ids."""
+
+    tokens: list[list[int]]
+    places: list[str]
+
+    @property
+    def sha256(self) -> str:
+        """Hex sha256 of the token ids."""
+        return hashlib.sha256(json.dumps(self.tokens).encode()).hexdigest()
+
+    def check_room(self, max_new_tokens: int, context: int) -> None:
+        """Refuse what does not fit the teacher's context.
+
+        Args:
+            max_new_tokens: written after each prompt.
+            context: of the teacher, in tokens.
+
+        Raises:
+            InputError: names the first prompt that is too long.
+        """
+        for tokens, place in zip(self.tokens, self.places, strict=True):
+            if len(tokens) + max_new_tokens > context:
+                raise InputError(
+                    f"{place}: a prompt of {len(tokens)} tokens and synthesize.max_new_tokens={max_new_tokens} are "
+                    f"more than the teacher's context of {context}"
+                )
+
+
+def read_prompts(path: str, key: str, tokenizer: "PreTrainedTokenizerBase") -> Prompts:
+    """Prompts of a text file, one a line, or of a .jsonl file, one object a line; blank lines are passed over.
+
+    Each begins with the token that begins a document.
+
+    Args:
+        path: of the file, UTF-8.
+        key: of the prompt in a JSON object.
+
+    Raises:
+        InputError: no such file, none in it, or a bad line: names the file and the line.
+    """
+    tokens, places = [], []
+    for place, text in _texts(path, key):
+        ids = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)  # type: ignore[call-arg]
+        tokens.append([beginning(tokenizer), *ids])
+        places.append(place)
+    if not tokens:
+        raise InputError(f"synthesize.prompts={path}: holds no prompt")
+    return Prompts(tokens, places)
+
+
+def beginning(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """The token before a document: the tokenizer's bos or, as in packed text, the end of the document before."""
+    return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+
+
+def _texts(path: str, key: str) -> Iterator[tuple[str, str]]:
+    try:
+        # Bytes: JSON strings may hold line separators that only Unicode knows, and an error can name its line.
+        lines = Path(path).expanduser().read_bytes().split(b"\n")
+    except OSError as error:
+        raise InputError(f"synthesize.prompts={path}: cannot be read ({error.strerror})") from None
+    for number, line in enumerate(lines, start=1):
+        place = f"synthesize.prompts={path}, line {number}"
+        if not line.strip():
+            continue
+        try:
+            text = line.decode("utf-8").rstrip("\r")
+        except UnicodeDecodeError as error:
+            raise InputError(f"{place}: not UTF-8 (byte {error.start})") from None
+        yield place, _of_json(text, key, place) if path.endswith(".jsonl") else text
+
+
+def _of_json(line: str, key: str, place: str) -> str:
+    try:
+        row: Any = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{place}: not JSON ({error})") from None
+    if not isinstance(row, dict) or not isinstance(row.get(key), str):
+        raise InputError(f"{place}: must be a JSON object whose '{key}' is a string (synthesize.prompt_key)")
+    text: str = row[key]
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InputError(
+            f"{place}: '{key}' holds an unpaired surrogate escape, which is no Unicode text"
+        ) from None
+    return text
+
+
+def openings(
+    indexed: "IndexedCorpus",
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    of: str,
+    length: int,
+    seq_length: int,
+    samples: int,
+    seed: int,
+) -> Prompts:
+    """The first `length` tokens of up to `samples` of the train split's documents or packed sequences.
+
+    Documents begin with the token before a document, and those of no more than `length` tokens are passed over: they
+    would be copied and not gone on with. Sequences are the pieces of `seq_length` tokens that packed text is cut into.
+
+    Args:
+        indexed: the corpus.
+        of: "documents" or "sequences".
+        seed: of the choice and the order.
+
+    Raises:
+        InputError: every document is too short, or a sequence is.
+    """
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    data = IndexedDataset(indexed.train_prefix)
+    if of == "documents":
+        starts = data.index.sequence_pointers // data.index.dtype_size
+        # The end-of-document token counts among the lengths.
+        found = [int(i) for i in np.flatnonzero(data.index.sequence_lengths > length + 1)]
+        begin, offsets, where = [beginning(tokenizer)], starts, "document"
+    else:
+        found = list(range(indexed.tokens["train"] // seq_length)) if length <= seq_length else []
+        offsets = np.arange(len(found)) * seq_length
+        begin, where = [], "sequence"
+    if not found:
+        raise InputError(
+            f"synthesize.opening_tokens={length}: no train {where} is longer; give a smaller number or other data"
+        )
+    random.Random(seed).shuffle(found)
+    chosen = found[:samples]
+    tokens = np.memmap(f"{indexed.train_prefix}.bin", dtype=data.index.dtype, mode="r")
+    prompts = [[*begin, *map(int, tokens[offsets[i] : offsets[i] + length])] for i in chosen]
+    return Prompts(prompts, [f"synthesize.opening_tokens={length}, train {where} {i}" for i in chosen])

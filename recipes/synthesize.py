@@ -1,0 +1,13 @@
+"""Let a teacher write text to fine-tune students on: python recipes/synthesize.py teacher=DIR"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from nemo_minitron import recipe
+from nemo_minitron.config import SynthesizeRecipe
+from nemo_minitron.nemo import synthesize
+
+if __name__ == "__main__":
+    recipe.main("synthesize", SynthesizeRecipe, synthesize.check, synthesize.run)
