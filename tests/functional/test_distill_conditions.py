@@ -161,8 +161,7 @@ def test_states_move_to_another_stage(commands: Commands, teacher: Teacher, laye
         pipeline_model_parallel_size=2,
         micro_batch_size=2,
     )
-    first, *_, last = alone.lines("train")
-    assert 0.01 < last["intermediate"] < first["intermediate"]
+    assert min(line["intermediate"] for line in alone.lines("train")) > 1e-3
     for ours, theirs in zip(two.lines("train"), alone.lines("train"), strict=True):
         assert ours["intermediate"] == pytest.approx(theirs["intermediate"], rel=1e-3)
         assert ours["kl"] == pytest.approx(theirs["kl"], rel=1e-2, abs=1e-6)
