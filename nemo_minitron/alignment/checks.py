@@ -14,6 +14,7 @@ from nemo_minitron import recipe
 from nemo_minitron.alignment.conversations import EncodedSplit
 from nemo_minitron.config import AlignConfig, DataConfig, cache_dir
 from nemo_minitron.data.chat_template import TOO_LONG, with_template
+from nemo_minitron.data.instruct import cached_instruct_set
 from nemo_minitron.data.tokenizer import load_tokenizer, tokenizer_sha256
 from nemo_minitron.errors import InputError
 from nemo_minitron.layout import TrainerConfig, check_least
@@ -50,13 +51,19 @@ class Prepared:
 
 
 def prepare(
-    r: Any, encode: Callable[[str, list[str], Any], EncodedSplit], *, whole_batches: bool
+    r: Any,
+    encode: Callable[[str, list[str], Any], EncodedSplit],
+    *,
+    own_set: tuple[str, str],
+    whole_batches: bool,
 ) -> Prepared:
     """Everything that alignment recipes check and make before ranks start.
 
     Args:
         r: a recipe with `student` and `align`.
         encode: makes a split of its name, its files and the tokenizer.
+        own_set: the files of `data.instruct.InstructFiles` that stand for `align.train` and `align.valid` where neither
+            is given.
         whole_batches: whether validation takes batches as large as training's.
 
     Raises:
@@ -73,7 +80,8 @@ def prepare(
     else:
         tokenizer = prepared_tokenizer(r.align, student, r.data)
         loaded = load_tokenizer(str(tokenizer))
-        train, valid = (encode(name, _files(r.align, name), loaded) for name in ("train", "valid"))
+        files = _files(r, own_set)
+        train, valid = (encode(name, files[name], loaded) for name in ("train", "valid"))
     trainer, epochs = schedule(r.align, r.trainer, train.samples, valid.samples, whole_batches=whole_batches)
     if not ready:
         keep_resumable(r)
@@ -191,12 +199,20 @@ def prepared_tokenizer(a: AlignConfig, student: Source, d: DataConfig) -> Path:
     return final / "tokenizer"
 
 
-def _files(a: AlignConfig, name: str) -> list[str]:
-    given = getattr(a, name)
-    if given is None:
-        raise InputError(f"align.{name}: give a JSONL file of conversations")
-    files = [given] if isinstance(given, str) else list(given)
-    return [str(Path(file).expanduser()) for file in files]
+def _files(r: Any, own_set: tuple[str, str]) -> dict[str, list[str]]:
+    given = {name: getattr(r.align, name) for name in ("train", "valid")}
+    if all(value is None for value in given.values()):
+        own = cached_instruct_set(cache_dir(r.data, "instruct"), r.data.seed)
+        given = {name: str(getattr(own, file)) for name, file in zip(given, own_set, strict=True)}
+    for name, value in given.items():
+        if value is None:
+            raise InputError(
+                f"align.{name}=null: give a JSONL file, as for the other split, or leave out both"
+            )
+    return {
+        name: [str(Path(file).expanduser()) for file in ([value] if isinstance(value, str) else value)]
+        for name, value in given.items()
+    }
 
 
 def keep_resumable(r: Any) -> None:

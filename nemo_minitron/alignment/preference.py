@@ -28,7 +28,8 @@ def check(r: PreferenceRecipe) -> Prepared:
         raise InputError(
             "align.dpo.preference_loss_weight=0: and align.dpo.sft_loss_weight=0: one must not be 0"
         )
-    return checks.prepare(r, partial(_encode, r), whole_batches=True)
+    own = ("preference_train", "preference_valid")
+    return checks.prepare(r, partial(_encode, r), own_set=own, whole_batches=True)
 
 
 def _encode(r: PreferenceRecipe, name: str, files: list[str], tokenizer: Any) -> EncodedSplit:

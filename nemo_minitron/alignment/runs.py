@@ -66,7 +66,7 @@ def aligner_config(
                 "max_steps": t.max_steps,
                 key: algorithm,
             },
-            "exp_manager": _exp_manager(directory),
+            "exp_manager": _exp_manager(directory, save_nemo=a.save_nemo),
             "model": {
                 **model_config(source.architecture, seq_length, tokenizer),
                 **run_config(t, cuda=cuda),
@@ -80,7 +80,7 @@ def aligner_config(
     )
 
 
-def _exp_manager(directory: Path) -> dict[str, Any]:
+def _exp_manager(directory: Path, *, save_nemo: bool) -> dict[str, Any]:
     return {
         "explicit_log_dir": str((directory / ALIGNER).resolve()),
         "create_tensorboard_logger": False,
@@ -92,7 +92,7 @@ def _exp_manager(directory: Path) -> dict[str, Any]:
             "monitor": "val_loss",
             "mode": "min",
             "save_top_k": 1,
-            "save_nemo_on_train_end": False,
+            "save_nemo_on_train_end": save_nemo,
             "filename": _NAME,
         },
     }

@@ -17,7 +17,7 @@ def check(r: SftRecipe) -> Prepared:
     Raises:
         InputError: as `checks.prepare`; a conversation that cannot be trained on, by file and line.
     """
-    return checks.prepare(r, partial(_encode, r), whole_batches=False)
+    return checks.prepare(r, partial(_encode, r), own_set=("train", "valid"), whole_batches=False)
 
 
 def _encode(r: SftRecipe, name: str, files: list[str], tokenizer: Any) -> EncodedSplit:
