@@ -15,11 +15,12 @@ from nemo_minitron.alignment.conversations import EncodedSplit
 from nemo_minitron.config import AlignConfig, DataConfig, cache_dir
 from nemo_minitron.data.chat_template import TOO_LONG, with_template
 from nemo_minitron.data.instruct import cached_instruct_set
+from nemo_minitron.data.prepare import PreparedData, prepare_data
 from nemo_minitron.data.tokenizer import load_tokenizer, tokenizer_sha256
 from nemo_minitron.errors import InputError
 from nemo_minitron.layout import TrainerConfig, check_least
 from nemo_minitron.nemo.checkpoints import CHECKPOINT, Source, find_source
-from nemo_minitron.nemo.openings import check_source, converted
+from nemo_minitron.nemo.openings import check_source, check_vocabulary, converted
 
 STEPS = "steps.jsonl"
 PEFT = ("none", "lora")
@@ -30,11 +31,13 @@ LORA_TARGETS = ("attention", "mlp", "all", "attention_qkv", "attention_dense", "
 class Prepared:
     """What is known and made before a model is loaded; the student is of kind "nemo".
 
-    `tokenizer`: a Hugging Face directory with the chat template. `max_epochs`: those that are begun.
+    `tokenizer`: a Hugging Face directory with the chat template. `corpus`: of the LM loss. `max_epochs`: those that are
+    begun.
     """
 
     student: Source
     tokenizer: Path
+    corpus: PreparedData
     train: EncodedSplit
     valid: EncodedSplit
     trainer: TrainerConfig
@@ -45,6 +48,7 @@ class Prepared:
         return {
             "student": str(self.student.path),
             "tokenizer": str(self.tokenizer),
+            "corpus": self.corpus.to_config(),
             "train": self.train.to_config(),
             "valid": self.valid.to_config(),
         }
@@ -83,16 +87,18 @@ def prepare(
         files = _files(r, own_set)
         train, valid = (encode(name, files[name], loaded) for name in ("train", "valid"))
     trainer, epochs = schedule(r.align, r.trainer, train.samples, valid.samples, whole_batches=whole_batches)
+    corpus = prepare_data(r.data, str(student.tokenizer), ready.get("corpus"))
+    check_vocabulary(student, corpus)
     if not ready:
         keep_resumable(r)
-    return Prepared(converted(student, r.data), tokenizer, train, valid, trainer, epochs)
+    return Prepared(converted(student, r.data), tokenizer, corpus, train, valid, trainer, epochs)
 
 
 def has_cuda() -> bool:
-    """Whether the run is on GPUs; asked before any stand-in is in place."""
-    from nemo_minitron import hosts
+    """Whether the run is on GPUs."""
+    import torch
 
-    return hosts._cuda_was_present()
+    return torch.cuda.is_available()
 
 
 def check_settings(a: AlignConfig, t: TrainerConfig) -> None:

@@ -52,12 +52,13 @@ def run(r: PreferenceRecipe, prepared: Prepared, directory: Path) -> dict[str, A
     """
     from nemo_minitron.alignment import training
 
-    model = _train(r, prepared, directory)
-    training.save_result(model, prepared, directory)
+    training.save_result(_train(r, prepared, directory), prepared, directory)
+    losses = training.lm_losses(r, prepared, directory)
     d = r.align.dpo
     return {
         "recipe": "preference",
         **checks.summary(r, prepared, directory, ("acc", "rewards_chosen_mean", "rewards_rejected_mean")),
+        **losses,
         "preference_loss": d.preference_loss,
         "ref_policy_kl_penalty": d.ref_policy_kl_penalty,
     }

@@ -145,12 +145,15 @@ def keep_one_checkpoint(directory: Path) -> None:
     """
     saved = directory / ALIGNER / "checkpoints"
     for marker in saved.glob("*-unfinished"):
-        for half in (marker.with_name(marker.name.removesuffix("-unfinished")), marker):
+        name = marker.name.removesuffix("-unfinished")
+        for half in (saved / name, *saved.rglob(f"{name}.ckpt"), marker):
             _remove(half)
-        _remove(marker.with_name(marker.name.removesuffix("-unfinished") + ".ckpt"))
-    finished = sorted(saved.glob("*-last*"), key=_step)
-    for older in finished[:-1]:
-        _remove(older)
+    # With adapters each model-parallel rank has a file of its own.
+    finished = [*saved.glob("*-last"), *saved.rglob("*-last.ckpt")]
+    newest = max(map(_step, finished), default=0)
+    for older in finished:
+        if _step(older) < newest:
+            _remove(older)
 
 
 def _step(checkpoint: Path) -> int:

@@ -39,9 +39,9 @@ def run(r: SftRecipe, prepared: Prepared, directory: Path) -> dict[str, Any]:
     """
     from nemo_minitron.alignment import training
 
-    model = _train(r, prepared, directory)
-    training.save_result(model, prepared, directory)
-    return {"recipe": "sft", **checks.summary(r, prepared, directory)}
+    training.save_result(_train(r, prepared, directory), prepared, directory)
+    losses = training.lm_losses(r, prepared, directory)
+    return {"recipe": "sft", **checks.summary(r, prepared, directory), **losses}
 
 
 def _train(r: SftRecipe, prepared: Prepared, directory: Path) -> Any:

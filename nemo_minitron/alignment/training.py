@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 from nemo_minitron import hosts, recipe
 from nemo_minitron.alignment import checks, lora, runs
 from nemo_minitron.alignment.checkpoints import load_model, save_model
-from nemo_minitron.nemo.checkpoints import CHECKPOINT, Source
+from nemo_minitron.nemo.checkpoints import CHECKPOINT, Source, find_source
 
 
 def run_configuration(
@@ -116,3 +116,15 @@ def save_result(model: Any, prepared: checks.Prepared, directory: Path) -> None:
     """Leave a trained model as RUN/checkpoint; every rank makes this call."""
     lora.merge(model)
     save_model(model, prepared.student, directory / CHECKPOINT, tokenizer=prepared.tokenizer)
+
+
+def lm_losses(r: Any, prepared: checks.Prepared, directory: Path) -> dict[str, float]:
+    """What alignment costs in language modelling: the loss on held-out text in nats a token, before and after."""
+    from nemo_minitron.nemo.session import Session
+
+    found = {}
+    for when, source in (("before", prepared.student), ("after", find_source(directory / CHECKPOINT))):
+        session = Session(source, r.trainer, seq_length=source.seq_length)
+        loss = session.lm_loss(prepared.corpus, r.data, "valid", r.eval.samples, f"LM loss {when}")
+        found[f"lm_loss_nats_{when}"] = loss.nats
+    return found

@@ -62,10 +62,10 @@ def data(commands: Commands) -> Data:
     )
 
 
-def settings(teacher: Teacher, run_dir: Path) -> list[str]:
+def settings(commands: Commands, teacher: Teacher, run_dir: Path) -> list[str]:
     """One step sees all samples, a microbatch each: then no layout changes what a step's loss is the mean of."""
     return [
-        "data.seq_length=64",
+        *(override for override in commands.data() if not override.startswith("trainer.")),
         "trainer.micro_batch_size=1",
         f"align.global_batch_size={TRAIN}",
         f"align.max_steps={STEPS}",
@@ -80,7 +80,7 @@ def align(
 ) -> Aligned:
     run_dir = commands.home / name
     files = data.overrides(data.train, data.valid)
-    ended = commands.run("sft", *settings(teacher, run_dir), *files, *overrides, nproc=nproc)
+    ended = commands.run("sft", *settings(commands, teacher, run_dir), *files, *overrides, nproc=nproc)
     assert ended.code == 0, ended.stderr[-4000:]
     return Aligned(run_dir, ended)
 
@@ -177,7 +177,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     more = ["align.max_steps=12", "align.val_check_interval=4", "align.global_batch_size=4"]
     straight = align(commands, teacher, data, "sft-straight", *more)
     run_dir = commands.home / "sft-killed"
-    overrides = [*settings(teacher, run_dir), *data.overrides(data.train, data.valid), *more]
+    overrides = [*settings(commands, teacher, run_dir), *data.overrides(data.train, data.valid), *more]
     killed = Aligned(run_dir, straight.ended)
     steps, saved = run_dir / "steps.jsonl", run_dir / "aligner" / "checkpoints"
 
@@ -207,7 +207,7 @@ def test_preference_training_moves_towards_the_rewards(
     run_dir = commands.home / "preference"
     ended = commands.run(
         "preference",
-        *settings(teacher, run_dir),
+        *settings(commands, teacher, run_dir),
         *data.overrides(data.pairs, data.pairs),
         f"student={tuned.run_dir}",
         "align.optim.lr=1e-3",
