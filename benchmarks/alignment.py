@@ -23,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from nemo_minitron.alignment import checks, loaders, runs, sft, training
 from nemo_minitron.alignment.conversations import encode_split
-from nemo_minitron.config import AlignConfig, DataConfig
+from nemo_minitron.alignment.settings import AlignConfig
+from nemo_minitron.config import DataConfig
 from nemo_minitron.data.conversations import read_conversations
 from nemo_minitron.data.instruct import Sizes, write_instruct_set
 from nemo_minitron.data.tokenizer import load_tokenizer

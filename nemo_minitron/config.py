@@ -180,54 +180,53 @@ class DistillConfig:
 
 
 @dataclass
-class LoraConfig:
-    """Low-rank adapters: `dim` of each, `alpha` (null: `dim`), the layers that get one ("attention", "mlp", "all")."""
+class InstructSizes:
+    """Samples of each of the four categories by file of the project's own instruct set."""
 
-    dim: int = 8
-    alpha: int | None = None
-    dropout: float = 0.0
-    target_modules: list[str] = field(default_factory=lambda: ["all"])
-
-
-@dataclass
-class DpoConfig:
-    """NeMo-Aligner's preference losses, in its names: `preference_loss` is "dpo", "ipo", "rpo_bwd_kl", "rpo_fwd_kl" or
-    "rpo_sq"; the last three compare with the rewards in the data, times `gt_reward_scale`.
-    """
-
-    preference_loss: str = "dpo"
-    ref_policy_kl_penalty: float = 0.1
-    preference_average_log_probs: bool = False
-    gt_reward_scale: float = 1.0
-    preference_loss_weight: float = 1.0
-    sft_loss_weight: float = 0.0
+    train: int = 1500
+    seen: int = 50
+    valid: int = 50
+    test: int = 100
+    preference_train: int = 400
+    preference_valid: int = 50
 
 
 @dataclass
-class AlignConfig:
-    """How a student learns from conversations.
+class InstructDataConfig:
+    """What `recipes/instruct_data.py` makes files of.
 
-    `train` and `valid`: JSONL files of conversations; null: the project's own set. `chat_template`: a Jinja file; null:
-    the tokenizer's own. `longer`: what is done with samples of more than `data.seq_length` tokens: "refuse", "drop" or
-    "cut". `max_steps` null: `max_epochs` passes. `peft`: "none", all weights, or "lora". `save_nemo`: also write
-    NeMo-Aligner's own .nemo file.
+    `input`: a JSONL file in one of the shapes of `data.chat_shapes`; null: the project's own set, of `sizes`, is
+    generated. `shape`: one of them, or "auto". `kind`: "conversations", or "preferences" for chosen and rejected
+    answers. `tokenizer`: a Hugging Face directory, id or checkpoint that the texts are tried with; null: lengths and
+    control tokens stay unchecked. `max_tokens`: the context; longer samples are left out, cut or refused as `too_long`
+    says ("drop", "cut", "refuse"). `valid_fraction`: of the input, held out by the prompts' hash.
     """
 
-    train: Any = None
-    valid: Any = None
-    chat_template: str | None = None
-    longer: str = "refuse"
-    packed_sequence: bool = False
-    max_epochs: int = 1
-    max_steps: int | None = None
-    global_batch_size: int = 8
-    val_check_interval: int = 0
-    limit_val_batches: int | None = None
-    peft: str = "none"
-    lora: LoraConfig = field(default_factory=LoraConfig)
-    dpo: DpoConfig = field(default_factory=DpoConfig)
-    save_nemo: bool = False
-    optim: OptimConfig = field(default_factory=OptimConfig)
+    input: str | None = None
+    shape: str = "auto"
+    kind: str = "conversations"
+    tokenizer: str | None = None
+    max_tokens: int | None = None
+    too_long: str = "refuse"
+    valid_fraction: float = 0.0
+    sizes: InstructSizes = field(default_factory=InstructSizes)
+
+
+@dataclass
+class InstructEvalConfig:
+    """How `recipes/evaluate_instruct.py` asks and scores.
+
+    `file`: a JSONL file of conversations with `category` and `checks`; null: the `split` ("test", "seen" or "valid") of
+    the project's own set, generated with `seed` and `sizes`. Answers are greedy, of up to `max_new_tokens` tokens;
+    `batch_size` prompts at a time.
+    """
+
+    file: str | None = None
+    split: str = "test"
+    seed: int = 1234
+    sizes: InstructSizes = field(default_factory=InstructSizes)
+    max_new_tokens: int = 64
+    batch_size: int = 50
 
 
 @dataclass
@@ -298,24 +297,26 @@ class DistillRecipe(CommonConfig):
 
 
 @dataclass
-class SftRecipe(CommonConfig):
-    """`recipes/sft.py`. `student`: a Hugging Face, NeMo 2 or run directory."""
-
-    student: str = MISSING
-    align: AlignConfig = field(default_factory=AlignConfig)
-
-
-@dataclass
-class PreferenceRecipe(SftRecipe):
-    """`recipes/preference.py`. `align.train` and `align.valid`: JSONL files of a prompt and two answers."""
-
-
-@dataclass
 class CorrectTeacherRecipe(CommonConfig):
     """`recipes/correct_teacher.py`. `distill`: the schedule, with `loss: cross_entropy`."""
 
     teacher: str = MISSING
     distill: DistillConfig = field(default_factory=DistillConfig)
+
+
+@dataclass
+class InstructDataRecipe(CommonConfig):
+    """`recipes/instruct_data.py`. `seed`: of the generated set, and of nothing else."""
+
+    instruct_data: InstructDataConfig = field(default_factory=InstructDataConfig)
+
+
+@dataclass
+class EvaluateInstructRecipe(CommonConfig):
+    """`recipes/evaluate_instruct.py`. `source`: a Hugging Face, NeMo 2 or run directory."""
+
+    source: str = MISSING
+    instruct: InstructEvalConfig = field(default_factory=InstructEvalConfig)
 
 
 def parse(schema: type[SchemaT], config: DictConfig) -> SchemaT:

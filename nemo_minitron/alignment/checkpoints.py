@@ -32,13 +32,16 @@ def load_model(cls: Any, cfg: DictConfig, trainer: Any, source: Source) -> Any:
     connector.model_weights_ckpt = "weights"
     connector.model_extracted_dir = str(source.path)
     with weights_may_only_be_tensors():
-        return cls.restore_from(
+        model = cls.restore_from(
             restore_path=str(source.path),
             trainer=trainer,
             override_config_path=cfg,
             save_restore_connector=connector,
             strict=True,
         )
+    # The model saves with it too.
+    connector.model_weights_ckpt, connector.model_extracted_dir = "model_weights.ckpt", None
+    return model
 
 
 def save_model(model: Any, source: Source, output: Path, *, tokenizer: Path) -> None:

@@ -12,7 +12,8 @@ from typing import Any
 
 from nemo_minitron import recipe
 from nemo_minitron.alignment.conversations import EncodedSplit
-from nemo_minitron.config import AlignConfig, DataConfig, cache_dir
+from nemo_minitron.alignment.settings import AlignConfig
+from nemo_minitron.config import DataConfig, cache_dir
 from nemo_minitron.data.chat_template import TOO_LONG, with_template
 from nemo_minitron.data.instruct import cached_instruct_set
 from nemo_minitron.data.prepare import PreparedData, prepare_data

@@ -8,7 +8,8 @@ from nemo_minitron.alignment import checks
 from nemo_minitron.alignment.checks import Prepared
 from nemo_minitron.alignment.conversations import EncodedSplit
 from nemo_minitron.alignment.preferences import LOSSES, encode_pairs
-from nemo_minitron.config import PreferenceRecipe, cache_dir
+from nemo_minitron.alignment.settings import PreferenceRecipe
+from nemo_minitron.config import cache_dir
 from nemo_minitron.data.conversations import read_preferences
 from nemo_minitron.errors import InputError
 

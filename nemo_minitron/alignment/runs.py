@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_minitron.alignment.model_config import model_config, run_config
-from nemo_minitron.config import AlignConfig
+from nemo_minitron.alignment.settings import AlignConfig
 from nemo_minitron.layout import TrainerConfig
 from nemo_minitron.nemo.checkpoints import Source
 

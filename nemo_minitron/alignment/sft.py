@@ -7,7 +7,8 @@ from typing import Any
 from nemo_minitron.alignment import checks
 from nemo_minitron.alignment.checks import Prepared
 from nemo_minitron.alignment.conversations import EncodedSplit, encode_split
-from nemo_minitron.config import SftRecipe, cache_dir
+from nemo_minitron.alignment.settings import SftRecipe
+from nemo_minitron.config import cache_dir
 from nemo_minitron.data.chat_shapes import convert_file
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from nemo_minitron import recipe
 from nemo_minitron.alignment import runs, sft, training
 from nemo_minitron.alignment.checkpoints import save_model
-from nemo_minitron.config import AlignConfig
+from nemo_minitron.alignment.settings import AlignConfig
 from nemo_minitron.layout import TrainerConfig
 from nemo_minitron.nemo.checkpoints import Source, find_source
 

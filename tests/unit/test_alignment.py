@@ -9,7 +9,7 @@ from nemo_minitron.alignment.checks import check_settings, schedule
 from nemo_minitron.alignment.conversations import encode_split
 from nemo_minitron.alignment.preferences import encode_pairs
 from nemo_minitron.alignment.runs import RunLog, keep_one_checkpoint
-from nemo_minitron.config import AlignConfig
+from nemo_minitron.alignment.settings import AlignConfig
 from nemo_minitron.data.chat_template import with_template
 from nemo_minitron.data.conversations import Conversation, Preference
 from nemo_minitron.data.tokenizer import load_tokenizer

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron.config import InstructSizes as Sizes
 from nemo_minitron.data.conversations import Message, write_jsonl
 from nemo_minitron.data.instruct import calls, instruction, passage, persona
 from nemo_minitron.data.instruct.checks import share_passed
@@ -23,18 +24,6 @@ SPLITS = ("train", "seen", "valid", "test")
 _PATIENCE = 2000
 # What the generator writes; part of the cache's key, so that another version makes other files.
 _FORMAT = 1
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Samples of each of the four categories by file."""
-
-    train: int = 1500
-    seen: int = 50
-    valid: int = 50
-    test: int = 100
-    preference_train: int = 400
-    preference_valid: int = 50
 
 
 @dataclass(frozen=True)
