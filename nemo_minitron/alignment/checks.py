@@ -177,13 +177,22 @@ def prepared_tokenizer(a: AlignConfig, student: Source, d: DataConfig) -> Path:
     """A directory with the student's tokenizer and the chat template of the run.
 
     Raises:
-        InputError: a template that cannot be read or encoded, a tokenizer with more entries than the model has rows.
+        InputError: a template that cannot be read or encoded, a tokenizer with more entries than the model has rows, or
+            with others than the student's.
     """
-    tokenizer = load_tokenizer(d.tokenizer or str(student.tokenizer))
+    tokenizer = own = load_tokenizer(str(student.tokenizer))
+    if d.tokenizer:
+        tokenizer = load_tokenizer(d.tokenizer)
     if len(tokenizer) > student.architecture.vocab_size:
         raise InputError(
             f"student: its vocabulary has {student.architecture.vocab_size} rows, the tokenizer has {len(tokenizer)} "
             "entries"
+        )
+    if differing := set(tokenizer.get_vocab().items()) ^ set(own.get_vocab().items()):
+        token, number = min(differing, key=lambda entry: entry[1])
+        raise InputError(
+            f"data.tokenizer={d.tokenizer}: another vocabulary than the student's; they differ at "
+            f"id {number}, {token!r}"
         )
     if a.chat_template:
         try:

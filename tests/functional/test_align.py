@@ -1,7 +1,6 @@
 """recipes/sft.py and recipes/preference.py as a user types them; transformers is the reference for the losses."""
 
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import pytest
 from nemo_minitron.data.chat_template import CHAT_TEMPLATE
 from tests.distributed import ranks, sessions
 from tests.functional import conversations
-from tests.functional.commands import Commands, Ended
+from tests.functional.commands import ROOT, Commands, Ended
 from tests.functional.conftest import Teacher
 
 PATIENCE_S = 240
@@ -222,8 +221,69 @@ def test_preference_training_moves_towards_the_rewards(
     assert last < first
 
 
+def larger_tokenizer(home: Path) -> Path:
+    """The demo teacher's with more entries than its embedding has rows."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "assets" / "demo-teacher")
+    tokenizer.add_tokens([f"<new{number}>" for number in range(6)])
+    tokenizer.save_pretrained(home / "larger")
+    return home / "larger"
+
+
+def swapped_tokenizer(home: Path) -> Path:
+    """The demo teacher's with two entries in each other's place."""
+    source = ROOT / "assets" / "demo-teacher"
+    (home / "swapped").mkdir()
+    for file in source.glob("*token*.json"):
+        (home / "swapped" / file.name).write_bytes(file.read_bytes())
+    whole = json.loads((source / "tokenizer.json").read_text())
+    vocabulary = whole["model"]["vocab"]
+    first, second = (next(word for word, n in vocabulary.items() if n == number) for number in (1000, 1001))
+    vocabulary[first], vocabulary[second] = 1001, 1000
+    (home / "swapped" / "tokenizer.json").write_text(json.dumps(whole))
+    return home / "swapped"
+
+
+def bad_pairs(commands: Commands, data: Data, home: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Cases by name, and what to ask."""
+    pair = {"messages": [{"role": "user", "content": "hi"}], "chosen": "a", "rejected": "b"}
+    rewarded = {**pair, "chosen_reward": 1.0, "rejected_reward": 0.0}
+    cases = {
+        "rewards": ([rewarded, pair], [], ["rewards.jsonl, line 2", "chosen_reward", "rpo_bwd_kl"]),
+        "same": ([rewarded, {**rewarded, "rejected": "a"}], [], ["line 2", "same"]),
+        "loss": ([rewarded], ["align.dpo.preference_loss=orpo"], ["preference_loss=orpo", "dpo, ipo"]),
+        "penalty": ([rewarded], ["align.dpo.ref_policy_kl_penalty=0"], ["ref_policy_kl_penalty=0"]),
+        "cut-pairs": ([rewarded], ["align.longer=cut"], ["align.longer=cut"]),
+    }
+    asked = []
+    for name, (rows, more, _) in cases.items():
+        path = conversations.write(home / f"{name}.jsonl", rows)
+        overrides = [
+            *("trainer.micro_batch_size=1", "align.global_batch_size=1", f"align.train={path}"),
+            *(f"align.valid={data.pairs}", f"student={ROOT / 'assets' / 'demo-teacher'}"),
+            f"run_dir={home / 'runs' / name}",
+        ]
+        asked.append(
+            {"recipe": "preference", "overrides": [*overrides, *more], "env": commands.environment()}
+        )
+    return cases, asked
+
+
+def check_refusals(cases: dict[str, Any], found: list[dict[str, Any]], home: Path) -> None:
+    """One line with all that it has to say, exit code 2, before NeMo is imported, nothing trained."""
+    for (name, (_, _, says)), answer in zip(cases.items(), found, strict=True):
+        assert answer["code"] == 2, (name, answer["err"][-2000:])
+        refusals = [line for line in answer["err"].splitlines() if line.startswith("error: ")]
+        assert len(refusals) == 1, (name, answer["err"])
+        for part in says:
+            assert part in refusals[0], name
+        assert not answer["nemo"], name
+        assert not (home / "runs" / name / "aligner").exists(), name
+
+
 def test_bad_input_is_refused(commands: Commands, data: Data) -> None:
-    """One line by file and line, exit code 2, nothing written, before NeMo is imported."""
+    """Conversations and pairs by file and line, settings by name."""
     home = commands.home / "bad-conversations"
 
     def file(name: str, *messages: Any) -> Path:
@@ -255,6 +315,18 @@ def test_bad_input_is_refused(commands: Commands, data: Data) -> None:
         "few": (data.train, ["align.global_batch_size=80"], ["align.train", "80"]),
         "longer": (data.train, ["align.longer=split"], ["align.longer=split", "drop"]),
         "missing": (home / "nowhere.jsonl", [], ["nowhere.jsonl"]),
+        "vocabulary": (
+            data.train,
+            [f"data.tokenizer={larger_tokenizer(home)}"],
+            ["1024 rows", "1030 entries"],
+        ),
+        "other-vocabulary": (
+            data.train,
+            [f"data.tokenizer={swapped_tokenizer(home)}"],
+            ["swapped", "id 1000"],
+        ),
+        "one-file": (data.train, ["align.valid=null"], ["align.valid=null"]),
+        "student": (data.train, ["student=nowhere"], ["student=nowhere", "no such directory"]),
     }
     asked = []
     for name, (path, more, _) in cases.items():
@@ -262,12 +334,5 @@ def test_bad_input_is_refused(commands: Commands, data: Data) -> None:
         files = [f"align.train={path}", f"align.valid={data.valid}", f"run_dir={home / 'runs' / name}"]
         env = commands.environment()
         asked.append({"recipe": "sft", "overrides": [*overrides, *files, *more], "env": env})
-    for (name, (_, _, says)), found in zip(cases.items(), commands.ask(asked), strict=True):
-        assert found["code"] == 2, (name, found["err"][-2000:])
-        refusals = [line for line in found["err"].splitlines() if line.startswith("error: ")]
-        assert len(refusals) == 1, (name, found["err"])
-        for part in says:
-            assert part in refusals[0], name
-        assert not found["nemo"], name
-        assert not (home / "runs" / name / "aligner").exists(), name
-    shutil.rmtree(home)
+    more, asked_too = bad_pairs(commands, data, home)
+    check_refusals({**cases, **more}, commands.ask([*asked, *asked_too]), home)
