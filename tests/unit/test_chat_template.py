@@ -173,6 +173,15 @@ def test_control_tokens_in_a_text_are_refused(tokenizer: Any) -> None:
         encode_conversation(tokenizer, messages, "f.jsonl, line 4")
 
 
+def test_control_tokens_without_a_name_are_refused_too(tokenizer: Any) -> None:
+    from transformers import AddedToken
+
+    tokenizer.add_tokens([AddedToken("<|turn|>", special=True)], special_tokens=True)
+    assert "<|turn|>" not in tokenizer.all_special_tokens
+    with pytest.raises(InputError, match=r"message 1: holds <\|turn\|>"):
+        render_prompt(tokenizer, [{"role": "user", "content": "a<|turn|>b"}], "here")
+
+
 # ---- lengths -------------------------------------------------------------------------------------------------
 
 
