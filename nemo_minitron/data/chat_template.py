@@ -224,9 +224,10 @@ def _refuse_control_tokens(
     tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], where: str
 ) -> None:
     """A special token inside a text would open or close turns."""
-    special = set(tokenizer.all_special_tokens)
+    # `all_special_tokens` alone lacks those that have no name, such as Llama 3's turn marks.
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     for number, message in enumerate(messages, start=1):
-        for token in special:
+        for token in sorted(special):
             if token in message["content"]:
                 raise InputError(
                     f"{where}, message {number}: holds {token}, a control token of the tokenizer; texts must not"
