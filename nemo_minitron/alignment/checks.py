@@ -180,20 +180,7 @@ def prepared_tokenizer(a: AlignConfig, student: Source, d: DataConfig) -> Path:
         InputError: a template that cannot be read or encoded, a tokenizer with more entries than the model has rows, or
             with others than the student's.
     """
-    tokenizer = own = load_tokenizer(str(student.tokenizer))
-    if d.tokenizer:
-        tokenizer = load_tokenizer(d.tokenizer)
-    if len(tokenizer) > student.architecture.vocab_size:
-        raise InputError(
-            f"student: its vocabulary has {student.architecture.vocab_size} rows, the tokenizer has {len(tokenizer)} "
-            "entries"
-        )
-    if differing := set(tokenizer.get_vocab().items()) ^ set(own.get_vocab().items()):
-        token, number = min(differing, key=lambda entry: entry[1])
-        raise InputError(
-            f"data.tokenizer={d.tokenizer}: another vocabulary than the student's; they differ at "
-            f"id {number}, {token!r}"
-        )
+    tokenizer = _fitting_tokenizer(student, d)
     if a.chat_template:
         try:
             tokenizer.chat_template = Path(a.chat_template).read_text(encoding="utf-8")
@@ -213,6 +200,24 @@ def prepared_tokenizer(a: AlignConfig, student: Source, d: DataConfig) -> Path:
         except OSError:  # another process was faster, with the same files
             shutil.rmtree(temporary)
     return final / "tokenizer"
+
+
+def _fitting_tokenizer(student: Source, d: DataConfig) -> Any:
+    tokenizer = own = load_tokenizer(str(student.tokenizer))
+    if d.tokenizer:
+        tokenizer = load_tokenizer(d.tokenizer)
+    if len(tokenizer) > student.architecture.vocab_size:
+        raise InputError(
+            f"student: its vocabulary has {student.architecture.vocab_size} rows, the tokenizer has {len(tokenizer)} "
+            "entries"
+        )
+    if differing := set(tokenizer.get_vocab().items()) ^ set(own.get_vocab().items()):
+        token, number = min(differing, key=lambda entry: entry[1])
+        raise InputError(
+            f"data.tokenizer={d.tokenizer}: another vocabulary than the student's; they differ at "
+            f"id {number}, {token!r}"
+        )
+    return tokenizer
 
 
 def _files(r: Any, own_set: tuple[str, str]) -> dict[str, list[str]]:

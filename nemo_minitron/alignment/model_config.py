@@ -28,7 +28,6 @@ def model_config(architecture: Architecture, seq_length: int, tokenizer: str) ->
         tokenizer: a Hugging Face directory.
     """
     a = architecture
-    gated = a.gated_linear_unit
     return {
         "mcore_gpt": True,
         "num_layers": a.num_layers,
@@ -48,7 +47,7 @@ def model_config(architecture: Architecture, seq_length: int, tokenizer: str) ->
         "qk_layernorm": a.qk_layernorm,
         "bias": a.add_bias_linear,
         "qkv_bias": a.add_qkv_bias,
-        "activation": (_GATED if gated else _PLAIN)[a.activation],
+        "activation": (_GATED if a.gated_linear_unit else _PLAIN)[a.activation],
         "openai_gelu": a.activation == "gelu_tanh",
         "position_embedding_type": a.position_embedding_type,
         "rotary_base": a.rotary_base,

@@ -88,11 +88,10 @@ def _train(r: PreferenceRecipe, prepared: Prepared, directory: Path) -> Any:
         trainer,
         model,
         cfg,
-        directory,
+        training.run_log(directory, done),
         done=done,
         train=loaders.dpo_loader(cfg, train, done["consumed_samples"] if done else 0),
         valid=loaders.dpo_loader(cfg, valid),
-        validate_first=not done,
         collate_fn=partial(dpo_custom_collate, eos_id=model.tokenizer.eos_id),
     )
     return model

@@ -43,29 +43,9 @@ def aligner_config(
         max_epochs: passes over the data that are begun at most; `t.max_steps` ends them.
         data: `model.data`.
     """
-    every = t.val_check_interval
-    steps = {"max_epochs": max_epochs, "max_steps": t.max_steps, "val_check_interval": every}
-    algorithm = {
-        **steps,
-        "save_interval": every,
-        "limit_val_batches": t.limit_val_batches,
-        "gradient_clip_val": a.optim.clip_grad,
-    }
     return OmegaConf.create(
         {
-            "trainer": {
-                "accelerator": "gpu" if cuda else "cpu",
-                "devices": t.ranks // t.num_nodes,
-                "num_nodes": t.num_nodes,
-                "precision": 32 if t.precision == "32" else t.precision,
-                "logger": False,
-                "enable_checkpointing": False,
-                "enable_model_summary": False,
-                "use_distributed_sampler": False,
-                "max_epochs": max_epochs,
-                "max_steps": t.max_steps,
-                key: algorithm,
-            },
+            "trainer": _trainer(t, a, key, max_epochs, cuda=cuda),
             "exp_manager": _exp_manager(directory, save_nemo=a.save_nemo),
             "model": {
                 **model_config(source.architecture, seq_length, tokenizer),
@@ -78,6 +58,29 @@ def aligner_config(
             },
         }
     )
+
+
+def _trainer(t: TrainerConfig, a: AlignConfig, key: str, max_epochs: int, *, cuda: bool) -> dict[str, Any]:
+    """Lightning's trainer, and under `key` Aligner's."""
+    steps = {"max_epochs": max_epochs, "max_steps": t.max_steps}
+    return {
+        "accelerator": "gpu" if cuda else "cpu",
+        "devices": t.ranks // t.num_nodes,
+        "num_nodes": t.num_nodes,
+        "precision": 32 if t.precision == "32" else t.precision,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_model_summary": False,
+        "use_distributed_sampler": False,
+        **steps,
+        key: {
+            **steps,
+            "val_check_interval": t.val_check_interval,
+            "save_interval": t.val_check_interval,
+            "limit_val_batches": t.limit_val_batches,
+            "gradient_clip_val": a.optim.clip_grad,
+        },
+    }
 
 
 def _exp_manager(directory: Path, *, save_nemo: bool) -> dict[str, Any]:

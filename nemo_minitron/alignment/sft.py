@@ -62,11 +62,10 @@ def _train(r: SftRecipe, prepared: Prepared, directory: Path) -> Any:
         trainer,
         model,
         cfg,
-        directory,
+        training.run_log(directory, done),
         done=done,
         train=loaders.sft_loader(cfg, "train_ds", train, done["consumed_samples"] if done else 0),
         valid=loaders.sft_loader(cfg, "validation_ds", valid),
-        validate_first=not done,
     )
     return model
 

@@ -68,32 +68,28 @@ def fit(
     trainer: Any,
     model: Any,
     cfg: DictConfig,
-    directory: Path,
+    log: runs.RunLog,
     *,
     done: dict[str, Any] | None,
     train: Any,
     valid: Any,
-    validate_first: bool,
     **more: Any,
 ) -> None:
-    """Restore what a killed run left, make Aligner's trainer and run it to its end.
+    """Make Aligner's trainer and run it to its end, after what a killed run has done or a first validation.
 
     Args:
         make: the class of Aligner's trainer.
         done: of `retrieve_custom_trainer_state_dict`.
         train, valid: loaders.
-        validate_first: whether the validation loss before the first step is wanted.
         more: further arguments of the trainer.
     """
     from nemo_aligner.utils import train_script_utils as aligner
     from nemo_aligner.utils.distributed import Timer
 
-    key = "dpo" if "dpo" in cfg.trainer else "sft"
     aligner.init_using_ptl(trainer, model, train, train.dataset)
     optimizer, scheduler = aligner.extract_optimizer_scheduler_from_ptl_model(model)
-    log = runs.RunLog(directory / checks.STEPS, write=recipe.rank() == 0, done=done["step"] if done else 0)
     made = make(
-        cfg=cfg.trainer[key],
+        cfg=cfg.trainer["dpo" if "dpo" in cfg.trainer else "sft"],
         model=model,
         optimizer=optimizer,
         scheduler=scheduler,
@@ -107,9 +103,15 @@ def fit(
     )
     if done:
         made.load_state_dict(done)
-    if validate_first:
+    else:
         log.log_metrics(made.run_validation()[1], step=0, prefix="val/")
     made.fit()
+
+
+def run_log(directory: Path, done: dict[str, Any] | None) -> runs.RunLog:
+    """The log of a run that goes on after `done`."""
+    steps = done["step"] if done else 0
+    return runs.RunLog(directory / checks.STEPS, write=recipe.rank() == 0, done=steps)
 
 
 def save_result(model: Any, prepared: checks.Prepared, directory: Path) -> None:

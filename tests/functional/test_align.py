@@ -282,9 +282,10 @@ def check_refusals(cases: dict[str, Any], found: list[dict[str, Any]], home: Pat
         assert not (home / "runs" / name / "aligner").exists(), name
 
 
-def test_bad_input_is_refused(commands: Commands, data: Data) -> None:
-    """Conversations and pairs by file and line, settings by name."""
-    home = commands.home / "bad-conversations"
+def bad_conversations(
+    commands: Commands, data: Data, home: Path
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Cases by name, and what to ask."""
 
     def file(name: str, *messages: Any) -> Path:
         return conversations.write(home / f"{name}.jsonl", [{"messages": m} for m in messages])
@@ -334,5 +335,12 @@ def test_bad_input_is_refused(commands: Commands, data: Data) -> None:
         files = [f"align.train={path}", f"align.valid={data.valid}", f"run_dir={home / 'runs' / name}"]
         env = commands.environment()
         asked.append({"recipe": "sft", "overrides": [*overrides, *files, *more], "env": env})
-    more, asked_too = bad_pairs(commands, data, home)
-    check_refusals({**cases, **more}, commands.ask([*asked, *asked_too]), home)
+    return cases, asked
+
+
+def test_bad_input_is_refused(commands: Commands, data: Data) -> None:
+    """Conversations and pairs by file and line, settings by name."""
+    home = commands.home / "bad-conversations"
+    made = [bad(commands, data, home) for bad in (bad_conversations, bad_pairs)]
+    cases = {name: case for named, _ in made for name, case in named.items()}
+    check_refusals(cases, commands.ask([case for _, asked in made for case in asked]), home)
