@@ -1,12 +1,16 @@
 """recipes/instruct_data.py and recipes/evaluate_instruct.py as a user types them."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from nemo_minitron.data.chat_template import encode_conversation, with_template
 from nemo_minitron.data.conversations import write_jsonl
+from nemo_minitron.data.tokenizer import load_tokenizer
 from tests.functional.commands import ROOT, Commands, tree
 from tests.functional.conftest import Teacher
 
@@ -75,6 +79,52 @@ def test_data_is_made_converted_and_refused(commands: Commands) -> None:
         lines(home / "converted" / "train.jsonl")
         == [{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "yes"}]}] * 2
     )
+
+
+SPECIAL = {
+    "system_turn_start": "<|endoftext|>",
+    "turn_start": "<|endoftext|>",
+    "end_of_name": "\n",
+    "end_of_turn": "",
+    "label_start": "<|pad|>",
+}
+CHATS = [
+    [("system", "Be brief."), ("user", "Hi"), ("assistant", "yes")],
+    [
+        ("system", ""),
+        ("user", "Add 1."),
+        ("assistant", "  f(1)"),
+        ("user", "Thanks"),
+        ("assistant", "Bye\n\nnow"),
+    ],
+    [("system", "S"), ("user", "Q"), ("assistant", "{}"), ("tool", "3"), ("assistant", "It is 3.")],
+]
+
+
+@pytest.mark.slow
+def test_the_default_template_is_nemo_s_chat_format(commands: Commands) -> None:
+    """Ids and learned positions are those of NeMo's own chat dataset."""
+    asked = []
+    for chat in CHATS:
+        names = {"user": "User", "assistant": "Assistant", "tool": "Tool"}
+        turns = [{"from": names[role], "value": text} for role, text in chat[1:]]
+        mask = "User,Tool" if any(role == "tool" for role, _ in chat) else "User"
+        asked.append([str(DEMO), SPECIAL, {"system": chat[0][1], "mask": mask, "conversations": turns}])
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "functional" / "nemo_chat_format.py")],
+        input=json.dumps(asked),
+        env=commands.environment(PYTHONPATH=str(ROOT)),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    tokenizer = with_template(load_tokenizer(DEMO), "demo")
+    for chat, theirs in zip(CHATS, json.loads(done.stdout.splitlines()[-1]), strict=True):
+        messages = [{"role": role, "content": text} for role, text in chat]
+        ours = encode_conversation(tokenizer, messages, "here")
+        assert theirs["input_ids"] == ours.tokens
+        assert theirs["mask"] == ours.loss_mask
 
 
 def evaluation(commands: Commands, source: Path, run_dir: Path) -> tuple[dict[str, Any], list[Any]]:
