@@ -19,6 +19,7 @@ SIZES = [f"{name}=2" for name in ("train", "seen", "valid", "test", "preference_
 GOOD = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "yes"}]}
 LONG = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "yes " * 99}]}
 FIRST = {"conversations": [{"from": "gpt", "value": "yes"}]}
+PAIR = {"messages": [{"role": "user", "content": "Hi"}], "chosen": "yes", "rejected": "no", "id": 1}
 QUESTION = {
     "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "yes"}],
     "category": "greeting",
@@ -36,11 +37,20 @@ def test_data_is_made_converted_and_refused(commands: Commands) -> None:
     good = write_jsonl(home / "good.jsonl", [GOOD, LONG, GOOD])
     bad = write_jsonl(home / "bad.jsonl", [GOOD, FIRST])
     unscored = write_jsonl(home / "unscored.jsonl", [QUESTION, GOOD | {"messages": QUESTION["messages"]}])
+    pairs = write_jsonl(home / "pairs.jsonl", [PAIR, PAIR | {"chosen": "no", "rejected": "yes"}])
     data, ask = "instruct_data", "evaluate_instruct"
+    of_pairs = [f"{data}.input={pairs}", f"{data}.kind=preferences"]
     limit = [f"{data}.tokenizer={DEMO}", f"{data}.max_tokens=64"]
     cases: dict[str, tuple[str, list[str], list[str]]] = {
         "made": (data, [f"{data}.sizes.{size}" for size in SIZES], []),
         "converted": (data, [f"{data}.input={good}", *limit, f"{data}.too_long=drop"], []),
+        "pairs": (data, [*of_pairs, *limit], []),
+        "cut pairs": (data, [*of_pairs, *limit, f"{data}.too_long=cut"], ["too_long=cut", "drop or refuse"]),
+        "no pairs": (
+            data,
+            [f"{data}.input={good}", f"{data}.kind=preferences"],
+            [f"{good}, line 1", "messages"],
+        ),
         "starts": (data, [f"{data}.input={bad}"], [f"{bad}, line 2, message 1", "assistant at the start"]),
         "long": (data, [f"{data}.input={good}", *limit], [f"{good}, line 2", "the context has 64"]),
         "absent": (data, [f"{data}.input={home}/no.jsonl"], [f"{home}/no.jsonl", "cannot be read"]),
@@ -73,6 +83,7 @@ def test_data_is_made_converted_and_refused(commands: Commands) -> None:
     made = json.loads((home / "made" / "result.json").read_text())
     assert made["train_samples"] == made["test_samples"] == made["preference_valid_samples"] == 8
     assert len(lines(home / "made" / "test.jsonl")) == 8
+    assert lines(home / "pairs" / "train.jsonl")[0] == PAIR
     result = json.loads((home / "converted" / "result.json").read_text())
     assert (result["train_samples"], result["samples_of_input"], result["dropped_of_input"]) == (2, 3, 1)
     assert (
