@@ -1,12 +1,16 @@
 """recipes/instruct_data.py and recipes/evaluate_instruct.py as a user types them."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from nemo_minitron.data.chat_template import encode_conversation, with_template
 from nemo_minitron.data.conversations import write_jsonl
+from nemo_minitron.data.tokenizer import load_tokenizer
 from tests.functional.commands import ROOT, Commands, tree
 from tests.functional.conftest import Teacher
 
@@ -15,6 +19,7 @@ SIZES = [f"{name}=2" for name in ("train", "seen", "valid", "test", "preference_
 GOOD = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "yes"}]}
 LONG = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "yes " * 99}]}
 FIRST = {"conversations": [{"from": "gpt", "value": "yes"}]}
+PAIR = {"messages": [{"role": "user", "content": "Hi"}], "chosen": "yes", "rejected": "no", "id": 1}
 QUESTION = {
     "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "yes"}],
     "category": "greeting",
@@ -32,11 +37,20 @@ def test_data_is_made_converted_and_refused(commands: Commands) -> None:
     good = write_jsonl(home / "good.jsonl", [GOOD, LONG, GOOD])
     bad = write_jsonl(home / "bad.jsonl", [GOOD, FIRST])
     unscored = write_jsonl(home / "unscored.jsonl", [QUESTION, GOOD | {"messages": QUESTION["messages"]}])
+    pairs = write_jsonl(home / "pairs.jsonl", [PAIR, PAIR | {"chosen": "no", "rejected": "yes"}])
     data, ask = "instruct_data", "evaluate_instruct"
+    of_pairs = [f"{data}.input={pairs}", f"{data}.kind=preferences"]
     limit = [f"{data}.tokenizer={DEMO}", f"{data}.max_tokens=64"]
     cases: dict[str, tuple[str, list[str], list[str]]] = {
         "made": (data, [f"{data}.sizes.{size}" for size in SIZES], []),
         "converted": (data, [f"{data}.input={good}", *limit, f"{data}.too_long=drop"], []),
+        "pairs": (data, [*of_pairs, *limit], []),
+        "cut pairs": (data, [*of_pairs, *limit, f"{data}.too_long=cut"], ["too_long=cut", "drop or refuse"]),
+        "no pairs": (
+            data,
+            [f"{data}.input={good}", f"{data}.kind=preferences"],
+            [f"{good}, line 1", "messages"],
+        ),
         "starts": (data, [f"{data}.input={bad}"], [f"{bad}, line 2, message 1", "assistant at the start"]),
         "long": (data, [f"{data}.input={good}", *limit], [f"{good}, line 2", "the context has 64"]),
         "absent": (data, [f"{data}.input={home}/no.jsonl"], [f"{home}/no.jsonl", "cannot be read"]),
@@ -69,12 +83,59 @@ def test_data_is_made_converted_and_refused(commands: Commands) -> None:
     made = json.loads((home / "made" / "result.json").read_text())
     assert made["train_samples"] == made["test_samples"] == made["preference_valid_samples"] == 8
     assert len(lines(home / "made" / "test.jsonl")) == 8
+    assert lines(home / "pairs" / "train.jsonl")[0] == PAIR
     result = json.loads((home / "converted" / "result.json").read_text())
     assert (result["train_samples"], result["samples_of_input"], result["dropped_of_input"]) == (2, 3, 1)
     assert (
         lines(home / "converted" / "train.jsonl")
         == [{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "yes"}]}] * 2
     )
+
+
+SPECIAL = {
+    "system_turn_start": "<|endoftext|>",
+    "turn_start": "<|endoftext|>",
+    "end_of_name": "\n",
+    "end_of_turn": "",
+    "label_start": "<|pad|>",
+}
+CHATS = [
+    [("system", "Be brief."), ("user", "Hi"), ("assistant", "yes")],
+    [
+        ("system", ""),
+        ("user", "Add 1."),
+        ("assistant", "  f(1)"),
+        ("user", "Thanks"),
+        ("assistant", "Bye\n\nnow"),
+    ],
+    [("system", "S"), ("user", "Q"), ("assistant", "{}"), ("tool", "3"), ("assistant", "It is 3.")],
+]
+
+
+@pytest.mark.slow
+def test_the_default_template_is_nemo_s_chat_format(commands: Commands) -> None:
+    """Ids and learned positions are those of NeMo's own chat dataset."""
+    asked = []
+    for chat in CHATS:
+        names = {"user": "User", "assistant": "Assistant", "tool": "Tool"}
+        turns = [{"from": names[role], "value": text} for role, text in chat[1:]]
+        mask = "User,Tool" if any(role == "tool" for role, _ in chat) else "User"
+        asked.append([str(DEMO), SPECIAL, {"system": chat[0][1], "mask": mask, "conversations": turns}])
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "functional" / "nemo_chat_format.py")],
+        input=json.dumps(asked),
+        env=commands.environment(PYTHONPATH=str(ROOT)),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    tokenizer = with_template(load_tokenizer(DEMO), "demo")
+    for chat, theirs in zip(CHATS, json.loads(done.stdout.splitlines()[-1]), strict=True):
+        messages = [{"role": role, "content": text} for role, text in chat]
+        ours = encode_conversation(tokenizer, messages, "here")
+        assert theirs["input_ids"] == ours.tokens
+        assert theirs["mask"] == ours.loss_mask
 
 
 def evaluation(commands: Commands, source: Path, run_dir: Path) -> tuple[dict[str, Any], list[Any]]:

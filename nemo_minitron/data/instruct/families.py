@@ -21,7 +21,7 @@ WORDS = (
 )
 NAMES = (
     "Ann", "Bob", "Max", "Tom", "Ian", "Eve", "Sam", "Lee", "Dan", "Kim", "Ray", "Joe", "Amy", "Leo",
-    "Ben", "Zoe", "Tim", "Pat", "Ned", "Ivy",
+    "Ben", "Zoe", "Tim", "Pat", "Gus", "Ivy",
 )
 TOWNS = ("Rome", "Paris", "London", "Oslo", "Lima", "Berlin", "Porto", "Lyon", "Cairo", "Delhi")
 # fmt: on
