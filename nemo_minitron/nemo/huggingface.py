@@ -159,7 +159,7 @@ def _importer(source: "Source", precision: str, assets: Path) -> Any:
         def apply(self, output: Path) -> Path:
             from nemo.lightning import teardown
 
-            theirs, model = _load(source.path), self.init()
+            theirs, model = load_huggingface(source.path), self.init()
             trainer = self.nemo_setup(model)
             with fused_names(model.module), untied(model.module):
                 self.convert_state(theirs, model)
@@ -184,7 +184,7 @@ def _connector(source: "Source", kind: str) -> Any:
     return models.nemo_class(model_type, f"HF{FAMILIES[model_type].connector}{kind}")
 
 
-def _load(directory: Path) -> Any:
+def load_huggingface(directory: Path) -> Any:
     """transformers' model of a Hugging Face directory, with all of its weights and nothing but them.
 
     Raises:

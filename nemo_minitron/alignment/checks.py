@@ -1,0 +1,285 @@
+"""What the alignment recipes refuse before a model is loaded, and what they prepare once for all ranks."""
+
+import dataclasses
+import hashlib
+import importlib.util
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron import recipe
+from nemo_minitron.alignment.conversations import EncodedSplit
+from nemo_minitron.alignment.settings import AlignConfig
+from nemo_minitron.config import DataConfig, cache_dir
+from nemo_minitron.data.chat_template import TOO_LONG, with_template
+from nemo_minitron.data.instruct import cached_instruct_set
+from nemo_minitron.data.prepare import PreparedData, prepare_data
+from nemo_minitron.data.tokenizer import load_tokenizer, tokenizer_sha256
+from nemo_minitron.errors import InputError
+from nemo_minitron.layout import TrainerConfig, check_least
+from nemo_minitron.nemo.checkpoints import CHECKPOINT, Source, find_source
+from nemo_minitron.nemo.openings import check_source, check_vocabulary, converted
+
+STEPS = "steps.jsonl"
+PEFT = ("none", "lora")
+LORA_TARGETS = ("attention", "mlp", "all", "attention_qkv", "attention_dense", "mlp_fc1", "mlp_fc2")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What is known and made before a model is loaded; the student is of kind "nemo".
+
+    `tokenizer`: a Hugging Face directory with the chat template. `corpus`: of the LM loss. `max_epochs`: those that are
+    begun.
+    """
+
+    student: Source
+    tokenizer: Path
+    corpus: PreparedData
+    train: EncodedSplit
+    valid: EncodedSplit
+    trainer: TrainerConfig
+    max_epochs: int
+
+    def to_config(self) -> dict[str, Any]:
+        """For the launcher's ranks."""
+        return {
+            "student": str(self.student.path),
+            "tokenizer": str(self.tokenizer),
+            "corpus": self.corpus.to_config(),
+            "train": self.train.to_config(),
+            "valid": self.valid.to_config(),
+        }
+
+
+def prepare(
+    r: Any,
+    encode: Callable[[str, list[str], Any], EncodedSplit],
+    *,
+    own_set: tuple[str, str],
+    whole_batches: bool,
+) -> Prepared:
+    """Everything that alignment recipes check and make before ranks start.
+
+    Args:
+        r: a recipe with `student` and `align`.
+        encode: makes a split of its name, its files and the tokenizer.
+        own_set: the files of `data.instruct.InstructFiles` that stand for `align.train` and `align.valid` where neither
+            is given.
+        whole_batches: whether validation takes batches as large as training's.
+
+    Raises:
+        InputError: a setting that is none; a checkpoint that does not fit the layout or the tokenizer; what `encode`
+            refuses; less data than a batch.
+    """
+    ready = r.prepared or {}
+    check_settings(r.align, r.trainer)
+    student = find_source(ready.get("student", r.student), "student")
+    check_source("student", student, r.trainer, r.data.seq_length)
+    if ready:
+        tokenizer = Path(ready["tokenizer"])
+        train, valid = (EncodedSplit(**ready[name]) for name in ("train", "valid"))
+    else:
+        tokenizer = prepared_tokenizer(r.align, student, r.data)
+        loaded = load_tokenizer(str(tokenizer))
+        files = _files(r, own_set)
+        train, valid = (encode(name, files[name], loaded) for name in ("train", "valid"))
+    trainer, epochs = schedule(r.align, r.trainer, train.samples, valid.samples, whole_batches=whole_batches)
+    corpus = prepare_data(r.data, str(student.tokenizer), ready.get("corpus"))
+    check_vocabulary(student, corpus)
+    if not ready:
+        keep_resumable(r)
+    return Prepared(converted(student, r.data), tokenizer, corpus, train, valid, trainer, epochs)
+
+
+def has_cuda() -> bool:
+    """Whether the run is on GPUs."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def check_settings(a: AlignConfig, t: TrainerConfig) -> None:
+    """Refuse settings that are none, and what needs Transformer Engine or CUDA where they are not.
+
+    Raises:
+        InputError: names the key, its value and what would be legal.
+    """
+    for key, value, legal in (
+        ("longer", a.longer, TOO_LONG),
+        ("peft", a.peft, PEFT),
+        *(("lora.target_modules", name, LORA_TARGETS) for name in a.lora.target_modules),
+    ):
+        if value not in legal:
+            raise InputError(f"align.{key}={value}: must be one of {', '.join(legal)}")
+    for key, least in (("max_epochs", 1), ("global_batch_size", 1), ("val_check_interval", 0)):
+        check_least(f"align.{key}", getattr(a, key), least)
+    for key in ("max_steps", "limit_val_batches"):
+        if getattr(a, key) is not None:
+            check_least(f"align.{key}", getattr(a, key), 1)
+    check_least("align.lora.dim", a.lora.dim, 1)
+    if a.packed_sequence and importlib.util.find_spec("transformer_engine") is None:
+        raise InputError("align.packed_sequence=true: needs Transformer Engine, which is not here")
+    if a.packed_sequence:
+        raise InputError(
+            "align.packed_sequence=true: NeMo-Aligner does not pack conversations; must be false"
+        )
+    if t.precision != "32" and not has_cuda():
+        raise InputError(f"trainer.precision={t.precision}: alignment on the CPU runs in 32")
+    if a.peft == "lora" and t.sequence_parallel and importlib.util.find_spec("transformer_engine") is None:
+        raise InputError("align.peft=lora: under trainer.sequence_parallel=true it needs Transformer Engine")
+    if a.peft == "lora" and a.lora.dim % t.tensor_model_parallel_size:
+        raise InputError(
+            f"align.lora.dim={a.lora.dim}: must be a multiple of trainer.tensor_model_parallel_size="
+            f"{t.tensor_model_parallel_size}"
+        )
+
+
+def schedule(
+    a: AlignConfig, t: TrainerConfig, train: int, valid: int, *, whole_batches: bool
+) -> tuple[TrainerConfig, int]:
+    """The trainer's settings with steps and batches, and the epochs that they begin.
+
+    Args:
+        train, valid: samples.
+        whole_batches: whether validation takes batches as large as training's, else the smallest.
+
+    Raises:
+        InputError: batches that do not divide, or fewer samples than a batch has.
+    """
+    smallest = t.micro_batch_size * t.data_parallel_size
+    if a.global_batch_size % smallest:
+        raise InputError(
+            f"align.global_batch_size={a.global_batch_size}: must be a multiple of trainer.micro_batch_size "
+            f"{t.micro_batch_size} x trainer.data_parallel_size {t.data_parallel_size}"
+        )
+    validated = a.global_batch_size if whole_batches else smallest
+    for name, samples, batch in (("train", train, a.global_batch_size), ("valid", valid, validated)):
+        if samples < batch:
+            raise InputError(f"align.{name}: {samples} samples are less than one batch of {batch}")
+    in_epoch = train // a.global_batch_size
+    steps = a.max_steps or a.max_epochs * in_epoch
+    every = min(a.val_check_interval or steps, steps)
+    settled = dataclasses.replace(
+        t,
+        max_steps=steps,
+        global_batch_size=a.global_batch_size,
+        val_check_interval=every,
+        limit_val_batches=min(a.limit_val_batches or valid, valid // validated),
+    )
+    return settled, -(-steps // in_epoch)
+
+
+def prepared_tokenizer(a: AlignConfig, student: Source, d: DataConfig) -> Path:
+    """A directory with the student's tokenizer and the chat template of the run.
+
+    Raises:
+        InputError: a template that cannot be read or encoded, a tokenizer with more entries than the model has rows, or
+            with others than the student's.
+    """
+    tokenizer = _fitting_tokenizer(student, d)
+    if a.chat_template:
+        try:
+            tokenizer.chat_template = Path(a.chat_template).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"align.chat_template={a.chat_template}: cannot be read ({error})") from None
+    with_template(tokenizer, f"align.chat_template={a.chat_template or 'null'}")
+    key = hashlib.sha256(f"{tokenizer_sha256(tokenizer)}\n{tokenizer.chat_template}".encode()).hexdigest()[
+        :24
+    ]
+    final = cache_dir(d, "tokenizers") / f"chat-{key}"
+    if not (final / "tokenizer").is_dir():
+        temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
+        # NeMo calls the directory in a checkpoint's context as it is called here.
+        tokenizer.save_pretrained(str(temporary / "tokenizer"))
+        try:
+            os.replace(temporary, final)
+        except OSError:  # another process was faster, with the same files
+            shutil.rmtree(temporary)
+    return final / "tokenizer"
+
+
+def _fitting_tokenizer(student: Source, d: DataConfig) -> Any:
+    tokenizer = own = load_tokenizer(str(student.tokenizer))
+    if d.tokenizer:
+        tokenizer = load_tokenizer(d.tokenizer)
+    if len(tokenizer) > student.architecture.vocab_size:
+        raise InputError(
+            f"student: its vocabulary has {student.architecture.vocab_size} rows, the tokenizer has {len(tokenizer)} "
+            "entries"
+        )
+    if differing := set(tokenizer.get_vocab().items()) ^ set(own.get_vocab().items()):
+        token, number = min(differing, key=lambda entry: entry[1])
+        raise InputError(
+            f"data.tokenizer={d.tokenizer}: another vocabulary than the student's; they differ at "
+            f"id {number}, {token!r}"
+        )
+    return tokenizer
+
+
+def _files(r: Any, own_set: tuple[str, str]) -> dict[str, list[str]]:
+    given = {name: getattr(r.align, name) for name in ("train", "valid")}
+    if all(value is None for value in given.values()):
+        own = cached_instruct_set(cache_dir(r.data, "instruct"), r.data.seed)
+        given = {name: str(getattr(own, file)) for name, file in zip(given, own_set, strict=True)}
+    for name, value in given.items():
+        if value is None:
+            raise InputError(
+                f"align.{name}=null: give a JSONL file, as for the other split, or leave out both"
+            )
+    return {
+        name: [str(Path(file).expanduser()) for file in ([value] if isinstance(value, str) else value)]
+        for name, value in given.items()
+    }
+
+
+def keep_resumable(r: Any) -> None:
+    """Put the checkpoints of a run that was killed in order; a run that is overwritten begins anew."""
+    from nemo_minitron.alignment.runs import ALIGNER, keep_one_checkpoint
+
+    directory = Path(r.run_dir)
+    if r.overwrite and (directory / recipe.RESULT).exists():
+        recipe.fresh(directory / ALIGNER)
+    keep_one_checkpoint(directory)
+
+
+def summary(r: Any, prepared: Prepared, directory: Path, metrics: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The fields of `result.json` that all alignment recipes have.
+
+    Args:
+        metrics: further ones of a validation.
+    """
+    from nemo_minitron.nemo.steplog import read_steps
+
+    t = prepared.trainer
+    valid = [line for line in read_steps(directory / STEPS) if line["split"] == "valid"]
+    return {
+        "student": str(r.student),
+        "params": prepared.student.architecture.parameters(),
+        "peft": r.align.peft,
+        "steps": t.max_steps,
+        "global_batch_size": t.global_batch_size,
+        "seed": r.seed,
+        "valid_loss_nats_before": valid[0]["loss"],
+        "valid_loss_nats_after": valid[-1]["loss"],
+        **{f"valid_{name}_after": valid[-1][name] for name in metrics},
+        **_counts(prepared),
+        "ranks": t.ranks,
+        "tensor_model_parallel_size": t.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": t.pipeline_model_parallel_size,
+        "data_parallel_size": t.data_parallel_size,
+        "peak_rss_gib": recipe.peak_rss_gib(),
+        "checkpoint": str((directory / CHECKPOINT).resolve()),
+    }
+
+
+def _counts(prepared: Prepared) -> dict[str, int]:
+    return {
+        f"{name}_{key}": value
+        for name, split in (("train", prepared.train), ("valid", prepared.valid))
+        for key, value in split.to_config().items()
+        if key != "path"
+    }

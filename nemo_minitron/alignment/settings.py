@@ -1,0 +1,72 @@
+"""The schemas of the alignment recipes' configuration."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+from nemo_minitron.config import CommonConfig, OptimConfig
+
+
+@dataclass
+class LoraConfig:
+    """Low-rank adapters: `dim` of each, `alpha` (null: `dim`), the layers that get one ("attention", "mlp", "all")."""
+
+    dim: int = 8
+    alpha: int | None = None
+    dropout: float = 0.0
+    target_modules: list[str] = field(default_factory=lambda: ["all"])
+
+
+@dataclass
+class DpoConfig:
+    """NeMo-Aligner's preference losses, in its names: `preference_loss` is "dpo", "ipo", "rpo_bwd_kl", "rpo_fwd_kl" or
+    "rpo_sq"; the last three compare with the rewards in the data, times `gt_reward_scale`.
+    """
+
+    preference_loss: str = "dpo"
+    ref_policy_kl_penalty: float = 0.1
+    preference_average_log_probs: bool = False
+    gt_reward_scale: float = 1.0
+    preference_loss_weight: float = 1.0
+    sft_loss_weight: float = 0.0
+
+
+@dataclass
+class AlignConfig:
+    """How a student learns from conversations.
+
+    `train` and `valid`: JSONL files of conversations; null: the project's own set. `chat_template`: a Jinja file; null:
+    the tokenizer's own. `longer`: what is done with samples of more than `data.seq_length` tokens: "refuse", "drop" or
+    "cut". `max_steps` null: `max_epochs` passes. `peft`: "none", all weights, or "lora". `save_nemo`: also write
+    NeMo-Aligner's own .nemo file.
+    """
+
+    train: Any = None
+    valid: Any = None
+    chat_template: str | None = None
+    longer: str = "refuse"
+    packed_sequence: bool = False
+    max_epochs: int = 1
+    max_steps: int | None = None
+    global_batch_size: int = 8
+    val_check_interval: int = 0
+    limit_val_batches: int | None = None
+    peft: str = "none"
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    dpo: DpoConfig = field(default_factory=DpoConfig)
+    save_nemo: bool = False
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+
+@dataclass
+class SftRecipe(CommonConfig):
+    """`recipes/sft.py`. `student`: a Hugging Face, NeMo 2 or run directory."""
+
+    student: str = MISSING
+    align: AlignConfig = field(default_factory=AlignConfig)
+
+
+@dataclass
+class PreferenceRecipe(SftRecipe):
+    """`recipes/preference.py`. `align.train` and `align.valid`: JSONL files of a prompt and two answers."""

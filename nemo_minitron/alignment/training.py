@@ -1,0 +1,132 @@
+"""What every alignment run does with NeMo-Aligner, in the order of its scripts."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from nemo_minitron import hosts, recipe
+from nemo_minitron.alignment import checks, lora, runs
+from nemo_minitron.alignment.checkpoints import load_model, save_model
+from nemo_minitron.nemo.checkpoints import CHECKPOINT, Source, find_source
+
+
+def run_configuration(
+    r: Any, prepared: checks.Prepared, directory: Path, *, key: str, data: dict[str, Any]
+) -> DictConfig:
+    """`runs.aligner_config` of a recipe.
+
+    Args:
+        key: of the algorithm's part, "sft" or "dpo".
+        data: `model.data`.
+    """
+    return runs.aligner_config(
+        prepared.student,
+        prepared.trainer,
+        r.align,
+        key=key,
+        directory=directory,
+        tokenizer=str(prepared.tokenizer),
+        seq_length=r.data.seq_length,
+        max_epochs=prepared.max_epochs,
+        seed=r.seed,
+        cuda=checks.has_cuda(),
+        data=data,
+    )
+
+
+def open_model(cfg: DictConfig, key: str, cls_of: Callable[[], Any], source: Source) -> tuple[Any, Any]:
+    """Trainer and model, with the ranks connected and the adapters, if any, in place.
+
+    Args:
+        cfg: of `runs.aligner_config`.
+        key: of the algorithm's part of it, "sft" or "dpo".
+        cls_of: gives the model's class once NeMo may be imported.
+        source: a checkpoint of kind "nemo".
+    """
+    cpu = hosts.prepare_aligner()
+    from nemo.utils.exp_manager import exp_manager
+    from nemo_aligner.utils import train_script_utils as aligner
+
+    from nemo_minitron.hosts.aligner import connect_ranks
+    from nemo_minitron.nemo.models import quiet_nemo
+
+    quiet_nemo()
+    trainer = aligner.resolve_and_create_trainer(cfg, key)
+    exp_manager(trainer, cfg.exp_manager)
+    connect_ranks(trainer, cfg.model)
+    model = load_model(cls_of(), cfg.model, trainer, source)
+    aligner.init_peft(model, cfg.model)
+    lora.attach(model)
+    aligner.init_distributed(trainer, model, use_te=not cpu)
+    return trainer, model
+
+
+def fit(
+    make: Callable[..., Any],
+    trainer: Any,
+    model: Any,
+    cfg: DictConfig,
+    log: runs.RunLog,
+    *,
+    done: dict[str, Any] | None,
+    train: Any,
+    valid: Any,
+    **more: Any,
+) -> None:
+    """Make Aligner's trainer and run it to its end, after what a killed run has done or a first validation.
+
+    Args:
+        make: the class of Aligner's trainer.
+        done: of `retrieve_custom_trainer_state_dict`.
+        train, valid: loaders.
+        more: further arguments of the trainer.
+    """
+    from nemo_aligner.utils import train_script_utils as aligner
+    from nemo_aligner.utils.distributed import Timer
+
+    aligner.init_using_ptl(trainer, model, train, train.dataset)
+    optimizer, scheduler = aligner.extract_optimizer_scheduler_from_ptl_model(model)
+    made = make(
+        cfg=cfg.trainer["dpo" if "dpo" in cfg.trainer else "sft"],
+        model=model,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        train_dataloader=train,
+        val_dataloader=valid,
+        test_dataloader=None,
+        logger=log,
+        ckpt_callback=aligner.add_custom_checkpoint_callback(trainer, model),
+        run_timer=Timer(None),
+        **more,
+    )
+    if done:
+        made.load_state_dict(done)
+    else:
+        log.log_metrics(made.run_validation()[1], step=0, prefix="val/")
+    made.fit()
+
+
+def run_log(directory: Path, done: dict[str, Any] | None) -> runs.RunLog:
+    """The log of a run that goes on after `done`."""
+    steps = done["step"] if done else 0
+    return runs.RunLog(directory / checks.STEPS, write=recipe.rank() == 0, done=steps)
+
+
+def save_result(model: Any, prepared: checks.Prepared, directory: Path) -> None:
+    """Leave a trained model as RUN/checkpoint; every rank makes this call."""
+    lora.merge(model)
+    save_model(model, prepared.student, directory / CHECKPOINT, tokenizer=prepared.tokenizer)
+
+
+def lm_losses(r: Any, prepared: checks.Prepared, directory: Path) -> dict[str, float]:
+    """What alignment costs in language modelling: the loss on held-out text in nats a token, before and after."""
+    from nemo_minitron.nemo.session import Session
+
+    found = {}
+    for when, source in (("before", prepared.student), ("after", find_source(directory / CHECKPOINT))):
+        session = Session(source, r.trainer, seq_length=source.seq_length)
+        loss = session.lm_loss(prepared.corpus, r.data, "valid", r.eval.samples, f"LM loss {when}")
+        found[f"lm_loss_nats_{when}"] = loss.nats
+    return found

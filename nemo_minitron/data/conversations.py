@@ -1,0 +1,228 @@
+"""Conversations: what one is, JSONL files of them, and the refusal of those that cannot be trained on.
+
+A line of a file is `{"messages": [{"role": ..., "content": ...}, ...], ...}`; a line of a preference file
+`{"messages": [the prompt], "chosen": "...", "rejected": "...", "chosen_reward": ..., "rejected_reward": ...}`. Other
+keys are kept. Other shapes are converted by `data.chat_shapes`.
+"""
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.errors import InputError
+
+ROLES = ("system", "user", "assistant", "tool")
+# Who may speak after whom; "" is the beginning.
+_AFTER = {
+    "": ("system", "user"),
+    "system": ("user",),
+    "user": ("assistant",),
+    "assistant": ("user", "tool"),
+    "tool": ("assistant", "tool"),
+}
+# Blank lines before a text would melt into the line end before it, which a tokenizer may join to one token.
+_BLANK_START = re.compile(r"\A(?:[^\S\n]*\n)+")
+
+Message = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """One sample.
+
+    Attributes:
+        messages: `{"role": ..., "content": ...}` each; a system message first or not at all, then user and assistant
+            by turns, where an assistant's call may be followed by `tool` results.
+        where: file and line, for refusals.
+        extra: the other keys of the line.
+    """
+
+    messages: list[Message]
+    where: str
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """A line of a file."""
+        return {"messages": self.messages, **self.extra}
+
+
+@dataclass(frozen=True)
+class Preference:
+    """A prompt, which ends with the user or a tool, and two answers to it. `*_reward`: None where none is given."""
+
+    messages: list[Message]
+    chosen: str
+    rejected: str
+    where: str
+    chosen_reward: float | None = None
+    rejected_reward: float | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """A line of a file."""
+        rewards = {"chosen_reward": self.chosen_reward, "rejected_reward": self.rejected_reward}
+        given = {name: value for name, value in rewards.items() if value is not None}
+        return {
+            "messages": self.messages,
+            "chosen": self.chosen,
+            "rejected": self.rejected,
+            **given,
+            **self.extra,
+        }
+
+
+def clean(text: str) -> str:
+    """Without blank lines before it and white space after it; an indented first line keeps its indent."""
+    return _BLANK_START.sub("", text).rstrip()
+
+
+def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of a file, each with "FILE, line N"; blank lines are passed over.
+
+    Raises:
+        InputError: the file cannot be read, or a line is no JSON object.
+    """
+    try:
+        # Bytes, not text mode: a U+2028 inside a string is no line end.
+        with open(path, "rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield f"{path}, line {number}", _object(line, f"{path}, line {number}")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _object(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where}: not UTF-8 (byte {error.start}: 0x{line[error.start]:02x})") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: not JSON ({error})") from None
+    if not isinstance(row, dict):
+        raise InputError(f"{where}: expected a JSON object, found {type(row).__name__}")
+    return row
+
+
+def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> Path:
+    """Write one object a line, atomically, in UTF-8; returns the path."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "w", encoding="utf-8", newline="\n") as lines:
+        for row in rows:
+            lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+    os.replace(temporary, path)
+    return path
+
+
+def check_messages(messages: Any, where: str, *, ends_with: Sequence[str] = ("assistant",)) -> list[Message]:
+    """The messages, cleaned, where they are a conversation.
+
+    Args:
+        where: what a refusal begins with, "FILE, line N".
+        ends_with: the roles that may speak last: the assistant in a sample, the user or a tool in a prompt.
+
+    Raises:
+        InputError: no list of messages, an unknown role, a text that is empty or no text, or speakers out of turn
+            (the assistant first, twice the same, a system message that is not the first).
+    """
+    if not isinstance(messages, list) or not messages:
+        raise InputError(f"{where}: messages: must be a list of at least one {{role, content}}")
+    found: list[Message] = []
+    for number, message in enumerate(messages, start=1):
+        found.append(_checked(message, found[-1]["role"] if found else "", f"{where}, message {number}"))
+    if found[-1]["role"] not in ends_with:
+        raise InputError(
+            f"{where}: ends with the {found[-1]['role']}'s turn; the last must be {' or '.join(ends_with)}"
+        )
+    return found
+
+
+def _checked(message: Any, before: str, where: str) -> Message:
+    if not isinstance(message, Mapping):
+        raise InputError(f"{where}: must be an object with role and content")
+    role = message.get("role")
+    if role not in ROLES:
+        raise InputError(f"{where}: unknown role {role!r}; known: {', '.join(ROLES)}")
+    if role not in _AFTER[before]:
+        after = f"after the {before}'s turn" if before else "at the start"
+        raise InputError(f"{where}: {role} {after}; legal there: {' or '.join(_AFTER[before])}")
+    text = message.get("content")
+    if not isinstance(text, str):
+        raise InputError(f"{where}: content: must be a string, found {type(text).__name__}")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{where}: content holds an unpaired surrogate escape, which is no text") from None
+    text = clean(text)
+    if not text.strip() and role != "system":
+        raise InputError(f"{where}: the {role}'s {'answer' if role == 'assistant' else 'text'} is empty")
+    return {"role": role, "content": text}
+
+
+def read_conversations(path: str | Path) -> list[Conversation]:
+    """All samples of a file of `messages`, checked.
+
+    Raises:
+        InputError: names the file and the line; also where the file holds no sample.
+    """
+    found = []
+    for where, row in read_jsonl(path):
+        extra = {name: value for name, value in row.items() if name != "messages"}
+        found.append(Conversation(check_messages(row.get("messages"), where), where, extra))
+    if not found:
+        raise InputError(f"{path}: holds no conversation")
+    return found
+
+
+_PREFERENCE_KEYS = ("messages", "chosen", "rejected", "chosen_reward", "rejected_reward")
+
+
+def read_preferences(path: str | Path) -> list[Preference]:
+    """All pairs of a preference file, checked.
+
+    Raises:
+        InputError: names the file and the line: as `check_messages` for the prompt; an answer that is empty or no text,
+            two equal answers, a reward that is no number, or one of the two rewards alone.
+    """
+    found = [_preference(row, where) for where, row in read_jsonl(path)]
+    if not found:
+        raise InputError(f"{path}: holds no pair of answers")
+    return found
+
+
+def _preference(row: dict[str, Any], where: str) -> Preference:
+    messages = check_messages(row.get("messages"), where, ends_with=("user", "tool"))
+    answers = {}
+    for name in ("chosen", "rejected"):
+        if not isinstance(row.get(name), str) or not row[name].strip():
+            raise InputError(f"{where}: {name}: must be a text that is not empty")
+        answers[name] = _checked({"role": "assistant", "content": row[name]}, "user", f"{where}, {name}")[
+            "content"
+        ]
+    if answers["chosen"] == answers["rejected"]:
+        raise InputError(f"{where}: chosen and rejected are the same answer")
+    chosen_reward, rejected_reward = (
+        _reward(row, name, where) for name in ("chosen_reward", "rejected_reward")
+    )
+    if (chosen_reward is None) != (rejected_reward is None):
+        raise InputError(f"{where}: chosen_reward and rejected_reward: both or neither must be there")
+    extra = {name: value for name, value in row.items() if name not in _PREFERENCE_KEYS}
+    return Preference(
+        messages, answers["chosen"], answers["rejected"], where, chosen_reward, rejected_reward, extra
+    )
+
+
+def _reward(row: dict[str, Any], name: str, where: str) -> float | None:
+    value = row.get(name)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise InputError(f"{where}: {name}={value!r}: must be a number")
+    return float(value)

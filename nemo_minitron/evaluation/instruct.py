@@ -1,0 +1,195 @@
+"""Instruct evaluation: greedy answers of a Hugging Face model to held-out prompts, scored by programs."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from nemo_minitron.data.chat_template import render_prompt, stop_token
+from nemo_minitron.data.conversations import Conversation, Message, read_conversations
+from nemo_minitron.data.instruct.checks import share_passed
+from nemo_minitron.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Item:
+    """A prompt and what decides on its answer.
+
+    Attributes:
+        tokens: ids of the prompt, the beginning of the assistant's turn included.
+        reference: the answer in the file, which scores 1.
+    """
+
+    where: str
+    category: str
+    family: str
+    messages: list[Message]
+    tokens: list[int]
+    reference: str
+    checks: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model said. `finished`: it ended the answer itself. `share`: of the checks that hold, in [0, 1]."""
+
+    text: str
+    finished: bool
+    share: float
+
+
+def load_items(
+    path: str | Path, tokenizer: "PreTrainedTokenizerBase", *, context: int, max_new_tokens: int
+) -> list[Item]:
+    """The prompts of a file of conversations with `category` and `checks`: all turns but the last answer.
+
+    Args:
+        context: of the model, in tokens.
+        max_new_tokens: room that each answer must have in it.
+
+    Raises:
+        InputError: names file and line: no such file, no conversation, no category, no checks or one that the file's
+            own answer does not pass, or a prompt that leaves too little room.
+    """
+    return [_item(sample, tokenizer, context, max_new_tokens) for sample in read_conversations(path)]
+
+
+def _item(
+    sample: Conversation, tokenizer: "PreTrainedTokenizerBase", context: int, max_new_tokens: int
+) -> Item:
+    where, extra = sample.where, sample.extra
+    category, checks = extra.get("category"), extra.get("checks")
+    if not isinstance(category, str) or not category.isidentifier():
+        raise InputError(f"{where}: category={category!r}: must be a name such as 'passage'")
+    if not isinstance(checks, list) or not all(isinstance(check, dict) for check in checks):
+        raise InputError(f"{where}: checks: must be a list of objects, see docs/instruct_data.md")
+    *prompt, answer = sample.messages
+    if (share := share_passed(checks, answer["content"], where)) < 1:
+        raise InputError(f"{where}: its own answer passes only {share:.0%} of its checks")
+    tokens = render_prompt(tokenizer, prompt, where)
+    if len(tokens) + max_new_tokens > context:
+        raise InputError(
+            f"{where}: the prompt has {len(tokens)} tokens; with max_new_tokens={max_new_tokens} that is more than "
+            f"the model's context of {context}"
+        )
+    return Item(where, category, str(extra.get("family", "")), prompt, tokens, answer["content"], checks)
+
+
+def answers(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    items: Sequence[Item],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    progress: Callable[[int], None] | None = None,
+) -> list[Answer]:
+    """Greedy answers, in the order of the items.
+
+    transformers' `generate` with its key-value cache does the work, over prompts that are padded on the left and
+    sorted by length. Nothing of the model's own generation settings counts.
+
+    Args:
+        model: on the device where it shall run; it is in evaluation mode afterwards.
+        max_new_tokens: after which an answer is cut, and counts as it is then.
+        progress: called with the number of items that are finished.
+
+    Raises:
+        InputError: the tokenizer's template does not end answers.
+    """
+    stop = stop_token(tokenizer, "the tokenizer")
+    model.eval()
+    # Longest first: what does not fit in memory does not fit at the beginning.
+    order = sorted(range(len(items)), key=lambda i: -len(items[i].tokens))
+    found: dict[int, Answer] = {}
+    for begin in range(0, len(order), batch_size):
+        indices = order[begin : begin + batch_size]
+        new = _generate(model, [items[i].tokens for i in indices], stop, max_new_tokens)
+        for index, tokens in zip(indices, new, strict=True):
+            found[index] = _answer(tokenizer, items[index], tokens, stop)
+        if progress is not None:
+            progress(len(found))
+    return [found[i] for i in range(len(items))]
+
+
+def _generate(
+    model: "PreTrainedModel", prompts: list[list[int]], stop: int, max_new_tokens: int
+) -> list[list[int]]:
+    from transformers import GenerationConfig
+
+    tokens, mask = _left_padded(prompts, stop)
+    # The end marker pads too: what comes after the first one is cut off, and what is left of the prompt is masked.
+    greedy = GenerationConfig(
+        do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, eos_token_id=stop, pad_token_id=stop
+    )
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        output = model.generate(
+            tokens.to(device),
+            attention_mask=mask.to(device),
+            generation_config=greedy,
+            use_model_defaults=False,
+        )
+    return output[:, tokens.shape[1] :].tolist()
+
+
+def _left_padded(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """Tokens and attention mask, int64 [b, s]."""
+    length = max(map(len, prompts))
+    tokens = torch.full((len(prompts), length), pad, dtype=torch.int64)
+    mask = torch.zeros_like(tokens)
+    for row, prompt in enumerate(prompts):
+        tokens[row, length - len(prompt) :] = torch.tensor(prompt)
+        mask[row, length - len(prompt) :] = 1
+    return tokens, mask
+
+
+def _answer(tokenizer: "PreTrainedTokenizerBase", item: Item, tokens: list[int], stop: int) -> Answer:
+    finished = stop in tokens
+    said = tokens[: tokens.index(stop)] if finished else tokens
+    text = str(tokenizer.decode(said, clean_up_tokenization_spaces=False))
+    return Answer(text, finished, share_passed(item.checks, text, item.where))
+
+
+def scores(items: Sequence[Item], said: Sequence[Answer]) -> dict[str, float | int]:
+    """Flat figures, by category in the order of the file and over all.
+
+    `X_score`: the share of the answers that pass all of their checks, in [0, 1]; `X_checks`: the mean share of an
+    answer's checks that hold; `X_samples`. Then `overall_score`, `overall_checks`, `samples`, and `unfinished`: answers
+    that were cut.
+    """
+    fields: dict[str, float | int] = {}
+    for category in dict.fromkeys(item.category for item in items):
+        shares = [a.share for i, a in zip(items, said, strict=True) if i.category == category]
+        fields[f"{category}_score"] = sum(share == 1 for share in shares) / len(shares)
+        fields[f"{category}_checks"] = sum(shares) / len(shares)
+        fields[f"{category}_samples"] = len(shares)
+    return {
+        **fields,
+        "overall_score": sum(a.share == 1 for a in said) / len(said),
+        "overall_checks": sum(a.share for a in said) / len(said),
+        "samples": len(said),
+        "unfinished": sum(not a.finished for a in said),
+    }
+
+
+def rows(items: Sequence[Item], said: Sequence[Answer]) -> list[dict[str, Any]]:
+    """What to write down of each item, for people who wonder about a score."""
+    return [
+        {
+            "category": item.category,
+            "family": item.family,
+            "messages": item.messages,
+            "reference": item.reference,
+            "answer": answer.text,
+            "finished": answer.finished,
+            "checks_passed": answer.share,
+        }
+        for item, answer in zip(items, said, strict=True)
+    ]

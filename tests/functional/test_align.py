@@ -1,0 +1,346 @@
+"""recipes/sft.py and recipes/preference.py as a user types them; transformers is the reference for the losses."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nemo_minitron.data.chat_template import CHAT_TEMPLATE
+from tests.distributed import ranks, sessions
+from tests.functional import conversations
+from tests.functional.commands import ROOT, Commands, Ended
+from tests.functional.conftest import Teacher
+
+PATIENCE_S = 240
+TRAIN, VALID, STEPS = 8, 6, 5
+
+
+@dataclass(frozen=True)
+class Aligned:
+    """What a recipe left."""
+
+    run_dir: Path
+    ended: Ended
+
+    @property
+    def result(self) -> dict[str, Any]:
+        return self.ended.result()
+
+    def losses(self, split: str) -> dict[int, float]:
+        lines = map(json.loads, (self.run_dir / "steps.jsonl").read_text().splitlines())
+        return {line["step"]: line["loss"] for line in lines if line["split"] == split}
+
+    def exported(self) -> Path:
+        """The result as a Hugging Face directory."""
+        output = self.run_dir / "hf"
+        ranks.run_on_ranks(
+            1, sessions.exported, str(self.run_dir / "checkpoint"), str(output), timeout=PATIENCE_S
+        )
+        return output
+
+
+@dataclass(frozen=True)
+class Data:
+    train: Path
+    valid: Path
+    pairs: Path
+
+    def overrides(self, train: Path, valid: Path) -> list[str]:
+        return [f"align.train={train}", f"align.valid={valid}"]
+
+
+@pytest.fixture(scope="module")
+def data(commands: Commands) -> Data:
+    home = commands.home / "conversations"
+    return Data(
+        conversations.conversations(home / "train.jsonl", range(TRAIN)),
+        conversations.conversations(home / "valid.jsonl", range(100, 100 + VALID)),
+        conversations.pairs(home / "pairs.jsonl", range(TRAIN)),
+    )
+
+
+def settings(commands: Commands, teacher: Teacher, run_dir: Path) -> list[str]:
+    """One step sees all samples, a microbatch each: then no layout changes what a step's loss is the mean of."""
+    return [
+        *(override for override in commands.data() if not override.startswith("trainer.")),
+        "trainer.micro_batch_size=1",
+        f"align.global_batch_size={TRAIN}",
+        f"align.max_steps={STEPS}",
+        "align.optim.warmup_steps=1",
+        "align.optim.lr=5e-3",
+        f"student={teacher.huggingface}",
+        f"run_dir={run_dir}",
+    ]
+
+
+def align(
+    commands: Commands, teacher: Teacher, data: Data, name: str, *overrides: str, nproc: int | None = None
+) -> Aligned:
+    run_dir = commands.home / name
+    files = data.overrides(data.train, data.valid)
+    ended = commands.run("sft", *settings(commands, teacher, run_dir), *files, *overrides, nproc=nproc)
+    assert ended.code == 0, ended.stderr[-4000:]
+    return Aligned(run_dir, ended)
+
+
+@pytest.fixture(scope="module")
+def tuned(commands: Commands, teacher: Teacher, data: Data) -> Aligned:
+    return align(commands, teacher, data, "sft")
+
+
+def opened(directory: Path) -> tuple[Any, Any]:
+    """transformers' model and tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    return AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager").eval(), tokenizer
+
+
+def test_the_loss_is_of_the_answers_only(teacher: Teacher, data: Data, tuned: Aligned) -> None:
+    """Before the first step it is what transformers gives for the student's own weights; then it falls."""
+    model, tokenizer = opened(teacher.huggingface)
+    assert tokenizer.chat_template is None
+    tokenizer.chat_template = CHAT_TEMPLATE
+    train, valid = (conversations.sft_loss(model, tokenizer, path) for path in (data.train, data.valid))
+    result = tuned.result
+    assert result["valid_loss_nats_before"] == pytest.approx(valid, rel=1e-5)
+    losses = tuned.losses("train")
+    assert list(losses) == list(range(STEPS))
+    assert losses[0] == pytest.approx(train, rel=1e-5)
+    assert losses[STEPS - 1] < losses[0] - 0.5
+    assert result["valid_loss_nats_after"] == tuned.losses("valid")[STEPS]
+    assert (result["train_samples"], result["train_dropped"], result["train_cut"]) == (TRAIN, 0, 0)
+
+
+def test_the_result_keeps_tokenizer_and_template(teacher: Teacher, tuned: Aligned) -> None:
+    from transformers import AutoTokenizer
+
+    kept = AutoTokenizer.from_pretrained(tuned.run_dir / "checkpoint" / "context" / "tokenizer")
+    before = AutoTokenizer.from_pretrained(teacher.huggingface)
+    assert kept.chat_template == CHAT_TEMPLATE
+    assert kept.get_vocab() == before.get_vocab()
+    text = "def f(x):\n    return x"
+    assert kept.encode(text) == before.encode(text)
+
+
+@pytest.mark.slow
+def test_the_exported_result_is_what_was_trained(data: Data, tuned: Aligned) -> None:
+    """NeMo-Aligner's last validation, and transformers' on the weights that went NeMo 2 and Hugging Face."""
+    model, tokenizer = opened(tuned.exported())
+    assert tokenizer.chat_template == CHAT_TEMPLATE
+    expected = tuned.result["valid_loss_nats_after"]
+    assert conversations.sft_loss(model, tokenizer, data.valid) == pytest.approx(expected, rel=1e-5)
+
+
+LAYOUTS = {
+    "tp2": ["trainer.tensor_model_parallel_size=2", "trainer.sequence_parallel=true"],
+    "pp2": ["trainer.pipeline_model_parallel_size=2"],
+    "dp2": ["trainer.data_parallel_size=2"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_layout_changes_nothing(
+    commands: Commands, teacher: Teacher, data: Data, tuned: Aligned, layout: str
+) -> None:
+    """Each step's loss and the held-out losses; the result opens in one process again."""
+    found = align(commands, teacher, data, f"sft-{layout}", *LAYOUTS[layout], nproc=2)
+    for split in ("train", "valid"):
+        assert found.losses(split) == pytest.approx(tuned.losses(split), rel=1e-4)
+    model, tokenizer = opened(found.exported())
+    expected = found.result["valid_loss_nats_after"]
+    assert conversations.sft_loss(model, tokenizer, data.valid) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_adapters_are_merged(commands: Commands, teacher: Teacher, data: Data) -> None:
+    """The held-out loss with adapters beside the weights is that of the weights that they were merged into."""
+    found = align(
+        commands, teacher, data, "sft-lora", "align=lora", "trainer.tensor_model_parallel_size=2", nproc=2
+    )
+    losses = found.losses("train")
+    assert losses[STEPS - 1] < losses[0] - 0.1
+    model, tokenizer = opened(found.exported())
+    expected = found.result["valid_loss_nats_after"]
+    assert conversations.sft_loss(model, tokenizer, data.valid) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(
+    commands: Commands, teacher: Teacher, data: Data
+) -> None:
+    """Killed twice: after some steps that no checkpoint has, and while a checkpoint is written."""
+    more = ["align.max_steps=12", "align.val_check_interval=4", "align.global_batch_size=4"]
+    straight = align(commands, teacher, data, "sft-straight", *more)
+    run_dir = commands.home / "sft-killed"
+    overrides = [*settings(commands, teacher, run_dir), *data.overrides(data.train, data.valid), *more]
+    killed = Aligned(run_dir, straight.ended)
+    steps, saved = run_dir / "steps.jsonl", run_dir / "aligner" / "checkpoints"
+
+    def at(step: int) -> bool:
+        return steps.exists() and f'{{"step": {step}, "split": "train"' in steps.read_text()
+
+    commands.killed("sft", *overrides, log=commands.home / "sft-1.log", when=lambda seen: at(5))
+    commands.killed(
+        "sft",
+        *overrides,
+        log=commands.home / "sft-2.log",
+        when=lambda seen: at(7) and any(saved.glob("*-unfinished")),
+    )
+    assert not (run_dir / "result.json").exists()
+    ended = commands.run("sft", *overrides)
+    assert ended.code == 0, ended.stderr[-4000:]
+    for split in ("train", "valid"):
+        assert killed.losses(split) == straight.losses(split)
+    assert ended.result()["valid_loss_nats_after"] == straight.result["valid_loss_nats_after"]
+
+
+@pytest.mark.slow
+def test_preference_training_moves_towards_the_rewards(
+    commands: Commands, teacher: Teacher, data: Data, tuned: Aligned
+) -> None:
+    """RPO's loss before and after, as transformers computes it from both models' log-probabilities."""
+    run_dir = commands.home / "preference"
+    ended = commands.run(
+        "preference",
+        *settings(commands, teacher, run_dir),
+        *data.overrides(data.pairs, data.pairs),
+        f"student={tuned.run_dir}",
+        "align.optim.lr=1e-3",
+    )
+    found = Aligned(run_dir, ended)
+    result = found.result
+    before, tokenizer = opened(tuned.exported())
+    after, _ = opened(found.exported())
+    first, last = (conversations.rpo_bwd_kl(m, before, tokenizer, data.pairs, 0.1) for m in (before, after))
+    assert result["valid_loss_nats_before"] == pytest.approx(first, rel=1e-5)
+    assert result["valid_loss_nats_after"] == pytest.approx(last, rel=1e-4)
+    assert last < first
+
+
+def larger_tokenizer(home: Path) -> Path:
+    """The demo teacher's with more entries than its embedding has rows."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "assets" / "demo-teacher")
+    tokenizer.add_tokens([f"<new{number}>" for number in range(6)])
+    tokenizer.save_pretrained(home / "larger")
+    return home / "larger"
+
+
+def swapped_tokenizer(home: Path) -> Path:
+    """The demo teacher's with two entries in each other's place."""
+    source = ROOT / "assets" / "demo-teacher"
+    (home / "swapped").mkdir()
+    for file in source.glob("*token*.json"):
+        (home / "swapped" / file.name).write_bytes(file.read_bytes())
+    whole = json.loads((source / "tokenizer.json").read_text())
+    vocabulary = whole["model"]["vocab"]
+    first, second = (next(word for word, n in vocabulary.items() if n == number) for number in (1000, 1001))
+    vocabulary[first], vocabulary[second] = 1001, 1000
+    (home / "swapped" / "tokenizer.json").write_text(json.dumps(whole))
+    return home / "swapped"
+
+
+def bad_pairs(commands: Commands, data: Data, home: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Cases by name, and what to ask."""
+    pair = {"messages": [{"role": "user", "content": "hi"}], "chosen": "a", "rejected": "b"}
+    rewarded = {**pair, "chosen_reward": 1.0, "rejected_reward": 0.0}
+    cases = {
+        "rewards": ([rewarded, pair], [], ["rewards.jsonl, line 2", "chosen_reward", "rpo_bwd_kl"]),
+        "same": ([rewarded, {**rewarded, "rejected": "a"}], [], ["line 2", "same"]),
+        "loss": ([rewarded], ["align.dpo.preference_loss=orpo"], ["preference_loss=orpo", "dpo, ipo"]),
+        "penalty": ([rewarded], ["align.dpo.ref_policy_kl_penalty=0"], ["ref_policy_kl_penalty=0"]),
+        "cut-pairs": ([rewarded], ["align.longer=cut"], ["align.longer=cut"]),
+    }
+    asked = []
+    for name, (rows, more, _) in cases.items():
+        path = conversations.write(home / f"{name}.jsonl", rows)
+        overrides = [
+            *("trainer.micro_batch_size=1", "align.global_batch_size=1", f"align.train={path}"),
+            *(f"align.valid={data.pairs}", f"student={ROOT / 'assets' / 'demo-teacher'}"),
+            f"run_dir={home / 'runs' / name}",
+        ]
+        asked.append(
+            {"recipe": "preference", "overrides": [*overrides, *more], "env": commands.environment()}
+        )
+    return cases, asked
+
+
+def check_refusals(cases: dict[str, Any], found: list[dict[str, Any]], home: Path) -> None:
+    """One line with all that it has to say, exit code 2, before NeMo is imported, nothing trained."""
+    for (name, (_, _, says)), answer in zip(cases.items(), found, strict=True):
+        assert answer["code"] == 2, (name, answer["err"][-2000:])
+        refusals = [line for line in answer["err"].splitlines() if line.startswith("error: ")]
+        assert len(refusals) == 1, (name, answer["err"])
+        for part in says:
+            assert part in refusals[0], name
+        assert not answer["nemo"], name
+        assert not (home / "runs" / name / "aligner").exists(), name
+
+
+def bad_conversations(
+    commands: Commands, data: Data, home: Path
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Cases by name, and what to ask."""
+
+    def file(name: str, *messages: Any) -> Path:
+        return conversations.write(home / f"{name}.jsonl", [{"messages": m} for m in messages])
+
+    user, answer = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
+    good = [user, answer]
+    long = [{"role": "user", "content": "word " * 200}, answer]
+    template = home / "bad.jinja"
+    home.mkdir(parents=True)
+    template.write_text("{{ messages[0].nothing.at.all }}")
+    cases = {
+        "assistant-first": (
+            file("first", good, [answer, user, answer]),
+            [],
+            ["first.jsonl, line 2", "start"],
+        ),
+        "role": (file("role", [{"role": "robot", "content": "x"}, answer]), [], ["line 1", "robot"]),
+        "empty": (file("empty", good, good, [user, {**answer, "content": " "}]), [], ["line 3", "empty"]),
+        "long": (file("long", good, long), [], ["long.jsonl, line 2", "context", "align.longer=drop"]),
+        "cut-to-nothing": (file("cut", long), ["align.longer=cut"], ["cut.jsonl, line 1", "empty"]),
+        "all-dropped": (file("drop", long), ["align.longer=drop"], ["1 dropped"]),
+        "template": (data.train, [f"align.chat_template={template}"], [str(template), "render"]),
+        "packed": (
+            data.train,
+            ["align.packed_sequence=true"],
+            ["packed_sequence=true", "Transformer Engine"],
+        ),
+        "few": (data.train, ["align.global_batch_size=80"], ["align.train", "80"]),
+        "longer": (data.train, ["align.longer=split"], ["align.longer=split", "drop"]),
+        "missing": (home / "nowhere.jsonl", [], ["nowhere.jsonl"]),
+        "vocabulary": (
+            data.train,
+            [f"data.tokenizer={larger_tokenizer(home)}"],
+            ["1024 rows", "1030 entries"],
+        ),
+        "other-vocabulary": (
+            data.train,
+            [f"data.tokenizer={swapped_tokenizer(home)}"],
+            ["swapped", "id 1000"],
+        ),
+        "one-file": (data.train, ["align.valid=null"], ["align.valid=null"]),
+        "student": (data.train, ["student=nowhere"], ["student=nowhere", "no such directory"]),
+    }
+    asked = []
+    for name, (path, more, _) in cases.items():
+        overrides = ["data.seq_length=128", "trainer.micro_batch_size=1", "align.global_batch_size=1"]
+        files = [f"align.train={path}", f"align.valid={data.valid}", f"run_dir={home / 'runs' / name}"]
+        env = commands.environment()
+        asked.append({"recipe": "sft", "overrides": [*overrides, *files, *more], "env": env})
+    return cases, asked
+
+
+def test_bad_input_is_refused(commands: Commands, data: Data) -> None:
+    """Conversations and pairs by file and line, settings by name."""
+    home = commands.home / "bad-conversations"
+    made = [bad(commands, data, home) for bad in (bad_conversations, bad_pairs)]
+    cases = {name: case for named, _ in made for name, case in named.items()}
+    check_refusals(cases, commands.ask([case for _, asked in made for case in asked]), home)

@@ -1,0 +1,136 @@
+"""Alignment runs without NeMo: schedules, the log, what a kill leaves, and encoded data."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from nemo_minitron.alignment.checks import check_settings, schedule
+from nemo_minitron.alignment.conversations import encode_split
+from nemo_minitron.alignment.preferences import encode_pairs
+from nemo_minitron.alignment.runs import RunLog, keep_one_checkpoint
+from nemo_minitron.alignment.settings import AlignConfig
+from nemo_minitron.data.chat_template import with_template
+from nemo_minitron.data.conversations import Conversation, Preference
+from nemo_minitron.data.tokenizer import load_tokenizer
+from nemo_minitron.errors import InputError
+from nemo_minitron.layout import TrainerConfig
+
+TEACHER = Path(__file__).resolve().parents[2] / "assets" / "demo-teacher"
+
+
+def test_epochs_become_steps() -> None:
+    t = TrainerConfig(micro_batch_size=2, data_parallel_size=2)
+    a = AlignConfig(global_batch_size=8, max_epochs=3)
+    # 50 samples are 6 whole batches; validation takes batches of 2 x 2.
+    found, epochs = schedule(a, t, 50, 19, whole_batches=False)
+    assert (found.max_steps, found.global_batch_size, epochs) == (18, 8, 3)
+    assert (found.val_check_interval, found.limit_val_batches) == (18, 4)
+    found, epochs = schedule(AlignConfig(global_batch_size=8, max_steps=7), t, 50, 19, whole_batches=True)
+    assert (found.max_steps, epochs, found.limit_val_batches) == (7, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"global_batch_size": 6}, "align.global_batch_size=6"),
+        ({"global_batch_size": 64}, "align.train: 50 samples"),
+        ({"global_batch_size": 24, "max_steps": 1}, "align.valid: 19 samples"),
+    ],
+)
+def test_batches_that_the_data_does_not_fill_are_refused(settings: dict[str, int], says: str) -> None:
+    t = TrainerConfig(micro_batch_size=2, data_parallel_size=2)
+    with pytest.raises(InputError, match=says):
+        schedule(AlignConfig(**settings), t, 50, 19, whole_batches=True)
+
+
+def test_settings_are_refused_by_name() -> None:
+    for settings, says in (
+        ({"peft": "qlora"}, "align.peft=qlora"),
+        ({"max_steps": 0}, "align.max_steps=0"),
+        ({"packed_sequence": True}, "align.packed_sequence=true"),
+    ):
+        with pytest.raises(InputError, match=says):
+            check_settings(AlignConfig(**settings), TrainerConfig())  # type: ignore[arg-type]
+
+
+def test_a_kill_leaves_the_newest_finished_checkpoint(tmp_path: Path) -> None:
+    saved = tmp_path / "aligner" / "checkpoints"
+    for step in (4, 8, 12):
+        (saved / f"step={step}-consumed_samples={step * 8}-epoch=0-last").mkdir(parents=True)
+    (saved / "step=8-consumed_samples=64-epoch=0").mkdir()
+    (saved / "step=12-consumed_samples=96-epoch=0-last-unfinished").touch()
+    keep_one_checkpoint(tmp_path)
+    assert sorted(p.name for p in saved.iterdir()) == [
+        "step=8-consumed_samples=64-epoch=0",
+        "step=8-consumed_samples=64-epoch=0-last",
+    ]
+    keep_one_checkpoint(tmp_path / "nowhere")
+
+
+def test_the_log_of_a_run_that_goes_on_repeats_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "steps.jsonl"
+    log = RunLog(path, write=True, done=0)
+    log.log_metrics({"loss": 3.0}, step=0, prefix="val/")
+    for step in range(4):
+        log.log_metrics({"loss": 2.0 - step / 10}, step=step, prefix="train/")
+        if step == 1:
+            log.log_metrics({"loss": 2.5}, step=2, prefix="val/")
+    RunLog(tmp_path / "steps.jsonl", write=False, done=0)  # another rank
+    again = RunLog(path, write=True, done=2)
+    again.log_metrics({"loss": 1.5}, step=2, prefix="train/")
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(line["split"], line["step"]) for line in lines] == [
+        ("valid", 0),
+        ("train", 0),
+        ("train", 1),
+        ("valid", 2),
+        ("train", 2),
+    ]
+    with pytest.raises(FloatingPointError, match="step 3"):
+        again.log_metrics({"loss": float("nan")}, step=3, prefix="train/")
+
+
+def test_encoded_conversations_are_those_of_the_template(tmp_path: Path) -> None:
+    """transformers' own tokens and its own reading of which are the assistant's."""
+    tokenizer = with_template(load_tokenizer(TEACHER), "test")
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "import os?"},
+        {"role": "assistant", "content": "yes"},
+        {"role": "user", "content": "And  sys?\n"},
+        {"role": "assistant", "content": "def no():\n    pass"},
+    ]
+    split = encode_split(
+        [Conversation(messages, "a.jsonl, line 1")],
+        tokenizer,
+        name="train",
+        seq_length=512,
+        longer="refuse",
+        directory=tmp_path,
+    )
+    (line,) = map(json.loads, Path(split.path).read_text().splitlines())
+    expected = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    assert line["tokens"] == expected["input_ids"]
+    assert line["loss_mask"] == expected["assistant_masks"]
+    assert (split.samples, split.tokens, split.answer_tokens) == (
+        1,
+        len(expected["input_ids"]),
+        sum(expected["assistant_masks"]),
+    )
+
+
+def test_rendered_pairs_are_prompt_and_continuation(tmp_path: Path) -> None:
+    tokenizer = with_template(load_tokenizer(TEACHER), "test")
+    prompt = [{"role": "user", "content": "Which one?"}]
+    pair = Preference(prompt, "this", "that", "p.jsonl, line 1", 1.0, 0.0)
+    arguments = {"name": "train", "seq_length": 64, "longer": "refuse", "directory": tmp_path}
+    split = encode_pairs([pair], tokenizer, preference_loss="rpo_sq", **arguments)  # type: ignore[arg-type]
+    (line,) = map(json.loads, Path(split.path).read_text().splitlines())
+    whole = tokenizer.apply_chat_template([*prompt, {"role": "assistant", "content": "that"}], tokenize=False)
+    assert line["prompt"] + line["rejected_response"] == whole
+    assert line["prompt"] == tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    assert (line["chosen_reward"], line["rejected_reward"]) == (1.0, 0.0)
+    bare = Preference(prompt, "this", "that", "p.jsonl, line 7")
+    with pytest.raises(InputError, match="p.jsonl, line 7: no chosen_reward"):
+        encode_pairs([bare], tokenizer, preference_loss="rpo_sq", **arguments)  # type: ignore[arg-type]
