@@ -120,7 +120,9 @@ def body(job: Job) -> str:
     requeue = job.cluster["requeue"]
     return BODY.format(
         runs="\n".join(f"    {shlex.quote(str(run))}" for run in job.runs),
-        environment="\n".join(f"export {name}={shlex.quote(str(value))}" for name, value in job.cluster["env"].items()),
+        environment="\n".join(
+            f"export {name}={shlex.quote(str(value))}" for name, value in job.cluster["env"].items()
+        ),
         setup="\n".join(job.cluster["setup"]),
         root=shlex.quote(str(ROOT)),
         recipe=shlex.quote(str(job.recipe.resolve())),
@@ -203,7 +205,7 @@ case $code in
 *)
     echo "job $SLURM_JOB_ID: ${{rank:+rank $rank }}failed with exit code $code; logs: $run/logs" >&2
     if [[ $rank && $rank != 0 ]]; then tail -n 30 "$run/logs/rank$rank.stderr.log" >&2; fi
-    if [[ $code == 138 ]]; then echo "the time limit came before there was a checkpoint: give it more cluster.time" >&2; fi
+    if [[ $code == 138 ]]; then echo "the time limit came before training: give it more cluster.time" >&2; fi
     ;;
 esac
 exit "$code"

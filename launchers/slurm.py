@@ -37,7 +37,7 @@ SWEEP = ("-m", "--multirun")
 TAIL_LINES = 30
 
 
-class Refused(Exception):  # noqa: N818
+class Refused(Exception):
     """Bad input: one line, exit code 2, nothing submitted."""
 
 
@@ -57,19 +57,31 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--dry-run", action="store_true", help="print the jobs, submit nothing, write nothing")
-    parser.add_argument("--wait", action="store_true", help="until the last has ended; its exit code is then this one's")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the jobs, submit nothing, write nothing"
+    )
+    parser.add_argument(
+        "--wait",
+        action="store_true",
+        help="until the last has ended; ends with the exit code of the first that failed",
+    )
     parser.add_argument(
         "--after", action="append", default=[], metavar="JOBID", help="start when that job has ended well"
     )
-    parser.add_argument(*SWEEP, dest="sweep", action="store_true", help="sweep over comma-separated overrides")
+    parser.add_argument(
+        *SWEEP, dest="sweep", action="store_true", help="sweep over comma-separated overrides"
+    )
     parser.add_argument("recipe", type=Path, help="recipes/X.py")
-    parser.add_argument("overrides", nargs=argparse.REMAINDER, help="of its configuration; --then recipes/Y.py ...")
+    parser.add_argument(
+        "overrides", nargs=argparse.REMAINDER, help="of its configuration; --then recipes/Y.py ..."
+    )
     options = parser.parse_args(arguments)
     options.steps = steps([str(options.recipe), *options.overrides])
     for step in options.steps:
         if not step or not Path(step[0]).is_file():
-            parser.error(f"{step[0] if step else '--then'}: no such recipe; options of the launcher come before it")
+            parser.error(
+                f"{step[0] if step else '--then'}: no such recipe; options of the launcher come before it"
+            )
         if options.sweep:
             step.append("-m")
     for job in options.after:
@@ -140,7 +152,9 @@ def to_job(recipe: Path, found: list[dict[str, Any]]) -> Job:
     """
     shapes = [(line["cluster"], line["ranks"], line["num_nodes"]) for line in found]
     if any(shape != shapes[0] for shape in shapes):
-        raise Refused("-m: a job array has one cluster and one number of ranks; submit one sweep for each of them")
+        raise Refused(
+            "-m: a job array has one cluster and one number of ranks; submit one sweep for each of them"
+        )
     runs = [Path(line["config"]["run_dir"]).absolute() for line in found]
     if len(found) > 1:
         base = runs[0] if len(set(runs)) == 1 else Path(os.path.commonpath(runs))
@@ -175,7 +189,9 @@ def check(job: Job, made: set[Path]) -> None:
         if run in made:
             raise Refused(f"run_dir={run}: two jobs of the chain would write into it")
         if queued := queued_in(run):
-            raise Refused(f"run_dir={run}: job {queued} is in the queue for it; choose another, or scancel {queued}")
+            raise Refused(
+                f"run_dir={run}: job {queued} is in the queue for it; choose another, or scancel {queued}"
+            )
 
 
 def queued_in(run: Path) -> str | None:
@@ -184,7 +200,9 @@ def queued_in(run: Path) -> str | None:
     if not file.is_file():
         return None
     job = file.read_text().strip()
-    asked = subprocess.run(["squeue", "-h", "-j", job, "-o", "%T"], capture_output=True, text=True, timeout=120)
+    asked = subprocess.run(
+        ["squeue", "-h", "-j", job, "-o", "%T"], capture_output=True, text=True, timeout=120
+    )
     return job if asked.returncode == 0 and asked.stdout.strip() else None
 
 
@@ -217,14 +235,16 @@ def try_all(jobs: list[Job]) -> None:
 
 def slurm_says(text: str) -> str:
     """What sbatch complains of, in one line."""
-    return "sbatch: " + "; ".join(line.removeprefix("sbatch: ").removeprefix("error: ") for line in text.splitlines())
+    return "sbatch: " + "; ".join(
+        line.removeprefix("sbatch: ").removeprefix("error: ") for line in text.splitlines()
+    )
 
 
-def submit(job: Job, after: list[str], *, wait: bool) -> tuple[str, int]:
-    """Hand a job to sbatch.
+def submit(job: Job, after: list[str], *, wait: bool) -> str:
+    """Hand a job to sbatch, and stay with it until it has ended where `wait` says so.
 
     Returns:
-        its id, and, with `wait`, its exit code when it has ended.
+        its id.
 
     Raises:
         Refused: with SLURM's own words.
@@ -241,7 +261,7 @@ def submit(job: Job, after: list[str], *, wait: bool) -> tuple[str, int]:
     print(number, flush=True)
     tell(job, number, after)
     process.communicate()
-    return number, process.returncode
+    return number
 
 
 def tell(job: Job, number: str, after: list[str]) -> None:
@@ -256,15 +276,26 @@ def tell(job: Job, number: str, after: list[str]) -> None:
     print("\n".join(lines), file=sys.stderr, flush=True)
 
 
-def show_failed(jobs: list[tuple[Job, str]]) -> None:
-    """The end of the log of the first job that left no result."""
+def outcome(jobs: list[tuple[Job, str]]) -> int:
+    """The exit code of the first job that left no result, whose log's end is shown; 0 if none failed.
+
+    Not sbatch --wait's: to it a job that is cancelled because the one before failed is no failure.
+    """
     for job, number in jobs:
         if all((run / "result.json").is_file() for run in job.runs):
             continue
         for log in sorted((job.directory / "logs").glob(f"slurm-{number}*.log")):
             lines = log.read_text(errors="replace").splitlines()[-TAIL_LINES:]
             print(f"--- the end of {log}:", *lines, "---", sep="\n", file=sys.stderr)
-        return
+        return exit_code(number)
+    return 0
+
+
+def exit_code(number: str) -> int:
+    """What SLURM remembers of a job that failed, as a shell gives it; 1 if it does not remember."""
+    asked = subprocess.run(["scontrol", "show", "job", number], capture_output=True, text=True, timeout=120)
+    found = [(int(code), int(sig)) for code, sig in re.findall(r"\bExitCode=(\d+):(\d+)", asked.stdout)]
+    return next((128 + sig if sig else code for code, sig in found if code or sig), 1)
 
 
 def dry_run(job: Job, after: list[str]) -> None:
@@ -285,7 +316,9 @@ def run(options: argparse.Namespace) -> int:
         Refused: nothing was submitted.
     """
     if not options.dry_run and shutil.which("sbatch") is None:
-        raise Refused("sbatch is not on the path, so this is no machine to submit from; --dry-run prints the job")
+        raise Refused(
+            "sbatch is not on the path, so this is no machine to submit from; --dry-run prints the job"
+        )
     jobs: list[Job] = []
     for recipe, *overrides in options.steps:
         jobs.append(compose(Path(recipe), overrides, jobs[-1] if jobs else None))
@@ -298,15 +331,17 @@ def run(options: argparse.Namespace) -> int:
         check(job, made)
         made |= set(job.runs)
     try_all(jobs)
+    return submit_all(jobs, options.after, wait=options.wait)
+
+
+def submit_all(jobs: list[Job], after: list[str], *, wait: bool) -> int:
+    """Submit them, each to start after the one before; with `wait`, the exit code of the first that failed."""
     done: list[tuple[Job, str]] = []
-    code = 0
     for job in jobs:
-        after = [done[-1][1]] if done else options.after
-        number, code = submit(job, after, wait=options.wait and job is jobs[-1])
+        number = submit(job, after, wait=wait and job is jobs[-1])
         done.append((job, number))
-    if code:
-        show_failed(done)
-    return code
+        after = [number]
+    return outcome(done) if wait else 0
 
 
 def main() -> int:

@@ -1,12 +1,13 @@
 """One rank of a SLURM job, as srun starts it: slurm_rank.py RUN RECORD COMMAND...
 
 The command gets the variables that torchrun sets, so that a recipe runs under srun as it does under
-launchers/local.sh; rank 0's output is the job's, RUN/logs/ holds the others'. Lightning would take SLURM's own variables
-for its requeueing, which saves in the middle of whatever a rank is doing.
+launchers/local.sh; rank 0's output is the job's, RUN/logs/ holds the others'. At SLURM's own variables Lightning would
+start its requeueing, which saves in the middle of whatever a rank is doing.
 
-SLURM says that the end is near with SIGUSR1 (ahead of the time limit) or SIGTERM (preemption, scancel). Both reach the
-command as SIGUSR1, at which training saves a checkpoint and ends with exit code 75. The first rank that fails leaves its
-number and exit code in RECORD, which names a file that nobody else writes; an end that SIGTERM brought counts as 143.
+SLURM says that the end is near with SIGUSR1 (ahead of the time limit) or SIGTERM (preemption, scancel), at which
+training saves a checkpoint and ends with exit code 75. proctrack/cgroup signals the task alone, which is this process,
+so they are passed on. The first rank that fails leaves its number and exit code in RECORD, a file that only this
+attempt writes.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import IO
+
+SIGNALS = {signal.SIGTERM, signal.SIGUSR1}
 
 
 def environment() -> dict[str, str]:
@@ -37,8 +40,9 @@ def environment() -> dict[str, str]:
     return {**{name: value for name, value in given.items() if name not in hidden}, **said}
 
 
-def end_with_this_process() -> None:
-    """For the command, before it is executed: in a session of its own no signal of srun's would reach it."""
+def unblocked() -> None:
+    """The command, before it is executed: takes signals, and ends with this process, which cannot pass on SIGKILL."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
@@ -55,23 +59,13 @@ def main(run: Path, record: Path, command: list[str]) -> int:
     """Runs the command to its end; its exit code as a shell gives it."""
     env = environment()
     stdout, stderr = output(run, env["RANK"])
-    told: list[int] = []
-    process: subprocess.Popen[bytes] | None = None
-
-    def pass_on(number: int, _frame: object) -> None:
-        told.append(number)
-        if process is not None and process.returncode is None:
-            process.send_signal(signal.SIGUSR1)
-
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, pass_on)
-    process = subprocess.Popen(
-        command, env=env, stdout=stdout, stderr=stderr, start_new_session=True, preexec_fn=end_with_this_process
-    )
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until there is somebody to pass them on to
+    process = subprocess.Popen(command, env=env, stdout=stdout, stderr=stderr, preexec_fn=unblocked)
+    for number in SIGNALS:
+        signal.signal(number, lambda number, _frame: process.send_signal(number))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     code = process.wait()
     code = 128 - code if code < 0 else code
-    if code == 128 + signal.SIGUSR1 and signal.SIGTERM in told:
-        code = 128 + signal.SIGTERM
     if code:
         with contextlib.suppress(FileExistsError), open(record, "x") as file:
             file.write(f"{env['RANK']} {code}\n")

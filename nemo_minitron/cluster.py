@@ -64,7 +64,9 @@ def check_cluster(c: ClusterConfig, t: TrainerConfig) -> None:
             raise InputError(f"cluster.{key}={text!r}: must be one line")
     for option in (*c.sbatch_options, *c.srun_options):
         if not option.startswith("-"):
-            raise InputError(f"cluster.sbatch_options, cluster.srun_options: {option!r} is no option, such as --x=y")
+            raise InputError(
+                f"cluster.sbatch_options, cluster.srun_options: {option!r} is no option, such as --x=y"
+            )
     if unnamed := [name for name in c.env if not re.fullmatch(r"[A-Za-z_]\w*", name)]:
         raise InputError(f"cluster.env: {unnamed[0]!r} is no name of a variable")
     _check_container(c)
@@ -87,7 +89,7 @@ def _check_time(c: ClusterConfig) -> None:
         raise InputError(f"cluster.time={c.time}: must be as sbatch takes it, such as 04:00:00 or 2-00:00:00")
     if seconds(c.time) <= c.signal_s:
         raise InputError(
-            f"cluster.time={c.time}: must be longer than cluster.signal_s={c.signal_s} s, or ranks are told to end at once"
+            f"cluster.time={c.time}: must be longer than cluster.signal_s={c.signal_s} s, when ranks are told to end"
         )
 
 
@@ -107,7 +109,9 @@ def seconds(time: str) -> int:
 def _lines(c: ClusterConfig) -> list[tuple[str, str]]:
     named = [(key, value) for key, value in vars(c).items() if isinstance(value, str)]
     listed = [
-        (key, text) for key in ("container_mounts", "sbatch_options", "srun_options") for text in getattr(c, key)
+        (key, text)
+        for key in ("container_mounts", "sbatch_options", "srun_options")
+        for text in getattr(c, key)
     ]
     return named + listed + [("env", value) for value in c.env.values()]
 
@@ -116,9 +120,13 @@ def _check_container(c: ClusterConfig) -> None:
     image = c.container_image
     if image is None:
         if c.container_mounts:
-            raise InputError("cluster.container_mounts: there is no container; name a cluster.container_image")
+            raise InputError(
+                "cluster.container_mounts: there is no container; name a cluster.container_image"
+            )
         return
     # What enroot fetches has no such beginning or ending: nvcr.io#nvidia/nemo:25.07
     is_file = image.endswith(".sqsh") or image.startswith(("/", "./", "../", "~"))
     if is_file and not Path(image).expanduser().is_file():
-        raise InputError(f"cluster.container_image={image}: no such file; make one with enroot import, or name a registry's")
+        raise InputError(
+            f"cluster.container_image={image}: no such file; make one with enroot import, or name a registry's"
+        )

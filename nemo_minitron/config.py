@@ -191,8 +191,8 @@ class EvalConfig:
 class CommonConfig:
     """What every recipe has. Groups that a recipe does not use are composed all the same and stay untouched.
 
-    `prepared` is the launcher's: what it checked, converted and indexed once, before the ranks started. `cluster` is for
-    launchers/slurm.sh; ranks have none.
+    `prepared` is the launcher's: what it checked, converted and indexed once, before the ranks started. `cluster` is
+    for launchers/slurm.sh; ranks have none.
     """
 
     run_dir: str = MISSING

@@ -8,7 +8,7 @@ class InputError(ValueError):
     """
 
 
-class InterruptedRun(Exception):  # noqa: N818
+class InterruptedRun(Exception):
     """The run was told to end and has saved a checkpoint from which it goes on when it is started again.
 
     Recipes turn it into one line on stderr and exit code 75 (EX_TEMPFAIL of sysexits.h).

@@ -15,8 +15,8 @@ VARIABLE = "NEMO_MINITRON_COMPOSE"
 def hand_over(config: DictConfig, schema: type[CommonConfig], file: Path) -> CommonConfig:
     """Check a configuration as far as it can be without opening what it names, and append it to `file`.
 
-    A line is a JSON object: `config`, resolved; `cluster`, with defaults; `ranks`; `num_nodes`; `missing`, the keys that
-    have no value yet and hold their own name in angle brackets.
+    A line is a JSON object: `config`, resolved; `cluster`, with defaults; `ranks`; `num_nodes`; `missing`, the keys
+    that have no value yet and hold their own name in angle brackets.
 
     Args:
         file: JSON lines; a sweep adds one for each of its configurations.

@@ -9,19 +9,30 @@ from nemo_minitron.errors import InterruptedRun
 
 
 class SaveAndEnd(PreemptionCallback):
-    """At SIGUSR1, the signal that launchers send ahead of the end, saves after the running step.
+    """At SIGUSR1 or SIGTERM, with which SLURM says that the end is near, saves after the running step.
 
     NeMo's callback then ends with exit code 0, which SLURM takes for success: jobs that depend on this one would start
-    with half a student.
+    with half a student. And Lightning, at SIGTERM, ends each rank after whatever step it happens to be in.
     """
 
     def __init__(self) -> None:
         super().__init__(sig=signal.SIGUSR1)
+        self._lightning: Any = None
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Lightning's hook."""
+        super().on_train_start(trainer, pl_module)
+        self._lightning = signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGUSR1))
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Lightning's hook."""
+        super().on_train_end(trainer, pl_module)
+        signal.signal(signal.SIGTERM, self._lightning)
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Lightning's hook; every rank learns from rank 0 whether the signal came.
+        """Lightning's hook; every rank learns from rank 0 whether a signal came.
 
         Raises:
             InterruptedRun: it came, and the checkpoint is whole.
@@ -29,4 +40,6 @@ class SaveAndEnd(PreemptionCallback):
         try:
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         except SystemExit:
-            raise InterruptedRun(f"interrupted: a checkpoint was saved after step {trainer.global_step - 1}") from None
+            raise InterruptedRun(
+                f"interrupted: a checkpoint was saved after step {trainer.global_step - 1}"
+            ) from None

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """A SLURM cluster of one node on this machine's loopback, for tests and for trying launchers/slurm.sh.
 
-    sudo scripts/loopback_slurm.py start DIR     # prints what to put into the environment: eval "$(... start DIR)"
-    sudo scripts/loopback_slurm.py stop DIR
+    sudo launchers/slurm_on_loopback.py start DIR     # prints what to put into the environment: eval "$(... start DIR)"
+    sudo launchers/slurm_on_loopback.py stop DIR
 
 Debian's packages are unpacked under DIR, not installed: the machine, and a SLURM that it may have, stay as they are.
 Nothing listens on other addresses than 127.0.0.1. Needs root, apt-get and a few seconds.
@@ -151,7 +151,12 @@ def configure(directory: Path, plugins: Path) -> None:
 def commands(directory: Path) -> list[list[str]]:
     """The daemons' command lines, in the order in which they start."""
     sbin = directory / "root/usr/sbin"
-    munged = [f"{sbin}/munged", "--force", f"--socket={directory}/munge.socket", f"--key-file={directory}/munge.key"]
+    munged = [
+        f"{sbin}/munged",
+        "--force",
+        f"--socket={directory}/munge.socket",
+        f"--key-file={directory}/munge.key",
+    ]
     munged += [f"--pid-file={directory}/munged.pid", f"--log-file={directory}/munged.log"]
     munged += [f"--seed-file={directory}/munge.seed"]
     configuration = ["-f", f"{directory}/slurm.conf"]
@@ -166,7 +171,9 @@ def commands(directory: Path) -> list[list[str]]:
 def run_daemon(command: list[str], environment: dict[str, str], directory: Path) -> None:
     """Starts one daemon; it goes into the background by itself, with none of this process's files."""
     with open(directory / "start.log", "a") as log:
-        code = subprocess.call(command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, timeout=60)
+        code = subprocess.call(
+            command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, timeout=60
+        )
     if code:
         last = (directory / "start.log").read_text().strip().splitlines()[-1:]
         raise UnavailableError(f"{Path(command[0]).name} ended with exit code {code}: {' '.join(last)}")
@@ -214,7 +221,7 @@ def main() -> int:
     try:
         environment = start(directory)
     except UnavailableError as error:
-        print(f"scripts/loopback_slurm.py: {error}", file=sys.stderr)
+        print(f"launchers/slurm_on_loopback.py: {error}", file=sys.stderr)
         return 1
     for name, value in environment.items():
         print(f"export {name}='{value}'")
