@@ -82,8 +82,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
             parser.error(
                 f"{step[0] if step else '--then'}: no such recipe; options of the launcher come before it"
             )
-        if options.sweep:
-            step.append("-m")
+        if options.sweep or set(SWEEP) & set(step):  # Hydra takes it only in front of the overrides
+            step[1:] = ["-m", *(text for text in step[1:] if text not in SWEEP)]
     for job in options.after:
         if not re.fullmatch(r"\d+", job):
             parser.error(f"--after {job}: must be the number of a job")

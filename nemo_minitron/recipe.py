@@ -139,10 +139,12 @@ def _composition_error(message: str) -> str:
 
 
 def _quoted(override: str) -> str:
-    """`source=run/step=29-last` as Hydra wants it: NeMo names its checkpoints so, and an unquoted value has no '='."""
+    """`source=run/step=29-last` as Hydra wants it: NeMo names its checkpoints so, and enroot its images
+    `nvcr.io#nvidia/nemo:25.07`, but an unquoted value has neither '=' nor '#'.
+    """
     key, _, value = override.partition("=")
     if (
-        "=" not in value
+        not re.search("[=#]", value)
         or not re.fullmatch(r"[\w./@+~]+", key)
         or re.search(r"""[\s\\'"\[\](){},$]""", value)
     ):

@@ -101,7 +101,7 @@ def test_a_chain_waits_and_stops_where_it_breaks(slurm: Slurm) -> None:
 def test_a_sweep_is_a_job_array(slurm: Slurm) -> None:
     base = slurm.home / "sweep"
     recipe = slurm.tiny("swept", "print('seed', r.prune.seed)")
-    done = slurm.submit("--wait", "-m", recipe, *SITE, f"run_dir={base}", "prune=width", "prune.seed=3,5,7")
+    done = slurm.submit("--wait", recipe, *SITE, "-m", f"run_dir={base}", "prune=width", "prune.seed=3,5,7")
     assert done.returncode == 0, done.stderr
     (job,) = done.stdout.split()
     assert [result(base / str(number))["seed"] for number in range(3)] == [3, 5, 7]
@@ -137,7 +137,10 @@ def test_a_run_directory_is_submitted_once(slurm: Slurm) -> None:
         (["cluster.partition=nope"], ["sbatch", "nvalid partition", "nope"]),
         (["cluster.account=x", "trainer.num_nodes=2", *DATA_RANKS], ["sbatch", "node"]),
         (["source=/nowhere"], ["source=/nowhere", "no such directory"]),
-        (["--then", "GOOD", "source=@", "cluster.partition=nope"], ["sbatch", "nope"]),
+        (
+            ["--then", "GOOD", *SITE, "source=@", "run_dir=never-2", "cluster.partition=nope"],
+            ["sbatch", "nope"],
+        ),
     ],
 )
 def test_refused_and_nothing_submitted(slurm: Slurm, overrides: list[str], says: list[str]) -> None:
