@@ -148,7 +148,8 @@ def container(job: Job) -> list[str]:
         return []
     if image.endswith(".sqsh"):
         image = str(Path(image).expanduser().resolve())
-    own = dict.fromkeys([ROOT, Path.cwd(), job.directory])
+    elsewhere = [run for run in job.runs if job.directory not in (run, *run.parents)]
+    own = dict.fromkeys([ROOT, Path.cwd(), job.directory, *elsewhere])
     mounts = [f"{path}:{path}" for path in own] + job.cluster["container_mounts"]
     return [
         f"--container-image={image}",

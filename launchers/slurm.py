@@ -126,7 +126,7 @@ def compose(recipe: Path, overrides: list[str], before: Job | None) -> Job:
         if not composed.exists():
             raise Refused(f"{recipe}: composed no configuration, so it is none of the project's recipes")
         found = [json.loads(line) for line in composed.read_text().splitlines()]
-    return to_job(recipe, found)
+    return to_job(recipe, found, any(override.startswith("run_dir=") for override in overrides))
 
 
 def with_directory(override: str, before: Job | None) -> str:
@@ -144,8 +144,11 @@ def with_directory(override: str, before: Job | None) -> str:
     return f"{key}='{quoted}'"
 
 
-def to_job(recipe: Path, found: list[dict[str, Any]]) -> Job:
+def to_job(recipe: Path, found: list[dict[str, Any]], named: bool) -> Job:
     """One job out of what the recipe composed.
+
+    Args:
+        named: whether the user chose the run directory; a sweep's stay as they are then, if they differ.
 
     Raises:
         Refused: a sweep over clusters or numbers of ranks, which one job array cannot have.
@@ -156,9 +159,8 @@ def to_job(recipe: Path, found: list[dict[str, Any]]) -> Job:
             "-m: a job array has one cluster and one number of ranks; submit one sweep for each of them"
         )
     runs = [Path(line["config"]["run_dir"]).absolute() for line in found]
-    if len(found) > 1:
-        base = runs[0] if len(set(runs)) == 1 else Path(os.path.commonpath(runs))
-        runs = [base / str(number) for number in range(len(found))]
+    if len(runs) > 1 and not (named and len(set(runs)) == len(runs)):
+        runs = [runs[0] / str(number) for number in range(len(runs))]
     configs = [{**line["config"], "run_dir": str(run)} for line, run in zip(found, runs, strict=True)]
     missing = sorted({key for line in found for key in line["missing"]})
     return Job(recipe, runs, configs, *shapes[0], missing=missing)

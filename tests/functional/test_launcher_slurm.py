@@ -61,8 +61,7 @@ def test_the_paper_s_distillation(tmp_path: Path) -> None:
 def test_a_chain_and_a_sweep(tmp_path: Path) -> None:
     """Without +cluster=NAME it is slurm; `@` is the run directory of the job before."""
     prune, distill = (str(ROOT / "recipes" / f"{name}.py") for name in ("prune", "distill"))
-    steps = [prune, "+conf=width", "run_dir=a, b"]
-    steps[-1] = "run_dir='a, b'"
+    steps = [prune, "+conf=width", "run_dir='a, b'"]
     done = launch(
         "--dry-run", *steps, "--then", distill, "+conf=width", "-m", "student=@", "seed=1,2", cwd=tmp_path
     )
@@ -70,6 +69,9 @@ def test_a_chain_and_a_sweep(tmp_path: Path) -> None:
     assert "--dependency=afterok:JOB_1" in options_of(done.stdout)
     assert "--array=0-1" in options_of(done.stdout)
     assert done.stdout.count(f"# student: {tmp_path}/a, b\n") == 2
+    first, second = re.findall(r"^# run_dir: (.*)$", done.stdout, re.MULTILINE)[1:]
+    assert (Path(first).name, Path(second).name) == ("0", "1")
+    assert Path(first).parent == Path(second).parent
     assert re.findall(r"^# seed: (\d+)$", done.stdout, re.MULTILINE) == ["1234", "1", "2"]
     assert list(tmp_path.iterdir()) == []
 
