@@ -37,7 +37,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 TAIL_LINES = 30
 INTERRUPTED = 75
-AFTER_FAILURE_S = 15  # from SIGTERM to SIGKILL for the ranks that are left when one has failed
+AFTER_FAILURE_S = 10  # from SIGTERM to SIGKILL for the ranks that are left when one has failed
 
 
 class Parser(argparse.ArgumentParser):
