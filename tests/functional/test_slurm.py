@@ -1,6 +1,8 @@
 """launchers/slurm.sh against a real SLURM: one node on loopback, started for these tests."""
 
 import json
+import os
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,13 +12,14 @@ import pytest
 
 from tests.functional.commands import Commands
 from tests.functional.conftest import Pruned, Teacher
+from tests.functional.kill_trials import ranks_of
 from tests.functional.slurm_cluster import SITE, Slurm, log, loopback, result
 
 pytestmark = pytest.mark.slow
 
 DATA_RANKS = ["trainer.data_parallel_size=2", "trainer.global_batch_size=16"]
 TENSOR_RANKS = "trainer.tensor_model_parallel_size=2"
-STEPS = 40
+STEPS = 20
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +180,7 @@ def distilling(commands: Commands, student: object, run_dir: Path) -> list[objec
         f"teacher={commands.home}/teacher-hf",
         f"run_dir={run_dir}",
         f"distill.max_steps={STEPS}",
-        "distill.val_check_interval=10",
+        "distill.val_check_interval=5",
         "distill.limit_val_batches=1",
         "distill.optim.warmup_steps=1",
     ]
@@ -213,6 +216,33 @@ def test_a_chain_of_two_rank_jobs(chained: Path, pruned: Pruned) -> None:
     assert learned["lm_loss_nats_after"] < learned["lm_loss_nats_before"]
 
 
+def pause_after(slurm: Slurm, job: str, run_dir: Path, step: int) -> int:
+    """Stop rank 0, and with it all, once this step is done: SLURM takes seconds to act, the steps do not.
+
+    Returns:
+        its process id.
+    """
+    slurm.wait(job, lambda: (run_dir / "steps.jsonl").exists() and ("train", step) in steps_so_far(run_dir))
+    pid = ranks_of(run_dir)[0]
+    os.kill(pid, signal.SIGSTOP)
+    return pid
+
+
+def go_on_at(slurm: Slurm, job: str, pid: int, number: signal.Signals) -> None:
+    """Let a stopped process go on once SLURM has sent it this signal."""
+
+    def sent() -> bool:
+        status = Path(f"/proc/{pid}/status").read_text()
+        pending = re.search(r"^ShdPnd:\s*(\w+)", status, re.MULTILINE)
+        # Ahead of SIGTERM SLURM sends SIGCONT, which is what is waited for, too.
+        return not re.search(r"^State:\s*T", status, re.MULTILINE) or bool(
+            pending and int(pending[1], 16) >> (number - 1) & 1
+        )
+
+    slurm.wait(job, sent)
+    os.kill(pid, signal.SIGCONT)
+
+
 def test_preempted_and_out_of_time_and_yet_the_same(slurm: Slurm, commands: Commands, chained: Path) -> None:
     """A more urgent job drives the training away; later its time limit comes. Every loss is that of the run that was
     left alone, and so is the student."""
@@ -224,18 +254,18 @@ def test_preempted_and_out_of_time_and_yet_the_same(slurm: Slurm, commands: Comm
     assert submitted.returncode == 0, submitted.stderr
     job = submitted.stdout.strip()
 
-    def trained(step: int) -> bool:
-        return (run_dir / "steps.jsonl").exists() and ("train", step) in steps_so_far(run_dir)
-
-    slurm.wait(job, lambda: trained(3))
+    paused = pause_after(slurm, job, run_dir, 3)
     urgent = slurm.ask(
         "sbatch", "--parsable", "-p", "urgent", "-n", "2", "-o", "/dev/null", "--wrap", "sleep 1"
     )
+    go_on_at(slurm, job, paused, signal.SIGTERM)
     slurm.wait(job, lambda: slurm.shown(job)["Restarts"] == "1")
     preempted_after = max(step for split, step in steps_so_far(run_dir) if split == "train")
     assert slurm.end(urgent) == "COMPLETED"
-    slurm.wait(job, lambda: trained(preempted_after + 3))
+
+    paused = pause_after(slurm, job, run_dir, preempted_after + 2)
     slurm.ask("scontrol", "update", f"jobid={job}", "TimeLimit=5")
+    go_on_at(slurm, job, paused, signal.SIGUSR1)
     slurm.wait(job, lambda: slurm.shown(job)["Restarts"] == "2")
     slurm.ask("scontrol", "update", f"jobid={job}", "TimeLimit=30")
     assert slurm.end(job) == "COMPLETED", log(run_dir, job)
