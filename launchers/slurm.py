@@ -49,8 +49,8 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"launchers/slurm.sh: {message} (--help explains)\n")
 
 
-def parse(arguments: list[str]) -> argparse.Namespace:
-    """The launcher's own options, and the recipes with their overrides; bad ones end it with exit code 2."""
+def parser_of_options() -> Parser:
+    """The launcher's own options, and the first recipe with all that follows."""
     parser = Parser(
         prog="launchers/slurm.sh",
         description=__doc__,
@@ -75,6 +75,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "overrides", nargs=argparse.REMAINDER, help="of its configuration; --then recipes/Y.py ..."
     )
+    return parser
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The options, and `steps`, the recipes with their overrides; bad ones end it with exit code 2."""
+    parser = parser_of_options()
     options = parser.parse_args(arguments)
     options.steps = steps([str(options.recipe), *options.overrides])
     for step in options.steps:
