@@ -37,9 +37,13 @@ class SaveAndEnd(PreemptionCallback):
         Raises:
             InterruptedRun: it came, and the checkpoint is whole.
         """
+        # NeMo saves a second time after a step that is saved anyway, and fails at the first one's files.
+        saved = trainer.checkpoint_callback._last_global_step_saved == trainer.global_step
         try:
-            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+            if not saved:
+                super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+            elif self.interrupted:
+                raise SystemExit
         except SystemExit:
-            raise InterruptedRun(
-                f"interrupted: a checkpoint was saved after step {trainer.global_step - 1}"
-            ) from None
+            step = trainer.global_step - 1
+            raise InterruptedRun(f"interrupted: a checkpoint was saved after step {step}") from None
