@@ -37,13 +37,12 @@ class SaveAndEnd(PreemptionCallback):
         Raises:
             InterruptedRun: it came, and the checkpoint is whole.
         """
-        # NeMo saves a second time after a step that is saved anyway, and fails at the first one's files.
-        saved = trainer.checkpoint_callback._last_global_step_saved == trainer.global_step
+        # After a step that is saved anyway NeMo would save again, and fail at the files of the first time. The end can
+        # wait for the next step: the validation that is due now is in the record of an undisturbed run, too.
+        if trainer.checkpoint_callback._last_global_step_saved == trainer.global_step:
+            return
         try:
-            if not saved:
-                super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-            elif self.interrupted:
-                raise SystemExit
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         except SystemExit:
             step = trainer.global_step - 1
             raise InterruptedRun(f"interrupted: a checkpoint was saved after step {step}") from None
