@@ -18,6 +18,7 @@ class SaveAndEnd(PreemptionCallback):
     def __init__(self) -> None:
         super().__init__(sig=signal.SIGUSR1)
         self._lightning: Any = None
+        self._waited = False
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Lightning's hook."""
@@ -37,12 +38,16 @@ class SaveAndEnd(PreemptionCallback):
         Raises:
             InterruptedRun: it came, and the checkpoint is whole.
         """
+        said = InterruptedRun(f"interrupted: a checkpoint was saved after step {trainer.global_step - 1}")
         # After a step that is saved anyway NeMo would save again, and fail at the files of the first time. The end can
         # wait for the next step: the validation that is due now is in the record of an undisturbed run, too.
         if trainer.checkpoint_callback._last_global_step_saved == trainer.global_step:
+            if self.interrupted:
+                if self._waited:
+                    raise said
+                self._waited = True
             return
         try:
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         except SystemExit:
-            step = trainer.global_step - 1
-            raise InterruptedRun(f"interrupted: a checkpoint was saved after step {step}") from None
+            raise said from None
