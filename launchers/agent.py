@@ -11,11 +11,14 @@ import json
 import os
 import signal
 import sys
+import threading
 import uuid
 from pathlib import Path
 from typing import Any
 
 RANK = Path(__file__).resolve().parent / "rank.sh"
+
+PATIENCE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 
 
 def launch(job: dict[str, Any], *arguments: str) -> None:
@@ -43,20 +46,39 @@ def launch(job: dict[str, Any], *arguments: str) -> None:
     elastic_launch(config, "/bin/bash")(*(text.replace("$", "$$") for text in arguments))
 
 
+def started(state: Path) -> list[int]:
+    """The process ids of the ranks that have started."""
+    return [int(file.read_text()) for file in state.glob("*.pid")]
+
+
 def watch(state: Path) -> list[int]:
     """A list that grows by the process id of each rank that ends, in that order.
 
     The agent looks only every 0.1 s, when the ranks that lost their peer have failed too, and dates failures by
-    the second; the first to end is the one with the cause.
+    the second; the first to end is the one with the cause. Those that are left when it has failed get SIGTERM from the
+    agent, and here SIGKILL after TORCH_ELASTIC_SHUTDOWN_TIMEOUT seconds, for which the agent waits 30 whatever that
+    says (torch 2.13.0, SubprocessContext._poll).
     """
     ended: list[int] = []
+    timers: list[threading.Timer] = []
+
+    def kill_the_rest() -> None:
+        for pid in started(state):
+            with contextlib.suppress(ProcessLookupError):
+                if pid not in ended:
+                    os.kill(pid, signal.SIGKILL)
 
     def look(_number: int, _frame: object) -> None:
-        for file in state.glob("*.pid"):
-            pid = int(file.read_text())
+        for pid in started(state):
             with contextlib.suppress(ChildProcessError):  # WNOWAIT: its exit code stays for the agent
-                if pid not in ended and os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-                    ended.append(pid)
+                end = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+                if pid in ended or end is None:
+                    continue
+                ended.append(pid)
+                if end.si_status and not timers:
+                    timers.append(threading.Timer(float(os.environ[PATIENCE]), kill_the_rest))
+                    timers[0].daemon = True
+                    timers[0].start()
 
     signal.signal(signal.SIGCHLD, look)
     return ended

@@ -7,9 +7,10 @@ Two phases, so that all ranks share one configuration and one run directory:
 2. The ranks run `recipes/X.py --config-path RUN --config-name resolved hydra.run.dir=RUN` under torch's
    elastic agent, as torchrun does. Rank 0's output is shown; RUN/logs/ holds every rank's.
 
-Exit code: the preparation's, else that of the rank that failed first; 128 + N for one that died of signal N.
-SIGINT, SIGTERM and SIGUSR1 go to the ranks; NEMO_MINITRON_GRACE_S seconds (60) after the first two, or at the
-second of them, whatever still runs is killed. No process is left behind.
+Exit code: the preparation's, else that of the rank that failed first; 128 + N for one that died of signal N; 75 when
+training was told to end (SIGTERM, SIGUSR1) and has saved a checkpoint. SIGINT, SIGTERM and SIGUSR1 go to the ranks;
+NEMO_MINITRON_GRACE_S seconds (60) after the first two, or at the second of them, whatever still runs is killed. No
+process is left behind.
 
 Several machines: `--prepare-only` on one, then on each `--prepared RUN --nnodes N --node-rank R
 --rdzv-endpoint HOST:PORT`, HOST being the first one's.
@@ -35,7 +36,8 @@ from typing import Any, NoReturn
 ROOT = Path(__file__).resolve().parent.parent
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 TAIL_LINES = 30
-AFTER_FAILURE_S = 15  # from SIGTERM to SIGKILL for the ranks that are left when one has failed
+INTERRUPTED = 75
+AFTER_FAILURE_S = 10  # from SIGTERM to SIGKILL for the ranks that are left when one has failed
 
 
 class Parser(argparse.ArgumentParser):
@@ -199,6 +201,9 @@ class Launcher:
         for rank in range(first, first + self.options.nproc):
             for stream in ("stdout", "stderr"):
                 (logs / f"rank{rank}.{stream}.log").unlink(missing_ok=True)
+        if self.options.nproc > available_cores():
+            line = f"{self.options.nproc} ranks share {available_cores()} cores and will wait for each other"
+            print(f"launchers/local.sh: warning: {line}", file=sys.stderr)
         env = self.environment()
         env["PYTHONUNBUFFERED"] = "1"  # a log is worth most when its rank was killed
         env.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // self.options.nproc)))
@@ -301,6 +306,8 @@ def report(state: Path, logs: Path, agent_log: Path, code: int) -> int:
         return fail(f"the ranks could not be started:\n{tail(agent_log)}")
     failure = json.loads(file.read_text())
     rank, code = failure["rank"], shell_code(failure["code"])
+    if code == INTERRUPTED:  # each rank has said so
+        return code
     if rank != 0:  # rank 0's was shown all along
         stderr = logs / f"rank{rank}.stderr.log"
         print(f"--- the end of {stderr}:\n{tail(stderr)}\n---", file=sys.stderr)

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from nemo_minitron.cluster import ClusterConfig, check_cluster
 from nemo_minitron.errors import InputError
 from nemo_minitron.layout import TrainerConfig, check_least, check_trainer
 from nemo_minitron.synthesis.settings import SynthesizeConfig
@@ -211,7 +212,8 @@ class EvalConfig:
 class CommonConfig:
     """What every recipe has. Groups that a recipe does not use are composed all the same and stay untouched.
 
-    `prepared` is the launcher's: what it checked, converted and indexed once, before the ranks started.
+    `prepared` is the launcher's: what it checked, converted and indexed once, before the ranks started. `cluster` is
+    for launchers/slurm.sh; ranks have none.
     """
 
     run_dir: str = MISSING
@@ -234,6 +236,7 @@ class CommonConfig:
     teacher_cache: str | None = None
     sdg: Any = None
     prepared: Any = None
+    cluster: ClusterConfig | None = None
 
 
 @dataclass
@@ -317,6 +320,8 @@ def parse(schema: type[SchemaT], config: DictConfig) -> SchemaT:
         reason = str(error).splitlines()[0]
         raise InputError(f"{key}: {reason}" if key and key not in reason else reason) from None
     check_trainer(result.trainer)
+    if result.cluster is not None:
+        check_cluster(result.cluster, result.trainer)
     _check_ranges(result)
     return result
 

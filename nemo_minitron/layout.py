@@ -122,6 +122,8 @@ _LEAST_OF_TRAINER = {
 
 def _check_ranks(t: TrainerConfig) -> None:
     world = int(os.environ.get("NEMO_MINITRON_NPROC") or os.environ.get("WORLD_SIZE") or 1)
+    if os.environ.get("NEMO_MINITRON_COMPOSE"):  # a launcher will start as many as the layout asks for
+        world = t.ranks
     if world != t.ranks:
         raise InputError(
             f"{world} rank{'s were' if world > 1 else ' was'} started, but the layout needs {t.ranks}: tensor "

@@ -1,7 +1,7 @@
 """What every recipe shares: Hydra around it, exit codes, the run directory, `result.json`, progress.
 
-Exit codes: 0 done; 2 bad input, one line, before any work; 1 a failure while running. HYDRA_FULL_ERROR=1 shows
-tracebacks for bad input too.
+Exit codes: 0 done; 2 bad input, one line, before any work; 1 a failure while running; 75 told to end, a checkpoint was
+saved, start it again. HYDRA_FULL_ERROR=1 shows tracebacks for bad input too.
 """
 
 import contextlib
@@ -25,10 +25,13 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from nemo_minitron import handover
+from nemo_minitron.claim import LOCK, claim
 from nemo_minitron.config import CommonConfig, SchemaT, parse
-from nemo_minitron.errors import InputError
+from nemo_minitron.errors import InputError, InterruptedRun
 
 RESULT = "result.json"
+INTERRUPTED = 75
 _ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -96,6 +99,7 @@ def main(
     """
     started = False
     _quiet()
+    _submit_if_asked()
     sys.argv[1:] = [_quoted(override) for override in sys.argv[1:]]
     register_resolvers(name)
 
@@ -121,6 +125,15 @@ def main(
         _refuse(_composition_error(str(error)))
 
 
+def _submit_if_asked() -> None:
+    """`python recipes/X.py ... +cluster=NAME` is `launchers/slurm.sh recipes/X.py ... +cluster=NAME`."""
+    if handover.VARIABLE in os.environ or not any(a.startswith("+cluster=") for a in sys.argv[1:]):
+        return
+    launcher = str(_ROOT / "launchers" / "slurm.sh")
+    os.environ.setdefault("NEMO_MINITRON_PYTHON", sys.executable)
+    os.execv(launcher, [launcher, *sys.argv])
+
+
 def _composition_error(message: str) -> str:
     """Hydra refused an unknown preset, group or key: what it says, without its advice."""
     for advice in ("Config search path", "Set the environment variable", "See https://hydra.cc", "full_key:"):
@@ -129,10 +142,12 @@ def _composition_error(message: str) -> str:
 
 
 def _quoted(override: str) -> str:
-    """`source=run/step=29-last` as Hydra wants it: NeMo names its checkpoints so, and an unquoted value has no '='."""
+    """`source=run/step=29-last` as Hydra wants it: NeMo names its checkpoints so, and enroot its images
+    `nvcr.io#nvidia/nemo:25.07`, but an unquoted value has neither '=' nor '#'.
+    """
     key, _, value = override.partition("=")
     if (
-        "=" not in value
+        not re.search("[=#]", value)
         or not re.fullmatch(r"[\w./@+~]+", key)
         or re.search(r"""[\s\\'"\[\](){},$]""", value)
     ):
@@ -179,7 +194,12 @@ def _leave(code: int) -> None:
 def _carry_out(config: DictConfig, schema: Any, check: Any, run: Any) -> None:
     begin = time.monotonic()
     try:
+        if file := os.environ.get(handover.VARIABLE):
+            _check_unfinished(handover.hand_over(config, schema, Path(file)))
+            return
         parsed = parse(schema, config)
+        if parsed.cluster is not None:
+            raise InputError("cluster: launchers/slurm.sh submits; here nothing would")
         directory = Path(parsed.run_dir)
         prepared = _claim_and_check(parsed, directory, check)
         if os.environ.get("NEMO_MINITRON_PREPARE") == "1":
@@ -189,6 +209,9 @@ def _carry_out(config: DictConfig, schema: Any, check: Any, run: Any) -> None:
         fields = run(parsed, prepared, directory)
     except InputError as error:
         _refuse(str(error))
+    except InterruptedRun as stop:
+        print(f"{stop}; the same command goes on from there", file=sys.stderr)
+        _leave(INTERRUPTED)
     except Exception:
         traceback.print_exc()
         print(f"error: the run failed; {parsed.run_dir} keeps what was finished", file=sys.stderr)
@@ -215,14 +238,22 @@ def _resolved(config: DictConfig, prepared: Any) -> DictConfig:
     return OmegaConf.create({**plain, "prepared": prepared.to_config()})
 
 
+def _check_unfinished(parsed: CommonConfig) -> None:
+    if (Path(parsed.run_dir) / RESULT).exists() and not parsed.overwrite:
+        raise InputError(
+            f"run_dir={parsed.run_dir}: already holds a result; choose another or say overwrite=true"
+        )
+
+
 def _claim_and_check(parsed: CommonConfig, directory: Path, check: Callable[[Any], Any]) -> Any:
-    finished = directory / RESULT
-    if finished.exists() and not parsed.overwrite:
-        raise InputError(f"run_dir={directory}: already holds a result; choose another or say overwrite=true")
+    _check_unfinished(parsed)
+    if rank() == 0 and (directory / LOCK).exists():  # at once, before a long check
+        claim(directory)
     prepared = check(parsed)
     if rank() == 0:
         directory.mkdir(parents=True, exist_ok=True)
-        finished.unlink(missing_ok=True)
+        claim(directory)
+        (directory / RESULT).unlink(missing_ok=True)
     return prepared
 
 

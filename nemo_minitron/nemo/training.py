@@ -19,7 +19,7 @@ def fit(
     start: Path | None = None,
     new_parameters: bool = False,
 ) -> Path:
-    """Train with `nemo.collections.llm.train`, or go on where a killed run stopped.
+    """Train with `nemo.collections.llm.train`, or go on where a killed run stopped; SIGUSR1 saves and ends it.
 
     Args:
         model: a NeMo 2 GPTModel with its optimizer.
@@ -36,9 +36,14 @@ def fit(
     Raises:
         FloatingPointError: a loss or a gradient that is not finite, with the step and its samples; the last good
             checkpoint is kept.
+        InterruptedRun: the signal came; the checkpoint is saved.
     """
     from megatron.core.dist_checkpointing.validation import StrictHandling
 
+    from nemo_minitron.nemo.preemption import SaveAndEnd
+
+    # Last, so that others have done their part of the step; not through the constructor, see `trainer.trainer`.
+    trainer.callbacks.append(SaveAndEnd())
     foreign = start is not None and not _checkpoints(directory)
     if foreign and new_parameters:
         trainer.strategy.ckpt_load_strictness = StrictHandling.LOG_UNEXPECTED

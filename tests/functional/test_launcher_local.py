@@ -313,3 +313,51 @@ def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("localhost", 0))
         return int(listener.getsockname()[1])
+
+
+@pytest.mark.slow  # 10 s of waiting
+def test_a_dead_rank_ends_the_others_in_time(tmp_path: Path) -> None:
+    """Rank 0 waits in a collective that would take ten minutes to time out, and does not listen to SIGTERM."""
+    launch = Launch(
+        tmp_path,
+        """
+import datetime, torch, torch.distributed as dist
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+dist.init_process_group("gloo", timeout=datetime.timedelta(minutes=10))
+(run / f"pid.{rank}").write_text(str(os.getpid()))
+dist.barrier()
+if rank == 1:
+    (run / "dies").touch()
+    os.kill(os.getpid(), signal.SIGKILL)
+time.sleep(600)
+""",
+    )
+    launch.wait_for("dies")
+    # The promise is 30 s: those left are killed after 10.
+    left, give_up = Path("/proc") / (launch.run / "pid.0").read_text(), time.monotonic() + 30
+    while left.exists() and time.monotonic() < give_up:
+        time.sleep(0.05)
+    assert not left.exists()
+    code, _, stderr = launch.end()
+    assert code == 128 + signal.SIGKILL
+    assert "rank 1 failed with exit code 137" in stderr
+
+
+def test_more_ranks_than_cores_is_a_warning(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text(RECIPE + "print(os.environ['OMP_NUM_THREADS'])")
+    run = tmp_path / "run"
+    command = [ROOT / "launchers" / "local.sh", "--nproc", "2", recipe]
+    env = {**os.environ, "NEMO_MINITRON_PYTHON": sys.executable, "TEST_RUN": str(run)}
+    env.pop("OMP_NUM_THREADS", None)
+    core = min(os.sched_getaffinity(0))
+    done = subprocess.run(
+        command,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        preexec_fn=lambda: os.sched_setaffinity(0, {core}),
+    )
+    assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
+    assert "warning: 2 ranks share 1 cores" in done.stderr
