@@ -32,6 +32,7 @@ from nemo_minitron.errors import InputError, InterruptedRun
 
 RESULT = "result.json"
 INTERRUPTED = 75
+_NO_SPACE = 32 * 2**20  # bytes
 _ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -214,13 +215,22 @@ def _carry_out(config: DictConfig, schema: Any, check: Any, run: Any) -> None:
         _leave(INTERRUPTED)
     except Exception:
         traceback.print_exc()
-        print(f"error: the run failed; {parsed.run_dir} keeps what was finished", file=sys.stderr)
+        print(f"error: {_failure(parsed.run_dir)}; {parsed.run_dir} keeps what was finished", file=sys.stderr)
         _leave(1)
     else:
         if rank() == 0:
             path = write_result(directory, {**fields, "wall_s": round(time.monotonic() - begin, 2)})
             print(path, flush=True)
         _end_group()
+
+
+def _failure(directory: str) -> str:
+    """What went wrong, where a traceback hides it: of a full disk torch only says that writing failed."""
+    with contextlib.suppress(OSError):
+        free = shutil.disk_usage(directory).free
+        if free < _NO_SPACE:
+            return f"the run failed: no space left on the disk of {directory} ({free / 2**20:.1f} MiB)"
+    return "the run failed"
 
 
 def _end_group() -> None:

@@ -55,9 +55,9 @@ def pruned(run_dir: Path) -> Any:
 
 
 def trained(run_dir: Path) -> Any:
-    """The result and every step's losses."""
+    """The result and every step's losses; the teacher's is written each time that it is loaded."""
     lines = [json.loads(line) for line in (run_dir / "steps.jsonl").read_text().splitlines()]
-    return fields(run_dir), sorted(lines, key=lambda line: (line["split"], line["step"]))
+    return fields(run_dir), {f"{line['split']} {line['step']}": line for line in lines}
 
 
 def ranks_of(run_dir: Path) -> dict[int, int]:
