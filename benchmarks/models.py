@@ -4,6 +4,7 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -100,4 +101,9 @@ def seconds(work: Callable[[], Any]) -> tuple[float, float]:
 
 
 def device_name() -> str:
-    return torch.cuda.get_device_name() if device().type == "cuda" else "cpu"
+    """The GPU's name, or the processor's as Linux gives it."""
+    if device().type == "cuda":
+        return torch.cuda.get_device_name()
+    information = Path("/proc/cpuinfo")
+    lines = information.read_text().splitlines() if information.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "cpu")

@@ -28,19 +28,20 @@ def kd_loss(path: Path, lines: list[dict[str, Any]]) -> None:
     for column, vocab in enumerate(vocabs):
         mine = [line for line in lines if line["vocab"] == vocab]
         for quantity, scale, axis in (("seconds", 1, axes[0][column]), ("bytes", 2**30, axes[1][column])):
-            for side in ("products", "ours", "plain", "modelopt"):
+            for color, side in enumerate(("products", "ours", "plain", "modelopt")):
                 points = [
                     (line["tokens"], line[key] / scale)
                     for line in mine
                     if (key := f"{quantity}_{side}") in line
                 ]
                 if points:
-                    axis.plot(*zip(*points, strict=True), marker="o", label=side)
+                    axis.plot(*zip(*points, strict=True), marker="o", color=f"C{color}", label=side)
             axis.set(xscale="log", yscale="log")
             axis.grid(alpha=0.3)
         axes[0][column].set_title(f"V = {vocab:,}")
         axes[1][column].set_xlabel("tokens")
         axes[1][column].set_xticks([line["tokens"] for line in mine], [str(line["tokens"]) for line in mine])
+        axes[1][column].minorticks_off()
     axes[0][0].set_ylabel("seconds")
     axes[1][0].set_ylabel("GiB beyond weights, inputs,\nweight gradient")
     axes[0][0].legend()

@@ -208,7 +208,8 @@ def test_backends_agree_where_nothing_is_drawn(commands: Commands, teacher: Teac
     """Greedy, from prompts of several lengths, from a NeMo 2 directory that the other backend has exported."""
     prompts = commands.home / "prompts.txt"
     prompts.write_text("import email\ndef f(self, x):\n    return\nclass\n")
-    own = [f"synthesize.prompts={prompts}", "synthesize.top_k=1", "synthesize.samples=4"]
+    greedy = ["synthesize.top_k=1", "synthesize.max_repetition=1", "synthesize.near_duplicate_jaccard=1"]
+    own = [f"synthesize.prompts={prompts}", "synthesize.samples=4", *greedy]
     runs = [
         write(commands, teacher.run_dir, backend, *own, f"synthesize.backend={backend}")
         for backend in ("megatron", "huggingface")
