@@ -1,7 +1,10 @@
 """Checkpoints of a training that may go wrong: what stays is the last one that is known to be good."""
 
+import contextlib
 import math
 import shutil
+import signal
+from collections.abc import Iterator
 from typing import Any
 
 from nemo_minitron import recipe
@@ -27,6 +30,20 @@ def is_not_finite(error: BaseException) -> bool:
     )
 
 
+@contextlib.contextmanager
+def signals_wait() -> Iterator[None]:
+    """Keep SIGTERM and SIGUSR1 until the end, for this process and those that it starts meanwhile.
+
+    SLURM sends its signals to every process of a job, and more than once: a process that helps to save would die of
+    them, and the checkpoint with it.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class Checkpoints(nl.ModelCheckpoint):
     """NeMo's checkpoints, the last one only; each stays until the weights of the next have given a finite loss.
 
@@ -46,7 +63,8 @@ class Checkpoints(nl.ModelCheckpoint):
         return False
 
     def _save_last_checkpoint(self, trainer: Any, monitor_candidates: dict[str, Any]) -> None:
-        super()._save_last_checkpoint(trainer, monitor_candidates)
+        with signals_wait():
+            super()._save_last_checkpoint(trainer, monitor_candidates)
         self._unproven = True
 
     def _prove(self, trainer: Any) -> None:

@@ -169,7 +169,7 @@ def test_bad_input_is_one_line_before_any_work(
         for part in ("error: ", *says):
             assert part in line
         assert not answer["nemo"]
-    assert not (tmp_path / "run").exists()
+    assert [path for path in (tmp_path / "run").rglob("*") if path.is_file()] == []
 
 
 @pytest.mark.slow
