@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.functional.commands import SEQ_LENGTH, Commands
+from tests.functional.commands import SEQ_LENGTH, Commands, tree
 from tests.functional.conftest import Pruned, Teacher
 
 SAMPLES, BATCH, NEW, OPENING = 20, 8, 24, 8
@@ -169,7 +169,7 @@ def test_bad_input_is_one_line_before_any_work(
         for part in ("error: ", *says):
             assert part in line
         assert not answer["nemo"]
-    assert [path for path in (tmp_path / "run").rglob("*") if path.is_file()] == []
+    assert tree(tmp_path / "run") == {}
 
 
 @pytest.mark.slow
