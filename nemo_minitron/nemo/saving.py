@@ -5,6 +5,7 @@ import math
 import shutil
 import signal
 from collections.abc import Iterator
+from multiprocessing import resource_tracker
 from typing import Any
 
 from nemo_minitron import recipe
@@ -37,6 +38,8 @@ def signals_wait() -> Iterator[None]:
     SLURM sends its signals to every process of a job, and more than once: a process that helps to save would die of
     them, and the checkpoint with it.
     """
+    # Started inside, Python's resource tracker would let SIGTERM through again.
+    resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1})
     try:
         yield
