@@ -69,26 +69,11 @@ def settings(a: argparse.Namespace) -> tuple[Any, Any, Any]:
     return layout, DataConfig(seq_length=a.seq_length), OptimConfig(warmup_steps=1)
 
 
-def run_side(a: argparse.Namespace, directory: Path) -> dict[str, float]:
-    """Train for the steps in this process."""
-    from nemo_minitron import hosts
-
-    hosts.prepare_nemo()
+def clock() -> Any:
+    """A callback that notes the seconds of each step."""
     import lightning.pytorch as pl
-    import nemo.lightning as nl
-    from nemo.collections import llm
-
-    from nemo_minitron.data.prepare import prepare_data
-    from nemo_minitron.distillation import LossSettings
-    from nemo_minitron.nemo import models as nemo_models
-    from nemo_minitron.nemo import trainer
-    from nemo_minitron.nemo.checkpoints import find_source
-    from nemo_minitron.nemo.distillation import DistillTransform
-    from nemo_minitron.nemo.session import nemo_tokenizer
 
     class Clock(pl.Callback):
-        """Seconds of each step."""
-
         def __init__(self) -> None:
             self.seconds: list[float] = []
 
@@ -98,42 +83,56 @@ def run_side(a: argparse.Namespace, directory: Path) -> dict[str, float]:
         def on_train_batch_end(self, *_: Any) -> None:
             self.seconds.append(time.perf_counter() - self.begin)
 
+    return Clock()
+
+
+def run_side(a: argparse.Namespace, directory: Path) -> dict[str, float]:
+    """Train for the steps in this process."""
+    from nemo_minitron import hosts
+
+    hosts.prepare_nemo()
+    import nemo.lightning as nl
+    from nemo.collections import llm
+
+    from nemo_minitron.data.prepare import prepare_data
+    from nemo_minitron.nemo import trainer
+    from nemo_minitron.nemo.checkpoints import find_source
+    from nemo_minitron.nemo.session import nemo_tokenizer
+
     layout, data, optim = settings(a)
     student, teacher = (find_source(directory / name / "nemo") for name in ("student", "teacher"))
     prepared = prepare_data(data, str(student.tokenizer), None)
-    tokenizer, clock = nemo_tokenizer(student.tokenizer), Clock()
+    tokenizer, watch = nemo_tokenizer(student.tokenizer), clock()
     module = trainer.training_data(prepared.indexed, tokenizer, data, layout, prepared.index_cache)
     trainer.seed_everything(1)
+    weights = nl.RestoreConfig(path=str(student.path), load_optim_state=False, load_artifacts=False)
     common = {
         "log": nl.NeMoLogger(explicit_log_dir=tempfile.mkdtemp(dir=directory), ckpt=None),
-        "resume": nl.AutoResume(
-            restore_config=nl.RestoreConfig(
-                path=str(student.path), load_optim_state=False, load_artifacts=False
-            )
-        ),
+        "resume": nl.AutoResume(restore_config=weights),
     }
+    optimizer = trainer.optimizer(optim, layout)
     if a.side == "ours":
-        model = nemo_models.to_model(
-            nemo_models.to_config(student.architecture, seq_length=a.seq_length),
-            tokenizer,
-            trainer.optimizer(optim, layout),
-        )
-        transform = DistillTransform(teacher, LossSettings())
-        llm.train(
-            model, module, trainer.trainer(layout, training=True, callbacks=[transform, clock]), **common
-        )
+        model, transform = ours(a, student, teacher, tokenizer, optimizer)
+        callbacks = [transform, watch]
+        llm.train(model, module, trainer.trainer(layout, training=True, callbacks=callbacks), **common)
     else:
-        llm.distill(
-            str(student.path),
-            str(teacher.path),
-            module,
-            trainer.trainer(layout, training=True, callbacks=[clock]),
-            optim=trainer.optimizer(optim, layout),
-            tokenizer=tokenizer,
-            **common,
-        )
+        nemos = trainer.trainer(layout, training=True, callbacks=[watch])
+        paths = str(student.path), str(teacher.path)
+        llm.distill(*paths, module, nemos, optim=optimizer, tokenizer=tokenizer, **common)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"seconds": statistics.median(clock.seconds[NOT_COUNTED:]), "peak_rss_bytes": peak}
+    return {"seconds": statistics.median(watch.seconds[NOT_COUNTED:]), "peak_rss_bytes": peak}
+
+
+def ours(
+    a: argparse.Namespace, student: Any, teacher: Any, tokenizer: Any, optimizer: Any
+) -> tuple[Any, Any]:
+    """The student and what makes a distillation of its training."""
+    from nemo_minitron.distillation import LossSettings
+    from nemo_minitron.nemo import models as nemo_models
+    from nemo_minitron.nemo.distillation import DistillTransform
+
+    config = nemo_models.to_config(student.architecture, seq_length=a.seq_length)
+    return nemo_models.to_model(config, tokenizer, optimizer), DistillTransform(teacher, LossSettings())
 
 
 def in_turn(a: argparse.Namespace, directory: Path) -> dict[str, list[dict[str, float]]]:
