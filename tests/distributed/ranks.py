@@ -101,9 +101,12 @@ def _destroy_groups(barrier: bool) -> None:
     if dist.is_initialized():
         if barrier:
             # A rank that is through may close before this one has seen its last message off. One that died is found
-            # by its pipe.
-            with contextlib.suppress(RuntimeError):
+            # by its pipe; a barrier that times out stays an error.
+            try:
                 dist.barrier()
+            except RuntimeError as error:
+                if "by peer" not in str(error):
+                    raise
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
 
