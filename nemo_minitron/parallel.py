@@ -165,6 +165,14 @@ def barrier() -> None:
         dist.barrier()
 
 
+def true_everywhere(t: Tensor) -> bool:
+    """Whether t [], bool, is true on every rank there is; all of them ask."""
+    everywhere = t.int()
+    if dist.is_initialized():
+        dist.all_reduce(everywhere, op=dist.ReduceOp.MIN)
+    return bool(everywhere)
+
+
 def gather_objects(value: Any, group: GroupName) -> list[Any]:
     """Each rank's value, any picklable object, by rank in the group, on every rank. For small things."""
     if group_size(group) == 1:

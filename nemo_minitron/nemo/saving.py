@@ -6,9 +6,12 @@ import shutil
 import signal
 from collections.abc import Iterator
 from multiprocessing import resource_tracker
+from pathlib import Path
 from typing import Any
 
-from nemo_minitron import recipe
+import torch
+
+from nemo_minitron import parallel, recipe
 
 import nemo.lightning as nl  # isort: skip
 from megatron.core.num_microbatches_calculator import get_current_global_batch_size  # isort: skip
@@ -60,6 +63,14 @@ class Checkpoints(nl.ModelCheckpoint):
         self._unproven = False
         self._superseded: list[str] = []
 
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Lightning's hook. A kill may have come between a checkpoint and its proof: the one before it still stands."""
+        super().on_train_start(trainer, pl_module)
+        if self.last_model_path:
+            last = ckpt_to_dir(self.last_model_path).name
+            self._superseded = [str(p) for p in Path(self.dirpath).glob("*-last") if p.name != last]
+            self._unproven = bool(self._superseded)
+
     def _should_remove_checkpoint(self, trainer: Any, previous: str, current: str) -> bool:
         if super()._should_remove_checkpoint(trainer, previous, current):
             self._superseded.append(previous)
@@ -75,6 +86,15 @@ class Checkpoints(nl.ModelCheckpoint):
         self._unproven = False
         while self._superseded:
             self._remove_checkpoint(trainer, self._superseded.pop())
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Lightning's hook; a run that goes on validates after the same steps as one that was not interrupted.
+
+        The checkpoint is written before Lightning counts its step as done, and what it restores of its counters is
+        then one step short. There is one epoch, so both count the steps from the first one on.
+        """
+        progress = trainer.fit_loop.epoch_loop.batch_progress
+        progress.total.ready = progress.current.ready = trainer.global_step + 1
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
@@ -104,7 +124,17 @@ class Checkpoints(nl.ModelCheckpoint):
         self._prove(trainer)
         super().on_validation_end(trainer, pl_module)
 
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Lightning's hook. No loss may follow the last checkpoint; that its weights are finite has to do then."""
+        super().on_train_end(trainer, pl_module)
+        if self._superseded:
+            finite = torch.stack([p.isfinite().all() for p in pl_module.parameters()]).all()
+            if parallel.true_everywhere(finite):
+                self._prove(trainer)
+
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Lightning's hook. Rank 0 acts alone: others may wait for it in a collective."""
         if is_not_finite(exception) and self._unproven and recipe.rank() == 0:
+            self.set_checkpoint_unfinished_marker(self.last_model_path)
             shutil.rmtree(ckpt_to_dir(self.last_model_path), ignore_errors=True)
+            self.remove_checkpoint_unfinished_marker(self.last_model_path)

@@ -34,15 +34,6 @@ class StepLog(pl.Callback):
             kept = [entry for entry in read_steps(self.path) if entry["step"] < trainer.global_step]
             self.path.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
 
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Lightning's hook; a run that goes on validates after the same steps as one that was not interrupted.
-
-        The checkpoint is written before Lightning counts its step as done, and what it restores of its counters is
-        then one step short. There is one epoch, so both count the steps from the first one on.
-        """
-        progress = trainer.fit_loop.epoch_loop.batch_progress
-        progress.total.ready = progress.current.ready = trainer.global_step + 1
-
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:

@@ -91,7 +91,13 @@ def _logger(directory: Path, every_n_steps: int) -> Any:
 def _resume(directory: Path, start: Path | None) -> Any:
     import nemo.lightning as nl
 
-    return nl.AutoResume(
+    class Resume(nl.AutoResume):
+        """Begins anew where a kill came while the first checkpoint was being written; NeMo's own refuses that."""
+
+        def _find_trainer_ckpt_path(self) -> Path | None:
+            return super()._find_trainer_ckpt_path() if _checkpoints(directory) else None
+
+    return Resume(
         resume_if_exists=True,
         resume_ignore_no_checkpoint=True,
         resume_from_directory=str(directory / "nemo" / "checkpoints"),
@@ -103,7 +109,9 @@ def _resume(directory: Path, start: Path | None) -> Any:
 
 
 def _checkpoints(directory: Path) -> list[Path]:
-    return [p for p in (directory / "nemo" / "checkpoints").glob("*-last") if (p / "context").is_dir()]
+    found = (directory / "nemo" / "checkpoints").glob("*-last")
+    # NeMo marks a checkpoint that it writes or deletes.
+    return [p for p in found if (p / "context").is_dir() and not p.with_name(f"{p.name}-unfinished").exists()]
 
 
 def last_checkpoint(directory: Path) -> Path:

@@ -3,6 +3,7 @@
     python -m tests.functional.kill_trials 20 [FIRST_SEED]    # from the repository's root; a JSON line a trial
 
 A trial is given by its seed: the recipe, the rank and the share of the undisturbed run's time after which it dies.
+docs/clusters.md has a record.
 """
 
 import contextlib
@@ -19,11 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.functional import conversations
 from tests.functional.commands import ROOT, Commands
 
 NPROC = 2
-# What a result holds beside what the run is to be judged by.
-MEASURED = ("wall_s", "peak_rss_gib", "checkpoint", "teacher_schedule_s")
+# What a result and a step's line hold beside what the run is to be judged by.
+MEASURED = ("wall_s", "peak_rss_gib", "checkpoint", "teacher_schedule_s", "step_time", "validation_step_time")
+# Later the run may be done before the kill comes.
+LATEST = 0.95
 
 
 @dataclass(frozen=True)
@@ -45,8 +49,12 @@ class Undisturbed:
 
 def fields(run_dir: Path) -> dict[str, Any]:
     """The result without what differs from run to run."""
-    result = json.loads((run_dir / "result.json").read_text())
-    return {key: value for key, value in result.items() if key not in MEASURED}
+    return unmeasured((run_dir / "result.json").read_text())
+
+
+def unmeasured(text: str) -> dict[str, Any]:
+    """A JSON object without the measurements."""
+    return {key: value for key, value in json.loads(text).items() if key not in MEASURED}
 
 
 def pruned(run_dir: Path) -> Any:
@@ -56,7 +64,7 @@ def pruned(run_dir: Path) -> Any:
 
 def trained(run_dir: Path) -> Any:
     """The result and every step's losses; the teacher's is written each time that it is loaded."""
-    lines = [json.loads(line) for line in (run_dir / "steps.jsonl").read_text().splitlines()]
+    lines = map(unmeasured, (run_dir / "steps.jsonl").read_text().splitlines())
     return fields(run_dir), {f"{line['split']} {line['step']}": line for line in lines}
 
 
@@ -114,7 +122,8 @@ def kill(commands: Commands, subject: Subject, run_dir: Path, rank: int, after_s
     # The other ranks must not wait for a collective's time-out.
     code = process.wait(timeout=60)
     assert not ranks_of(run_dir)
-    if code == 0:
+    # Between its result and its end a rank may still be killed; there is nothing to go on with then.
+    if code == 0 or (run_dir / "result.json").exists():
         return None
     assert code == 128 + signal.SIGKILL, (code, Path(f"{run_dir}.log").read_text()[-3000:])
     return ", ".join(sorted(path.name for path in run_dir.iterdir() if path.suffix != ".log"))
@@ -127,7 +136,7 @@ def trial(commands: Commands, subject: Subject, expected: Undisturbed, seed: int
         What is to be recorded; `same` is the verdict.
     """
     draw = random.Random(seed)
-    rank, share = draw.randrange(NPROC), draw.random()
+    rank, share = draw.randrange(NPROC), LATEST * draw.random()
     run_dir = commands.home / f"trial-{subject.recipe}-{seed}"
     after_s = share * expected.seconds
     record = {"seed": seed, "recipe": subject.recipe, "rank": rank, "share": round(share, 3)}
@@ -159,13 +168,35 @@ def pruning(commands: Commands, teacher: Path) -> Subject:
     return Subject("prune", ["+conf=width", *commands.data(), *own], pruned)
 
 
+def tuning(commands: Commands, student: Path, steps: int) -> Subject:
+    """Supervised fine-tuning on two tensor-parallel ranks, with a checkpoint every 5 steps."""
+    files = {
+        name: conversations.conversations(commands.home / "kill-trials" / f"{name}.jsonl", numbers)
+        for name, numbers in (("train", range(40)), ("valid", range(100, 108)))
+    }
+    own = [
+        f"student={student}",
+        *(f"align.{name}={path}" for name, path in files.items()),
+        "trainer.tensor_model_parallel_size=2",
+        f"align.max_steps={steps}",
+        f"align.max_epochs={steps}",
+        "align.val_check_interval=5",
+        "align.optim.warmup_steps=1",
+    ]
+    return Subject("sft", ["+conf=instruct", *commands.data(), *own], trained)
+
+
 def main(trials: int, first_seed: int) -> int:
-    """All trials, half of them on each recipe; 1 if one of them ended differently or too few runs were killed."""
+    """Trials until so many were killed, in turn on each recipe; 1 if one of them ended differently."""
     commands = Commands(Path(tempfile.mkdtemp(prefix="kill-trials-")))
     teacher, student = commands.home / "teacher-hf", commands.home / "student"
     commands.pretrain(commands.home / "teacher", "trainer.max_steps=10", f"export_dir={teacher}").result()
     commands.prune(teacher, student).result()
-    subjects = [pruning(commands, teacher), distilling(commands, student, teacher, steps=20)]
+    subjects = [
+        pruning(commands, teacher),
+        distilling(commands, student, teacher, steps=20),
+        tuning(commands, student, steps=20),
+    ]
     expected = [undisturbed(commands, s, commands.home / f"undisturbed-{s.recipe}") for s in subjects]
     killed, seed, wrong = 0, first_seed, 0
     while killed < trials:

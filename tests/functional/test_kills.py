@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +29,9 @@ def digests(directory: Path, pattern: str = "*") -> dict[str, str]:
 
 
 def test_a_killed_training_goes_on_as_if_nothing_had_happened(commands: Commands) -> None:
-    """Killed twice: between two checkpoints and while it writes one. Each step's loss shows that the data's order, the
-    schedule and the optimizer came back; the final weights are the same to the last bit."""
+    """Killed three times: while it writes the first checkpoint, between two and while it writes another. Each step's
+    loss shows that the data's order, the schedule and the optimizer came back; the final weights are the same to the
+    last bit."""
     own = [
         f"trainer.max_steps={STEPS}",
         f"trainer.val_check_interval={SAVED_EVERY}",
@@ -43,6 +46,13 @@ def test_a_killed_training_goes_on_as_if_nothing_had_happened(commands: Commands
     overrides = [*commands.pretraining(run_dir), *own, f"export_dir={export}"]
     saved = run_dir / "nemo" / "checkpoints"
 
+    def writing() -> bool:
+        return any(saved.glob("*-unfinished"))
+
+    first_one = commands.killed(
+        "pretrain", *overrides, log=commands.home / "first-one.log", when=lambda seen: writing()
+    )
+    assert writing()
     between = commands.killed(
         "pretrain",
         *overrides,
@@ -57,22 +67,26 @@ def test_a_killed_training_goes_on_as_if_nothing_had_happened(commands: Commands
         "pretrain",
         *overrides,
         log=commands.home / "during.log",
-        when=lambda seen: (
-            max(losses(seen), default=0) >= 2 * SAVED_EVERY - 1 and any(saved.glob("*-unfinished"))
-        ),
+        when=lambda seen: max(losses(seen), default=0) >= 2 * SAVED_EVERY - 1 and writing(),
     )
-    assert any(saved.glob("*-unfinished"))
+    assert writing()
     assert not (run_dir / "result.json").exists()
+    # As if it had been killed before it knew that the newer checkpoint is good, and so had kept the older.
+    (newer,) = (p for p in saved.glob("*-last") if not p.with_name(f"{p.name}-unfinished").exists())
+    older = shutil.copytree(newer, saved / "step=4-last")
+    os.utime(older, (0, 0))
 
     ended = commands.run("pretrain", *overrides)
     result = ended.result()
-    runs = [losses(between), losses(during), losses(ended.stdout)]
+    assert [p.name for p in saved.glob("*-last*")] == [f"step={STEPS - 1}-last"]
+    runs = [losses(said) for said in (first_one, between, during, ended.stdout)]
     for run in runs:
         assert run == {step: expected[step] for step in run}
     assert set().union(*runs) == set(expected)
-    # Neither began anew.
-    assert min(runs[1]) >= SAVED_EVERY
+    assert min(runs[1]) == 0
+    # The others did not begin anew.
     assert min(runs[2]) >= SAVED_EVERY
+    assert min(runs[3]) >= SAVED_EVERY
     assert result["lm_loss_nats"] == straight.result()["lm_loss_nats"]
     weights = [digests(directory, "*.safetensors") for directory in (export, commands.home / "straight-hf")]
     assert weights[0] == weights[1]

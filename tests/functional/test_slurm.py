@@ -65,8 +65,8 @@ def test_a_failing_rank_s_code_and_log_come_back(slurm: Slurm) -> None:
 
 
 def test_a_rank_that_a_signal_ends(slurm: Slurm) -> None:
-    recipe = slurm.tiny("killed", "os.kill(os.getpid(), signal.SIGKILL) if rank == 1 else time.sleep(600)")
-    done = slurm.submit("--wait", recipe, *SITE, f"run_dir={slurm.home}/killed", *DATA_RANKS)
+    recipe = slurm.tiny("signalled", "os.kill(os.getpid(), signal.SIGKILL) if rank == 1 else time.sleep(600)")
+    done = slurm.submit("--wait", recipe, *SITE, f"run_dir={slurm.home}/signalled", *DATA_RANKS)
     assert done.returncode == 128 + signal.SIGKILL
     assert "rank 1 failed with exit code 137" in done.stderr
 
