@@ -171,6 +171,24 @@ def test_a_docker_command_of_the_docs(command: str) -> None:
     assert done.stdout.startswith("docker ")
 
 
+@pytest.mark.slow  # the model is read once
+def test_the_local_commands_of_the_docs(tmp_path: Path) -> None:
+    """A laptop's is prepared as it stands; of one for GPUs the configuration is composed."""
+    local = [shlex.split(c) for c in COMMANDS if c.startswith("launchers/local.sh")]
+    assert [words[2] for words in local] == ["2", "8"]
+    for program, *words in local:
+        recipe, *overrides = words[2:]
+        if words[1] == "2":
+            command = [ROOT / program, "--prepare-only", *words[:2], ROOT / recipe, *overrides]
+            ends = f"{tmp_path}/outputs/"
+        else:
+            command = [sys.executable, ROOT / recipe, *overrides, "--cfg", "job", "--resolve"]
+            ends = "source: DIR"
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr
+        assert ends in done.stdout
+
+
 def test_every_launcher_named_in_the_docs_is_there() -> None:
     for path in set(re.findall(r"\b(?:launchers|recipes|conf|docs|tests|benchmarks)/[\w./-]+\.\w+", DOCS)):
         assert (ROOT / path).exists() or path == "recipes/Y.py", path

@@ -3,14 +3,17 @@
 import json
 import os
 import re
+import shutil
 import signal
+import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.functional.commands import Commands
+from tests.functional.commands import ROOT, Commands
 from tests.functional.conftest import Pruned, Teacher
 from tests.functional.kill_trials import ranks_of
 from tests.functional.slurm_cluster import SITE, Slurm, log, loopback, result
@@ -288,3 +291,24 @@ def steps_so_far(run_dir: Path) -> set[tuple[str, int]]:
             entry = json.loads(line)
             found.add((entry["split"], entry["step"]))
     return found
+
+
+def test_the_loopback_commands_of_the_docs(commands: Commands) -> None:
+    """As they stand, on a cluster of their own, from a directory without any of the repository."""
+    text = (ROOT / "docs" / "clusters.md").read_text()
+    (block,) = re.findall(r"^```\n(eval .*?)^```", text, re.MULTILINE | re.DOTALL)
+    home = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))
+    script = re.sub(r"\b(launchers|recipes)/", rf"{ROOT}/\1/", block).replace("/tmp/slurm", f"{home}/c")
+    script = f"set -e\ntrap '{ROOT}/launchers/slurm_on_loopback.py stop {home}/c' EXIT\n{script}"
+    done = subprocess.run(
+        ["bash", "-c", script],
+        env=commands.environment(),
+        cwd=commands.home,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    shutil.rmtree(home)
+    assert done.returncode == 0, done.stderr
+    (directory,) = re.findall(r"1 node of 2 ranks, in (\S+)", done.stderr)
+    assert result(commands.home / directory)["tensor_model_parallel_size"] == 2
