@@ -1,6 +1,6 @@
 # Everything runs in an environment outside the clone, shared by all clones with the same pins (scripts/environment.py).
 # Choices: PYTHON=python3.10  TORCH=auto|cpu|cuda  TORCH_INDEX=URL  EXTRAS=dev,search,wandb  NEMO_MINITRON_HOME=DIR
-#          ARGS='...' is added to pytest's, or to the demo's, command line
+#          ARGS='...' is added to pytest's, or to the demo's, command line; WORKERS=N for `make test`
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .PHONY: help setup python demo test test-slow check format clean-env
@@ -9,6 +9,8 @@ TORCH ?= auto
 TORCH_INDEX ?=
 EXTRAS ?= dev,search
 ARGS ?=
+# Processes that `make test` shares its files between.
+WORKERS ?= 2
 
 # The package is taken from this clone, never from the environment.
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
@@ -30,7 +32,7 @@ demo:  ## prune the demo teacher by width
 	@$(WITH_PY) "$$PY" recipes/prune.py +conf=width $(ARGS)
 
 test:  ## the tests that end in minutes
-	@$(WITH_PY) "$$PY" -m pytest -m "not slow" $(ARGS)
+	@$(WITH_PY) "$$PY" -m pytest -m "not slow" -n $(WORKERS) --dist loadfile $(ARGS)
 
 # pytest's exit code 5 means that it selected nothing: fine only while no test is marked slow.
 test-slow:  ## the long tests

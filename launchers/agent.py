@@ -51,13 +51,21 @@ def started(state: Path) -> list[int]:
     return [int(file.read_text()) for file in state.glob("*.pid")]
 
 
-def watch(state: Path) -> list[int]:
+def last_word(logs: Path, rank: str) -> int:
+    """When a rank last wrote to its stderr, in ns; 0 if that is not known."""
+    with contextlib.suppress(OSError):
+        return (logs / f"rank{rank}.stderr.log").stat().st_mtime_ns
+    return 0
+
+
+def watch(state: Path, logs: Path) -> list[int]:
     """A list that grows by the process id of each rank that ends, in that order.
 
     The agent looks only every 0.1 s, when the ranks that lost their peer have failed too, and dates failures by
-    the second; the first to end is the one with the cause. Those that are left when it has failed get SIGTERM from the
-    agent, and here SIGKILL after TORCH_ELASTIC_SHUTDOWN_TIMEOUT seconds, for which the agent waits 30 whatever that
-    says (torch 2.13.0, SubprocessContext._poll).
+    the second; the first to end is the one with the cause. On a busy machine even this may see both at once: then the
+    first is the one that fell silent first. Those that are left when it has failed get SIGTERM from the agent, and here
+    SIGKILL after TORCH_ELASTIC_SHUTDOWN_TIMEOUT seconds, for which the agent waits 30 whatever that says (torch 2.13.0,
+    SubprocessContext._poll).
     """
     ended: list[int] = []
     timers: list[threading.Timer] = []
@@ -69,7 +77,8 @@ def watch(state: Path) -> list[int]:
                     os.kill(pid, signal.SIGKILL)
 
     def look(_number: int, _frame: object) -> None:
-        for pid in started(state):
+        files = sorted(state.glob("*.pid"), key=lambda file: last_word(logs, file.stem))
+        for pid in (int(file.read_text()) for file in files):
             with contextlib.suppress(ChildProcessError):  # WNOWAIT: its exit code stays for the agent
                 end = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
                 if pid in ended or end is None:
@@ -99,7 +108,7 @@ def main() -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    ended = watch(Path(job["state"]))
+    ended = watch(Path(job["state"]), Path(job["logs"]))
     try:
         launch(job, str(RANK), job["logs"], job["state"], *job["command"])
     except ChildFailedError as error:
