@@ -115,17 +115,16 @@ def check_settings(a: AlignConfig, t: TrainerConfig) -> None:
     ):
         if value not in legal:
             raise InputError(f"align.{key}={value}: must be one of {', '.join(legal)}")
-    for key, least in (("max_epochs", 1), ("global_batch_size", 1), ("val_check_interval", 0)):
-        check_least(f"align.{key}", getattr(a, key), least)
-    for key in ("max_steps", "limit_val_batches"):
-        if getattr(a, key) is not None:
-            check_least(f"align.{key}", getattr(a, key), 1)
-    check_least("align.lora.dim", a.lora.dim, 1)
+    _check_numbers(a)
     if a.packed_sequence and importlib.util.find_spec("transformer_engine") is None:
         raise InputError("align.packed_sequence=true: needs Transformer Engine, which is not here")
     if a.packed_sequence:
         raise InputError(
             "align.packed_sequence=true: NeMo-Aligner does not pack conversations; must be false"
+        )
+    if a.samples and t.context_parallel_size > 1:
+        raise InputError(
+            f"align.samples={a.samples}: must be 0 under trainer.context_parallel_size={t.context_parallel_size}"
         )
     if t.precision != "32" and not has_cuda():
         raise InputError(f"trainer.precision={t.precision}: alignment on the CPU runs in 32")
@@ -138,6 +137,17 @@ def check_settings(a: AlignConfig, t: TrainerConfig) -> None:
         )
 
 
+def _check_numbers(a: AlignConfig) -> None:
+    """Refuse those that are too small."""
+    least = {"max_epochs": 1, "global_batch_size": 1, "val_check_interval": 0, "samples": 0}
+    for key in ("samples_max_new_tokens", "max_steps", "limit_val_batches"):
+        if getattr(a, key) is not None:
+            least[key] = 1
+    for key, number in least.items():
+        check_least(f"align.{key}", getattr(a, key), number)
+    check_least("align.lora.dim", a.lora.dim, 1)
+
+
 def schedule(
     a: AlignConfig, t: TrainerConfig, train: int, valid: int, *, whole_batches: bool
 ) -> tuple[TrainerConfig, int]:
@@ -148,7 +158,7 @@ def schedule(
         whole_batches: whether validation takes batches as large as training's, else the smallest.
 
     Raises:
-        InputError: batches that do not divide, or fewer samples than a batch has.
+        InputError: batches that do not divide, fewer samples than a batch has, or than answers shall be written.
     """
     smallest = t.micro_batch_size * t.data_parallel_size
     if a.global_batch_size % smallest:
@@ -163,12 +173,17 @@ def schedule(
     in_epoch = train // a.global_batch_size
     steps = a.max_steps or a.max_epochs * in_epoch
     every = min(a.val_check_interval or steps, steps)
+    validations = min(a.limit_val_batches or valid, valid // validated)
+    if a.samples > validations * validated:
+        raise InputError(
+            f"align.samples={a.samples}: must be at most {validations * validated}, the samples of a validation"
+        )
     settled = dataclasses.replace(
         t,
         max_steps=steps,
         global_batch_size=a.global_batch_size,
         val_check_interval=every,
-        limit_val_batches=min(a.limit_val_batches or valid, valid // validated),
+        limit_val_batches=validations,
     )
     return settled, -(-steps // in_epoch)
 

@@ -99,6 +99,8 @@ def run_config(t: TrainerConfig, *, cuda: bool) -> dict[str, Any]:
         "activations_checkpoint_granularity": t.recompute_granularity,
         "activations_checkpoint_method": "uniform" if full else None,
         "activations_checkpoint_num_layers": 1 if full else None,
+        # Read before NeMo generates; nothing else is done with it here.
+        "activations_checkpoint_layers_per_pipeline": None,
         # On the CPU too: `hosts.aligner` gives the local spec for Transformer Engine's name.
         "transformer_engine": True,
         "use_cpu_initialization": not cuda,

@@ -18,8 +18,11 @@ def check(r: PreferenceRecipe) -> Prepared:
     """Refuse what cannot work; convert the checkpoint and render the pairs once.
 
     Raises:
-        InputError: as `checks.prepare`; an unknown loss; weights of the losses that are all 0; a pair without rewards.
+        InputError: as `checks.prepare`; answers to be written; an unknown loss; weights of the losses that are all 0; a
+            pair without rewards.
     """
+    if r.align.samples > 0:
+        raise InputError(f"align.samples={r.align.samples}: must be 0, only recipes/sft.py writes answers")
     d = r.align.dpo
     if d.preference_loss not in LOSSES:
         raise InputError(f"align.dpo.preference_loss={d.preference_loss}: must be one of {', '.join(LOSSES)}")

@@ -178,12 +178,9 @@ class RunLog:
     """
 
     def __init__(self, path: Path, *, write: bool, done: int) -> None:
-        from nemo_minitron.nemo.steplog import read_steps
-
         self.path, self._write = path, write
         if write:
-            kept = [line for line in read_steps(path) if _before(line, done)]
-            path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            keep_done(path, done)
 
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None, prefix: str = "") -> None:
         """Called by Aligner's trainers.
@@ -204,6 +201,22 @@ class RunLog:
         """Called by Aligner's trainers."""
 
 
+def keep_done(path: Path, done: int) -> None:
+    """Leave a JSONL file the lines of what was done when a run goes on; without such lines it goes.
+
+    Args:
+        path: of lines with a `step`, and a `split` unless all are a validation's.
+        done: steps.
+    """
+    from nemo_minitron.nemo.steplog import read_steps
+
+    kept = [line for line in read_steps(path) if _before(line, done)]
+    if kept:
+        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    else:
+        path.unlink(missing_ok=True)
+
+
 def _before(line: dict[str, Any], done: int) -> bool:
     # Training steps count from 0, validations say after how many of them; the first one precedes all steps.
-    return done > 0 and bool(line["step"] < done + (line["split"] == "valid"))
+    return done > 0 and bool(line["step"] < done + (line.get("split", "valid") == "valid"))

@@ -38,8 +38,9 @@ class AlignConfig:
 
     `train` and `valid`: JSONL files of conversations; null: the project's own set. `chat_template`: a Jinja file; null:
     the tokenizer's own. `longer`: what is done with samples of more than `data.seq_length` tokens: "refuse", "drop" or
-    "cut". `max_steps` null: `max_epochs` passes. `peft`: "none", all weights, or "lora". `save_nemo`: also write
-    NeMo-Aligner's own .nemo file.
+    "cut". `max_steps` null: `max_epochs` passes. `samples`: held-out prompts whose greedy answers, of up to
+    `samples_max_new_tokens` tokens, are written into RUN/samples.jsonl at each validation. `peft`: "none", all weights,
+    or "lora". `save_nemo`: also write NeMo-Aligner's own .nemo file.
     """
 
     train: Any = None
@@ -52,6 +53,8 @@ class AlignConfig:
     global_batch_size: int = 8
     val_check_interval: int = 0
     limit_val_batches: int | None = None
+    samples: int = 0
+    samples_max_new_tokens: int = 64
     peft: str = "none"
     lora: LoraConfig = field(default_factory=LoraConfig)
     dpo: DpoConfig = field(default_factory=DpoConfig)

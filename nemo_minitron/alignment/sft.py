@@ -10,6 +10,7 @@ from nemo_minitron.alignment.conversations import EncodedSplit, encode_split
 from nemo_minitron.alignment.settings import SftRecipe
 from nemo_minitron.config import cache_dir
 from nemo_minitron.data.chat_shapes import convert_file
+from nemo_minitron.data.tokenizer import load_tokenizer
 
 
 def check(r: SftRecipe) -> Prepared:
@@ -47,18 +48,19 @@ def run(r: SftRecipe, prepared: Prepared, directory: Path) -> dict[str, Any]:
 
 def _train(r: SftRecipe, prepared: Prepared, directory: Path) -> Any:
     from nemo_minitron.alignment import loaders, training
+    from nemo_minitron.alignment.samples import sampling_trainer
 
     cfg = training.run_configuration(r, prepared, directory, key="sft", data=_data_config(r, prepared))
     trainer, model = training.open_model(cfg, "sft", model_class, prepared.student)
-    from nemo_aligner.algorithms.supervised import SupervisedTrainer
     from nemo_aligner.utils.train_script_utils import retrieve_custom_trainer_state_dict
 
     done = retrieve_custom_trainer_state_dict(trainer)
     train, valid = (
         loaders.sft_dataset(cfg, split, model.tokenizer) for split in ("train_ds", "validation_ds")
     )
+    tokenizer = load_tokenizer(str(prepared.tokenizer))
     training.fit(
-        SupervisedTrainer,
+        sampling_trainer(model, tokenizer, r.align, directory, done["step"] if done else 0),
         trainer,
         model,
         cfg,

@@ -20,6 +20,7 @@ def close_gaps() -> None:
     loaded_tensors_are_moved_to_cuda()
     aligner_counts_on_cuda()
     adamw_step_cannot_be_sharded()
+    generation_moves_the_model_to_cuda()
 
 
 def strategy_wants_apex() -> None:
@@ -184,3 +185,11 @@ def adamw_step_cannot_be_sharded() -> None:
 
     if "sharded_adamw" not in AVAILABLE_OPTIMIZERS:
         register_optimizer("sharded_adamw", ShardedAdamW, AdamWParams)
+
+
+def generation_moves_the_model_to_cuda() -> None:
+    """`MegatronGPTModel.generate` (NeMo 1, `:1920`) calls `cuda()` of the whole model, for which Lightning has a method
+    of its own (`device_dtype_mixin.py:58`) that makes a CUDA device out of the current one's number."""
+    from lightning.fabric.utilities.device_dtype_mixin import _DeviceDtypeModuleMixin
+
+    _DeviceDtypeModuleMixin.cuda = lambda self, device=None: self

@@ -78,6 +78,27 @@ def sft_loss(model: Any, tokenizer: Any, path: Path) -> float:
     return sum(losses) / len(losses)
 
 
+def greedy_answers(model: Any, tokenizer: Any, path: Path, longest: int) -> list[dict[str, str]]:
+    """What `generate` writes after each sample's last prompt, up to the end-of-text token."""
+    found = []
+    for row in rows_of(path):
+        *prompt, reference = row["messages"]
+        encoded = tokenizer.apply_chat_template(
+            prompt, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+        )
+        tokens, mask = encoded["input_ids"], encoded["attention_mask"]
+        written = model.generate(tokens, attention_mask=mask, max_new_tokens=longest, do_sample=False)
+        ids = tokens[0]
+        found.append(
+            {
+                "prompt": tokenizer.decode(ids),
+                "answer": tokenizer.decode(written[0, len(ids) :], skip_special_tokens=True),
+                "reference": reference["content"],
+            }
+        )
+    return found
+
+
 def rpo_bwd_kl(policy: Any, reference: Any, tokenizer: Any, path: Path, beta: float) -> float:
     """Mean over pairs of KL(rewards' || policy's preference), each a Bernoulli distribution (arXiv 2406.11704, 3.3)."""
     total = 0.0

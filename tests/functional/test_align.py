@@ -15,6 +15,8 @@ from tests.functional.conftest import Teacher
 
 PATIENCE_S = 240
 TRAIN, VALID, STEPS = 8, 6, 5
+LONGEST = 16
+SAMPLES = [f"align.samples={VALID}", f"align.samples_max_new_tokens={LONGEST}"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,11 @@ class Aligned:
     def losses(self, split: str) -> dict[int, float]:
         lines = map(json.loads, (self.run_dir / "steps.jsonl").read_text().splitlines())
         return {line["step"]: line["loss"] for line in lines if line["split"] == split}
+
+    def samples(self, step: int) -> list[dict[str, str]]:
+        """Prompts, answers and references of the validation after so many steps."""
+        lines = map(json.loads, (self.run_dir / "samples.jsonl").read_text().splitlines())
+        return [line for line in lines if line.pop("step") == step]
 
     def exported(self) -> Path:
         """The result as a Hugging Face directory."""
@@ -87,7 +94,7 @@ def align(
 
 @pytest.fixture(scope="module")
 def tuned(commands: Commands, teacher: Teacher, data: Data) -> Aligned:
-    return align(commands, teacher, data, "sft")
+    return align(commands, teacher, data, "sft", *SAMPLES)
 
 
 def opened(directory: Path) -> tuple[Any, Any]:
@@ -114,6 +121,15 @@ def test_the_loss_is_of_the_answers_only(teacher: Teacher, data: Data, tuned: Al
     assert (result["train_samples"], result["train_dropped"], result["train_cut"]) == (TRAIN, 0, 0)
 
 
+def test_answers_before_the_first_step(teacher: Teacher, data: Data, tuned: Aligned) -> None:
+    """Those of transformers' greedy generation. The losses above, of steps after it, are as they are without it."""
+    model, tokenizer = opened(teacher.huggingface)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    found = tuned.samples(0)
+    assert found == conversations.greedy_answers(model, tokenizer, data.valid, LONGEST)
+    assert len(found) == len(tuned.samples(STEPS)) == VALID
+
+
 def test_the_result_keeps_tokenizer_and_template(teacher: Teacher, tuned: Aligned) -> None:
     from transformers import AutoTokenizer
 
@@ -130,6 +146,7 @@ def test_the_exported_result_is_what_was_trained(data: Data, tuned: Aligned) -> 
     """NeMo-Aligner's last validation, and transformers' on the weights that went NeMo 2 and Hugging Face."""
     model, tokenizer = opened(tuned.exported())
     assert tokenizer.chat_template == CHAT_TEMPLATE
+    assert tuned.samples(STEPS) == conversations.greedy_answers(model, tokenizer, data.valid, LONGEST)
     expected = tuned.result["valid_loss_nats_after"]
     assert conversations.sft_loss(model, tokenizer, data.valid) == pytest.approx(expected, rel=1e-5)
 
@@ -146,13 +163,30 @@ LAYOUTS = {
 def test_a_layout_changes_nothing(
     commands: Commands, teacher: Teacher, data: Data, tuned: Aligned, layout: str
 ) -> None:
-    """Each step's loss and the held-out losses; the result opens in one process again."""
-    found = align(commands, teacher, data, f"sft-{layout}", *LAYOUTS[layout], nproc=2)
+    """Each step's loss, the held-out losses and the answers; the result opens in one process again."""
+    found = align(commands, teacher, data, f"sft-{layout}", *LAYOUTS[layout], *SAMPLES, nproc=2)
+    assert found.samples(0) == tuned.samples(0)
     for split in ("train", "valid"):
         assert found.losses(split) == pytest.approx(tuned.losses(split), rel=1e-4)
     model, tokenizer = opened(found.exported())
     expected = found.result["valid_loss_nats_after"]
     assert conversations.sft_loss(model, tokenizer, data.valid) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_answers_of_batches_on_two_tensor_parallel_ranks(
+    commands: Commands, teacher: Teacher, data: Data
+) -> None:
+    """Of a model that has learnt to write, so that they differ, to prompts of different lengths in one batch."""
+    student = ROOT / "assets" / "demo-teacher"
+    more = [f"student={student}", "trainer.micro_batch_size=2"]
+    samples = ["align.samples=3", "align.samples_max_new_tokens=24", "align.max_steps=1"]
+    found = align(commands, teacher, data, "sft-answers", *LAYOUTS["tp2"], *more, *samples, nproc=2)
+    model, tokenizer = opened(student)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    expected = conversations.greedy_answers(model, tokenizer, data.valid, 24)[:3]
+    assert found.samples(0) == expected
+    assert len({line["answer"] for line in expected}) > 1
 
 
 @pytest.mark.slow
@@ -169,13 +203,15 @@ def test_adapters_are_merged(commands: Commands, teacher: Teacher, data: Data) -
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("peft", ["none", "lora"])
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(
-    commands: Commands, teacher: Teacher, data: Data
+    commands: Commands, teacher: Teacher, data: Data, peft: str
 ) -> None:
-    """Killed twice: after some steps that no checkpoint has, and while a checkpoint is written."""
+    """Killed after some steps that no checkpoint has and, training all weights, while a checkpoint is written."""
     more = ["align.max_steps=12", "align.val_check_interval=4", "align.global_batch_size=4"]
-    straight = align(commands, teacher, data, "sft-straight", *more)
-    run_dir = commands.home / "sft-killed"
+    more += [f"align.peft={peft}", "align.samples=2", "align.samples_max_new_tokens=4"]
+    straight = align(commands, teacher, data, f"sft-straight-{peft}", *more)
+    run_dir = commands.home / f"sft-killed-{peft}"
     overrides = [*settings(commands, teacher, run_dir), *data.overrides(data.train, data.valid), *more]
     killed = Aligned(run_dir, straight.ended)
     steps, saved = run_dir / "steps.jsonl", run_dir / "aligner" / "checkpoints"
@@ -183,18 +219,21 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     def at(step: int) -> bool:
         return steps.exists() and f'{{"step": {step}, "split": "train"' in steps.read_text()
 
-    commands.killed("sft", *overrides, log=commands.home / "sft-1.log", when=lambda seen: at(5))
-    commands.killed(
-        "sft",
-        *overrides,
-        log=commands.home / "sft-2.log",
-        when=lambda seen: at(7) and any(saved.glob("*-unfinished")),
-    )
+    def writing(seen: str) -> bool:
+        return at(7) and any(saved.glob("*-unfinished"))
+
+    moments = [lambda seen: at(5), *([writing] if peft == "none" else [])]
+    for number, moment in enumerate(moments):
+        log = commands.home / f"sft-{peft}-{number}.log"
+        commands.killed("sft", *overrides, log=log, when=moment)
     assert not (run_dir / "result.json").exists()
     ended = commands.run("sft", *overrides)
     assert ended.code == 0, ended.stderr[-4000:]
     for split in ("train", "valid"):
         assert killed.losses(split) == straight.losses(split)
+    for step in (0, 4, 8, 12):
+        assert killed.samples(step) == straight.samples(step)
+        assert len(killed.samples(step)) == 2
     assert ended.result()["valid_loss_nats_after"] == straight.result["valid_loss_nats_after"]
 
 
@@ -254,6 +293,7 @@ def bad_pairs(commands: Commands, data: Data, home: Path) -> tuple[dict[str, Any
         "same": ([rewarded, {**rewarded, "rejected": "a"}], [], ["line 2", "same"]),
         "loss": ([rewarded], ["align.dpo.preference_loss=orpo"], ["preference_loss=orpo", "dpo, ipo"]),
         "penalty": ([rewarded], ["align.dpo.ref_policy_kl_penalty=0"], ["ref_policy_kl_penalty=0"]),
+        "answers": ([rewarded], ["align.samples=1"], ["align.samples=1", "must be 0", "recipes/sft.py"]),
         "cut-pairs": ([rewarded], ["align.longer=cut"], ["align.longer=cut"]),
     }
     asked = []
@@ -315,6 +355,13 @@ def bad_conversations(
         ),
         "few": (data.train, ["align.global_batch_size=80"], ["align.train", "80"]),
         "longer": (data.train, ["align.longer=split"], ["align.longer=split", "drop"]),
+        "no-samples": (data.train, ["align.samples=-1"], ["align.samples=-1", "at least 0"]),
+        "many-samples": (data.train, ["align.samples=7"], ["align.samples=7", "at most 6"]),
+        "no-answers": (
+            data.train,
+            ["align.samples=1", "align.samples_max_new_tokens=0"],
+            ["align.samples_max_new_tokens=0"],
+        ),
         "missing": (home / "nowhere.jsonl", [], ["nowhere.jsonl"]),
         "vocabulary": (
             data.train,

@@ -144,3 +144,15 @@ def adamw_step_cannot_be_sharded(gap: Callable[[], None]) -> None:
     gap()
     names = saved_states(get_optimizer("sharded_adamw")([weight], lr=0.1))
     assert names == ["exp_avg.weight", "exp_avg_sq.weight"]
+
+
+@shows("aligner")
+def generation_moves_the_model_to_cuda(gap: Callable[[], None]) -> None:
+    import lightning.pytorch
+
+    module = lightning.pytorch.LightningModule()
+    module.linear = torch.nn.Linear(2, 2)
+    breaks(module.cuda, TypeError)
+    gap()
+    assert module.cuda() is module
+    assert module.linear.weight.device.type == module.device.type == "cpu"

@@ -2,13 +2,16 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from nemo_minitron.alignment.checks import check_settings, schedule
 from nemo_minitron.alignment.conversations import encode_split
 from nemo_minitron.alignment.preferences import encode_pairs
-from nemo_minitron.alignment.runs import RunLog, keep_one_checkpoint
+from nemo_minitron.alignment.runs import RunLog, keep_done, keep_one_checkpoint
+from nemo_minitron.alignment.samples import Samples
 from nemo_minitron.alignment.settings import AlignConfig
 from nemo_minitron.data.chat_template import with_template
 from nemo_minitron.data.conversations import Conversation, Preference
@@ -36,6 +39,8 @@ def test_epochs_become_steps() -> None:
         ({"global_batch_size": 6}, "align.global_batch_size=6"),
         ({"global_batch_size": 64}, "align.train: 50 samples"),
         ({"global_batch_size": 24, "max_steps": 1}, "align.valid: 19 samples"),
+        ({"samples": 17}, "align.samples=17: must be at most 16"),
+        ({"samples": 9, "limit_val_batches": 1}, "align.samples=9: must be at most 8"),
     ],
 )
 def test_batches_that_the_data_does_not_fill_are_refused(settings: dict[str, int], says: str) -> None:
@@ -48,10 +53,14 @@ def test_settings_are_refused_by_name() -> None:
     for settings, says in (
         ({"peft": "qlora"}, "align.peft=qlora"),
         ({"max_steps": 0}, "align.max_steps=0"),
+        ({"samples": -1}, "align.samples=-1"),
+        ({"samples_max_new_tokens": 0}, "align.samples_max_new_tokens=0"),
         ({"packed_sequence": True}, "align.packed_sequence=true"),
     ):
         with pytest.raises(InputError, match=says):
             check_settings(AlignConfig(**settings), TrainerConfig())  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"align.samples=1: .*context_parallel_size=2"):
+        check_settings(AlignConfig(samples=1), TrainerConfig(context_parallel_size=2))
 
 
 def test_a_kill_leaves_the_newest_finished_checkpoint(tmp_path: Path) -> None:
@@ -89,6 +98,32 @@ def test_the_log_of_a_run_that_goes_on_repeats_nothing(tmp_path: Path) -> None:
     ]
     with pytest.raises(FloatingPointError, match="step 3"):
         again.log_metrics({"loss": float("nan")}, step=3, prefix="train/")
+
+
+def test_answers_end_at_the_templates_end_marker(tmp_path: Path) -> None:
+    """Or at the end of text, or where they are longest; of the last batch, those that are still wanted."""
+    tokenizer = load_tokenizer(TEACHER)
+    stop, end = tokenizer.encode("\n")[0], tokenizer.eos_token_id
+    yes, no = tokenizer.encode(" yes"), tokenizer.encode("no no no")
+    path = tmp_path / "samples.jsonl"
+    samples = Samples(SimpleNamespace(step=4), tokenizer, stop, AlignConfig(samples=3), path)
+    samples._longest = len(no) - 1
+    batch = {
+        "contexts": torch.tensor([[end, *yes, *([end] * len(yes))], [end, *yes, *yes]]),
+        "context_lengths": torch.tensor([1 + len(yes), 1 + 2 * len(yes)]),
+        "answers": torch.tensor([[*yes, stop, end], [*yes, end, end]]),
+    }
+    output = {"token_ids": [[end, *yes, *yes, stop, *no], [end, *yes, *yes, *no]]}
+    while samples.has_metrics():
+        samples.update(batch, output)
+    first = {"step": 4, "prompt": "<|endoftext|> yes", "answer": " yes", "reference": " yes"}
+    second = {**first, "prompt": "<|endoftext|> yes yes", "answer": tokenizer.decode(no[:-1])}
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [first, second, first]
+    samples.reset()
+    assert samples.has_metrics()
+    assert samples.compute() == {}
+    keep_done(path, 3)
+    assert not path.exists()
 
 
 def test_encoded_conversations_are_those_of_the_template(tmp_path: Path) -> None:
