@@ -11,7 +11,7 @@ from tests.functional.commands import Commands
 from tests.functional.conftest import Pruned, Teacher
 from tests.functional.kill_trials import distilling, trained
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from tests.functional import kill_trials
 from tests.functional.commands import Commands
 from tests.functional.conftest import Pruned, Teacher
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 # Of the distillation: late, and, where it was measured, while the first checkpoint was being written; see Random(seed).
 SEEDS = {"prune": (4,), "distill": (11, 3), "sft": (5,)}

@@ -316,6 +316,7 @@ def free_port() -> int:
 
 
 @pytest.mark.slow  # 10 s of waiting
+@pytest.mark.alone
 def test_a_dead_rank_ends_the_others_in_time(tmp_path: Path) -> None:
     """Rank 0 waits in a collective that would take ten minutes to time out, and does not listen to SIGTERM."""
     launch = Launch(

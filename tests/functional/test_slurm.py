@@ -18,7 +18,7 @@ from tests.functional.conftest import Pruned, Teacher
 from tests.functional.kill_trials import ranks_of
 from tests.functional.slurm_cluster import SITE, Slurm, log, loopback, result
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 DATA_RANKS = ["trainer.data_parallel_size=2", "trainer.global_batch_size=16"]
 TENSOR_RANKS = "trainer.tensor_model_parallel_size=2"
