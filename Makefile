@@ -45,9 +45,9 @@ test-slow:  ## the long tests
 	    if [ $$none = 2 ] && grep -rqE 'mark\.slow' tests --include='*.py'; then \
 	        echo "no slow test was selected" >&2; exit 5; fi; exit $$first; }
 
-check:  ## lint, format, types, spelling, shell syntax
+check:  ## lint, format, types, spelling, shell scripts, the Dockerfile
 	@$(WITH_PY) "$$PY" -m ruff check . && "$$PY" -m ruff format --check . && "$$PY" -m mypy \
-	    && "$$PY" -m codespell_lib && scripts/check_shell.sh
+	    && "$$PY" -m codespell_lib && scripts/check_shell.sh "$$(dirname "$$PY")"
 
 format:  ## let ruff format and repair
 	@$(WITH_PY) "$$PY" -m ruff format . && "$$PY" -m ruff check --fix .
