@@ -8,8 +8,8 @@ from tests.functional.conftest import Pruned, Teacher
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
-# Of the distillation: late, and, where it was measured, while the first checkpoint was being written; see Random(seed).
-SEEDS = {"prune": (4,), "distill": (11, 3), "sft": (5,)}
+# Moments early, in the middle and late; see Random(seed). test_kills.py waits for those that matter.
+SEEDS = {"prune": (4,), "distill": (3,), "sft": (5,)}
 ATTEMPTS = 3
 
 
