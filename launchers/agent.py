@@ -46,9 +46,10 @@ def launch(job: dict[str, Any], *arguments: str) -> None:
     elastic_launch(config, "/bin/bash")(*(text.replace("$", "$$") for text in arguments))
 
 
-def started(state: Path) -> list[int]:
-    """The process ids of the ranks that have started."""
-    return [int(file.read_text()) for file in state.glob("*.pid")]
+def started(state: Path, logs: Path) -> list[int]:
+    """The process ids of the ranks that have started; first the one that fell silent first."""
+    files = sorted(state.glob("*.pid"), key=lambda file: last_word(logs, file.stem))
+    return [int(file.read_text()) for file in files]
 
 
 def last_word(logs: Path, rank: str) -> int:
@@ -71,14 +72,13 @@ def watch(state: Path, logs: Path) -> list[int]:
     timers: list[threading.Timer] = []
 
     def kill_the_rest() -> None:
-        for pid in started(state):
+        for pid in started(state, logs):
             with contextlib.suppress(ProcessLookupError):
                 if pid not in ended:
                     os.kill(pid, signal.SIGKILL)
 
     def look(_number: int, _frame: object) -> None:
-        files = sorted(state.glob("*.pid"), key=lambda file: last_word(logs, file.stem))
-        for pid in (int(file.read_text()) for file in files):
+        for pid in started(state, logs):
             with contextlib.suppress(ChildProcessError):  # WNOWAIT: its exit code stays for the agent
                 end = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
                 if pid in ended or end is None:

@@ -10,16 +10,17 @@ from nemo_minitron import parallel, recipe
 from nemo_minitron.alignment.runs import keep_done
 from nemo_minitron.alignment.settings import AlignConfig
 from nemo_minitron.data.chat_template import stop_token
+from nemo_minitron.data.tokenizer import load_tokenizer
 
 SAMPLES = "samples.jsonl"
 
 
-def sampling_trainer(model: Any, tokenizer: Any, a: AlignConfig, directory: Path, done: int) -> Any:
+def sampling_trainer(model: Any, tokenizer_dir: str, a: AlignConfig, directory: Path, done: int) -> Any:
     """Aligner's SFT trainer; with `align.samples`, one whose validations write RUN/samples.jsonl.
 
     Args:
         model: Aligner's.
-        tokenizer: transformers', with the chat template.
+        tokenizer_dir: a Hugging Face directory, with the chat template.
         directory: the run's.
         done: steps that were done when the run began; lines of validations that are repeated go.
     """
@@ -30,6 +31,7 @@ def sampling_trainer(model: Any, tokenizer: Any, a: AlignConfig, directory: Path
         keep_done(path, done)
     if not a.samples:
         return SupervisedTrainer
+    tokenizer = load_tokenizer(tokenizer_dir)
     stop = stop_token(tokenizer, "align.chat_template")
     _generate_greedily(model, tokenizer, stop, a.samples_max_new_tokens)
 

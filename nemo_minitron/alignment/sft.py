@@ -10,7 +10,6 @@ from nemo_minitron.alignment.conversations import EncodedSplit, encode_split
 from nemo_minitron.alignment.settings import SftRecipe
 from nemo_minitron.config import cache_dir
 from nemo_minitron.data.chat_shapes import convert_file
-from nemo_minitron.data.tokenizer import load_tokenizer
 
 
 def check(r: SftRecipe) -> Prepared:
@@ -58,9 +57,8 @@ def _train(r: SftRecipe, prepared: Prepared, directory: Path) -> Any:
     train, valid = (
         loaders.sft_dataset(cfg, split, model.tokenizer) for split in ("train_ds", "validation_ds")
     )
-    tokenizer = load_tokenizer(str(prepared.tokenizer))
     training.fit(
-        sampling_trainer(model, tokenizer, r.align, directory, done["step"] if done else 0),
+        sampling_trainer(model, str(prepared.tokenizer), r.align, directory, done["step"] if done else 0),
         trainer,
         model,
         cfg,

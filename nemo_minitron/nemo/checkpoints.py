@@ -156,12 +156,17 @@ def _safetensors_shapes(file: Path) -> dict[str, Any] | None:
         return None
 
 
+def is_unfinished(directory: Path) -> bool:
+    """Whether NeMo has marked a checkpoint as one that it writes or deletes."""
+    return directory.with_name(f"{directory.name}-unfinished").exists()
+
+
 def _nemo(directory: Path, where: str) -> Source:
     weights, context = directory / "weights", directory / "context"
     needed = [weights / "metadata.json", weights / "common.pt", weights / ".metadata", context / "model.yaml"]
     if missing := [file.relative_to(directory) for file in needed if not file.is_file()]:
         raise InputError(f"{where}: half-written or no NeMo 2 checkpoint: {missing[0]} is missing")
-    if (directory.parent / f"{directory.name}-unfinished").exists():
+    if is_unfinished(directory):
         raise InputError(f"{where}: half-written: NeMo left it marked as unfinished")
     if (weights / "modelopt_state").exists():
         raise InputError(f"{where}: holds a ModelOpt state, which is a pickle; it is not loaded")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron import parallel, recipe
-from nemo_minitron.nemo.checkpoints import CHECKPOINT, weights_may_only_be_tensors
+from nemo_minitron.nemo.checkpoints import CHECKPOINT, is_unfinished, weights_may_only_be_tensors
 
 
 def fit(
@@ -49,12 +49,17 @@ def fit(
         trainer.strategy.ckpt_load_strictness = StrictHandling.LOG_UNEXPECTED
     with weights_may_only_be_tensors() if foreign else contextlib.nullcontext():
         _train(model, data, trainer, _logger(directory, save_every_n_steps), _resume(directory, start))
-    link = directory / CHECKPOINT
+    return _name_last(directory)
+
+
+def _name_last(directory: Path) -> Path:
+    """RUN/checkpoint names the last checkpoint, which is returned."""
+    last, link = last_checkpoint(directory), directory / CHECKPOINT
     if recipe.rank() == 0:
         recipe.fresh(link)
-        link.symlink_to(os.path.relpath(last_checkpoint(directory), directory), target_is_directory=True)
+        link.symlink_to(os.path.relpath(last, directory), target_is_directory=True)
     parallel.barrier()
-    return last_checkpoint(directory)
+    return last
 
 
 def _train(model: Any, data: Any, trainer: Any, log: Any, resume: Any) -> None:
@@ -110,8 +115,7 @@ def _resume(directory: Path, start: Path | None) -> Any:
 
 def _checkpoints(directory: Path) -> list[Path]:
     found = (directory / "nemo" / "checkpoints").glob("*-last")
-    # NeMo marks a checkpoint that it writes or deletes.
-    return [p for p in found if (p / "context").is_dir() and not p.with_name(f"{p.name}-unfinished").exists()]
+    return [p for p in found if (p / "context").is_dir() and not is_unfinished(p)]
 
 
 def last_checkpoint(directory: Path) -> Path:

@@ -13,6 +13,7 @@ def test_nothing_happens_where_nothing_is_initialised():
     assert parallel.all_reduce(t, "tp") is t
     assert parallel.broadcast_pp(t, 0) is t
     assert parallel.gather_over_pp("x") == ["x"]
+    assert [parallel.true_everywhere(torch.tensor(holds)) for holds in (True, False)] == [True, False]
     [same] = parallel.exchange_tp([t])
     assert same is t
     parallel.exchange_pp([], [])
@@ -57,6 +58,16 @@ def reductions() -> None:
 
 def test_groups_are_megatrons(run_on_ranks):
     run_on_ranks(4, reductions)
+
+
+def one_says_no() -> list[bool]:
+    here = layout(tp=2)
+    said = [torch.tensor(True), torch.tensor(parallel.dp_rank() * here.tp + parallel.tp_rank() != 3)]
+    return [parallel.true_everywhere(holds) for holds in said]
+
+
+def test_true_everywhere_asks_all_ranks(run_on_ranks):
+    assert run_on_ranks(4, one_says_no) == [[True, False]] * 4
 
 
 def sequence_parts_and_gradients() -> None:

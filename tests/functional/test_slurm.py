@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import tempfile
@@ -293,22 +292,24 @@ def steps_so_far(run_dir: Path) -> set[tuple[str, int]]:
     return found
 
 
+@pytest.mark.usefixtures("slurm")  # skipped, by name, where that is
 def test_the_loopback_commands_of_the_docs(commands: Commands) -> None:
     """As they stand, on a cluster of their own, from a directory without any of the repository."""
     text = (ROOT / "docs" / "clusters.md").read_text()
     (block,) = re.findall(r"^```\n(eval .*?)^```", text, re.MULTILINE | re.DOTALL)
-    home = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))
-    script = re.sub(r"\b(launchers|recipes)/", rf"{ROOT}/\1/", block).replace("/tmp/slurm", f"{home}/c")
-    script = f"set -e\ntrap '{ROOT}/launchers/slurm_on_loopback.py stop {home}/c' EXIT\n{script}"
-    done = subprocess.run(
-        ["bash", "-c", script],
-        env=commands.environment(),
-        cwd=commands.home,
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
-    shutil.rmtree(home)
+    with tempfile.TemporaryDirectory(
+        prefix="slurm-", dir="/tmp"
+    ) as home:  # munge's socket wants a short path
+        script = re.sub(r"\b(launchers|recipes)/", rf"{ROOT}/\1/", block).replace("/tmp/slurm", f"{home}/c")
+        script = f"set -e\ntrap '{ROOT}/launchers/slurm_on_loopback.py stop {home}/c' EXIT\n{script}"
+        done = subprocess.run(
+            ["bash", "-c", script],
+            env=commands.environment(),
+            cwd=commands.home,
+            capture_output=True,
+            text=True,
+            timeout=400,
+        )
     assert done.returncode == 0, done.stderr
     (directory,) = re.findall(r"1 node of 2 ranks, in (\S+)", done.stderr)
     assert result(commands.home / directory)["tensor_model_parallel_size"] == 2
