@@ -94,7 +94,8 @@ def find_source(path: str | Path, key: str = "source") -> Source:
     directory = Path(path).expanduser()
     where = f"{key}={path}"
     if is_gguf(directory):
-        return _huggingface(to_huggingface(directory, cache_dir(DataConfig(), "gguf"), where), where)
+        cache = cache_dir(DataConfig(), "gguf")
+        return _huggingface(to_huggingface(directory, cache, where, families.architecture_of), where)
     if not directory.is_dir():
         raise InputError(f"{where}: no such directory")
     if (directory / CHECKPOINT).is_dir():

@@ -6,11 +6,12 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron.arch import Architecture
 from nemo_minitron.errors import InputError
-from nemo_minitron.nemo import families
 
 # How a converted file is laid out; part of the cache's key.
 _FORMAT = 1
@@ -26,12 +27,16 @@ def is_gguf(path: Path) -> bool:
         return opened.read(4) == b"GGUF"
 
 
-def to_huggingface(path: Path, cache: Path, where: str) -> Path:
+ArchitectureOf = Callable[[Mapping[str, Any], str], Architecture]
+
+
+def to_huggingface(path: Path, cache: Path, where: str, architecture_of: ArchitectureOf) -> Path:
     """Convert a GGUF file once; a cached, single-process step.
 
     Args:
         cache: the directory of all converted files.
         where: how messages name the file, such as "source=model.gguf".
+        architecture_of: reads, or refuses, what a config.json says of a family.
 
     Returns:
         The directory: config.json, generation_config.json, model.safetensors, tokenizer.json, tokenizer_config.json.
@@ -49,7 +54,7 @@ def to_huggingface(path: Path, cache: Path, where: str) -> Path:
     temporary = cache / f".{final.name}.{os.getpid()}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        _convert(path, temporary, where)
+        _convert(path, temporary, where, architecture_of)
         os.replace(temporary, final)
     except OSError as error:
         # Another process was faster; its copy is the same.
@@ -73,14 +78,13 @@ def _key(path: Path, where: str) -> str:
     return digest.hexdigest()[:24]
 
 
-def _convert(path: Path, to: Path, where: str) -> None:
+def _convert(path: Path, to: Path, where: str, architecture_of: ArchitectureOf) -> None:
     from nemo_minitron.checkpoints.gguf import config, reader, tokenizer, weights
     from nemo_minitron.checkpoints.gguf.settings import Settings
 
     file = reader.read_header(path, where)
     values = config.config_json(file, where)
-    architecture, settings = families.architecture_of(values, where), Settings(file.metadata, where)
-    families.context_of(values, where)
+    architecture, settings = architecture_of(values, where), Settings(file.metadata, where)
     table = weights.table(file, architecture, where)
     vocabulary = tokenizer.read_vocabulary(settings, architecture.vocab_size)
     ids = _ids(vocabulary)

@@ -185,4 +185,4 @@ def write_safetensors(file: GGUFFile, weights: list[Weight], dtype: str, to: Pat
         opened.write(len(encoded).to_bytes(8, "little") + encoded)
         for weight in weights:
             tensor = torch.from_numpy(np.ascontiguousarray(values(file, weight, where)))
-            opened.write(memoryview(tensor.to(getattr(torch, dtype)).view(torch.uint8).flatten().numpy()))
+            tensor.to(getattr(torch, dtype)).view(torch.uint8).numpy().tofile(opened)
