@@ -24,6 +24,8 @@ from typing import Any
 import yaml
 
 from nemo_minitron.arch import Architecture
+from nemo_minitron.checkpoints.gguf import is_gguf, to_huggingface
+from nemo_minitron.config import DataConfig, cache_dir
 from nemo_minitron.errors import InputError
 from nemo_minitron.nemo import families, foreign
 from nemo_minitron.nemo.config_keys import check_keys
@@ -95,13 +97,18 @@ class Source:
 
 
 def find_source(path: str | Path, key: str = "source") -> Source:
-    """Recognise a run directory, a NeMo 2 directory or a Hugging Face directory, and check that it is whole.
+    """Recognise a run directory, a NeMo 2 or Hugging Face directory or a GGUF file, and check that it is whole.
+
+    A GGUF file becomes a Hugging Face directory in the cache first.
 
     Raises:
         InputError: nothing there, no checkpoint, half-written, or a model that is not supported.
     """
     directory = Path(path).expanduser()
     where = f"{key}={path}"
+    if is_gguf(directory):
+        cache = cache_dir(DataConfig(), "gguf")
+        return _huggingface(to_huggingface(directory, cache, where, families.architecture_of), where)
     if not directory.is_dir():
         raise InputError(f"{where}: {foreign.of_no_directory(directory)}")
     if (directory / CHECKPOINT).is_dir():

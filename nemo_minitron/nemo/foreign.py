@@ -4,8 +4,8 @@ import re
 from pathlib import Path
 
 LEGAL = (
-    "legal are a run directory, a NeMo 2 directory (weights/, context/) and a Hugging Face directory (config.json, "
-    "*.safetensors)"
+    "legal are a run directory, a NeMo 2 directory (weights/, context/), a Hugging Face directory (config.json, "
+    "*.safetensors) and a GGUF file"
 )
 _NEMO_1 = (
     "a NeMo 1 checkpoint, which is not read; NeMo's scripts/checkpoint_converters/convert_*_nemo_to_hf.py make a "
