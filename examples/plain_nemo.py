@@ -17,6 +17,7 @@ from megatron.core.optimizer import OptimizerConfig
 from nemo.collections import llm
 from nemo.lightning.io import load_context
 
+from nemo_minitron.data.datasets import never_padded
 from nemo_minitron.nemo.callbacks import ImportanceCallback
 from nemo_minitron.nemo.checkpoints import find_source
 from nemo_minitron.nemo.transforms import PruneTransform
@@ -49,6 +50,7 @@ def main(checkpoint: str, train: str, valid: str, output: str) -> None:
         num_workers=0,
         split=None,
     )
+    never_padded(data)
     resume = nl.AutoResume(restore_config=nl.RestoreConfig(path=checkpoint, load_optim_state=False))
 
     # 32 sequences through the teacher: 4 batches of 8, without gradient buffers and optimizer.

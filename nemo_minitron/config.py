@@ -14,6 +14,8 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_minitron.cluster import ClusterConfig, check_cluster
+from nemo_minitron.data.beginning import check_bos
+from nemo_minitron.data.limits import check_limits
 from nemo_minitron.errors import InputError
 from nemo_minitron.layout import TrainerConfig, check_least, check_trainer
 from nemo_minitron.synthesis.settings import SynthesizeConfig
@@ -40,7 +42,10 @@ class DataConfig:
     """A corpus (`stdlib`, `files`, `hf`), its tokenizer, and how it is packed.
 
     `tokenizer`: a Hugging Face directory or id; null takes the checkpoint's or, in pretraining, trains a BPE of
-    `vocab_size` on the train split. The other keys are those of `data.corpora.load_corpus`.
+    `vocab_size` on the train split. `bos`: whether documents begin with the beginning token, "auto" (as the tokenizer
+    does by itself), true or false (`data.beginning`). `reset_attention_mask`: a document of a packed sequence does not
+    see those before it; `reset_position_ids`: and its positions begin at 0. The other keys are those of
+    `data.corpora.load_corpus`.
     """
 
     name: str = "stdlib"
@@ -48,6 +53,9 @@ class DataConfig:
     tokenizer: str | None = None
     vocab_size: int = 1024
     cache_dir: str | None = None
+    bos: Any = "auto"
+    reset_attention_mask: bool = False
+    reset_position_ids: bool = False
     seed: int = 1234
     train: Any = None
     valid: Any = None
@@ -342,6 +350,8 @@ def _check_ranges(recipe: Any) -> None:
             f"data.seq_length={length}: under trainer.sequence_parallel it must be a multiple of "
             f"trainer.tensor_model_parallel_size={t.tensor_model_parallel_size}"
         )
+    check_bos(recipe.data.bos)
+    check_limits(recipe.data, t.context_parallel_size)
     for key, seed in (("seed", recipe.seed), ("data.seed", recipe.data.seed)):
         if not 0 <= seed < 2**32:
             raise InputError(f"{key}={seed}: must be in 0 to {2**32 - 1}, as numpy's seeds")

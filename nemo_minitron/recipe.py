@@ -28,7 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 from nemo_minitron import handover
 from nemo_minitron.claim import LOCK, claim
 from nemo_minitron.config import CommonConfig, SchemaT, parse
-from nemo_minitron.errors import InputError, InterruptedRun
+from nemo_minitron.errors import FailedRun, InputError, InterruptedRun
 
 RESULT = "result.json"
 INTERRUPTED = 75
@@ -213,6 +213,9 @@ def _carry_out(config: DictConfig, schema: Any, check: Any, run: Any) -> None:
     except InterruptedRun as stop:
         print(f"{stop}; the same command goes on from there", file=sys.stderr)
         _leave(INTERRUPTED)
+    except FailedRun as error:
+        print(f"error: {error}; {parsed.run_dir} keeps what was finished", file=sys.stderr)
+        _leave(1)
     except Exception:
         traceback.print_exc()
         print(f"error: {_failure(parsed.run_dir)}; {parsed.run_dir} keeps what was finished", file=sys.stderr)

@@ -15,6 +15,7 @@ from nemo_minitron.alignment.conversations import EncodedSplit
 from nemo_minitron.alignment.settings import AlignConfig
 from nemo_minitron.config import DataConfig, cache_dir
 from nemo_minitron.data.chat_template import TOO_LONG, with_template
+from nemo_minitron.data.held_out import refuse_shared
 from nemo_minitron.data.instruct import cached_instruct_set
 from nemo_minitron.data.prepare import PreparedData, prepare_data
 from nemo_minitron.data.tokenizer import load_tokenizer, tokenizer_sha256
@@ -245,10 +246,12 @@ def _files(r: Any, own_set: tuple[str, str]) -> dict[str, list[str]]:
             raise InputError(
                 f"align.{name}=null: give a JSONL file, as for the other split, or leave out both"
             )
-    return {
+    files = {
         name: [str(Path(file).expanduser()) for file in ([value] if isinstance(value, str) else value)]
         for name, value in given.items()
     }
+    refuse_shared(files["train"], files["valid"], "align.train", "align.valid")
+    return files
 
 
 def keep_resumable(r: Any) -> None:

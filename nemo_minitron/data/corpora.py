@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron.data.held_out import refuse_shared
 from nemo_minitron.errors import InputError
 
 SPLITS = ("train", "valid")
@@ -152,11 +153,7 @@ def files_corpus(cfg: Mapping[str, Any]) -> Corpus:
         )
     train = _matches(cfg["train"], "data.train")
     valid = _matches(cfg["valid"], "data.valid") if cfg.get("valid") else []
-    both = sorted(set(train) & set(valid))
-    if both:
-        raise InputError(
-            f"data.valid matches {both[0]}, which data.train matches too; a held-out file is not trained on"
-        )
+    refuse_shared(train, valid, "data.train", "data.valid")
     # Ids are relative to what the files have in common: the same files elsewhere are the same corpus.
     root = os.path.commonpath([os.path.dirname(path) for path in [*train, *valid]])
     train_stream = Stream(lambda: _read_files(train, root, text_key))
@@ -251,7 +248,12 @@ def hf_corpus(cfg: Mapping[str, Any]) -> Corpus:
             "data.path is missing: data.name=hf needs a `datasets` id or a directory of data files"
         )
     text_key = cfg.get("text_key") or "text"
-    train = _hf_split(cfg, str(path), cfg.get("train_split") or "train", text_key)
+    train_split = cfg.get("train_split") or "train"
+    if cfg.get("valid_split") == train_split:
+        raise InputError(
+            f"data.valid_split={train_split}: is data.train_split; a held-out split is not trained on"
+        )
+    train = _hf_split(cfg, str(path), train_split, text_key)
     if not cfg.get("valid_split"):
         return _with_hold_out("hf", cfg, train)
     return Corpus(

@@ -1,20 +1,24 @@
 """Packed sequences for training and validation: Megatron-core's GPTDataset over an indexed corpus."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from nemo_minitron.data.corpora import SPLITS
+from nemo_minitron.data.file_sums import SumsFile
 from nemo_minitron.data.indexed import exclusive
 from nemo_minitron.errors import InputError
 
 if TYPE_CHECKING:
     from megatron.core.datasets.gpt_dataset import GPTDataset
+
+SUMS = "sha256.json"
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,20 @@ class EndOfDocument:
         return {"eod": self.eod}
 
 
+def never_padded(module: Any) -> Any:
+    """Let one of NeMo's PreTrainingDataModules give packed sequences as they are, and return it.
+
+    GPTDataset takes every token with the id of its tokenizer's `pad` for padding: id 0 takes its place, and no loss
+    counts there, for that sample and, since the mask is kept and written in place, for all later ones. Where pad is
+    the end of a document (as in Qwen2.5, Qwen3 and SmolLM2) the mask is soon empty. Packed sequences have no padding.
+    The module's arguments, which NeMo writes into checkpoints, stay what they were.
+
+    Source: megatron/core/datasets/gpt_dataset.py@0.13.1, lines 200 to 215.
+    """
+    module.tokenizer = EndOfDocument(module.tokenizer.eod)
+    return module
+
+
 def gpt_dataset(
     prefix: str,
     split_name: str,
@@ -38,13 +56,14 @@ def gpt_dataset(
     tokenizer_eod: int,
     cache_dir: str | Path,
     *,
-    create_attention_mask: bool = False,
+    reset_attention_mask: bool = False,
+    reset_position_ids: bool = False,
 ) -> "GPTDataset":
     """Sequences packed from one split's documents, shuffled by `seed`: the same samples in every process.
 
     A sample holds `tokens`, `labels` (the next tokens) and `position_ids`, int64 [s], `loss_mask`, float32
-    [s], all ones, and on request `attention_mask`, bool [1, s, s], true where attention is forbidden (the
-    local layer spec needs it). Sequences run on through document ends; the tokens after an epoch's last whole
+    [s], all ones, and with `reset_attention_mask` an `attention_mask`, bool [1, s, s], true where attention is
+    forbidden. Sequences run on through document ends; the tokens after an epoch's last whole
     sequence open the next epoch or, at the end, stay unused. Where torch.distributed is initialised, every
     rank must call.
 
@@ -56,6 +75,8 @@ def gpt_dataset(
         seed: of the order.
         tokenizer_eod: the id that ends a document.
         cache_dir: where the order is kept, shared by all ranks.
+        reset_attention_mask: a document does not see those before it in the sequence.
+        reset_position_ids: each document's positions begin at 0.
 
     Raises:
         InputError: no such index files, or an unknown split.
@@ -77,31 +98,42 @@ def gpt_dataset(
         blend_per_split=[([prefix], None) if i == index else None for i in range(3)],
         path_to_cache=str(cache_dir),
         tokenizer=EndOfDocument(tokenizer_eod),
-        reset_position_ids=False,
-        reset_attention_mask=False,
+        reset_position_ids=reset_position_ids,
+        reset_attention_mask=reset_attention_mask,
         eod_mask_loss=False,
-        create_attention_mask=create_attention_mask,
+        create_attention_mask=reset_attention_mask,
     )
     sizes = [num_samples if i == index else 0 for i in range(3)]
-    with _one_builder(Path(cache_dir)):
+    with one_builder(Path(cache_dir)):
         return BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config).build()[index]
 
 
 @contextmanager
-def _one_builder(cache_dir: Path) -> Iterator[None]:
+def one_builder(cache_dir: Path) -> Iterator[None]:
     """Keep GPTDataset's cache sound: it writes files in place and takes any that it finds for whole.
 
     It also reads them with pickle allowed; a file that holds pickled objects is removed here before it is
-    read.
+    read, and so is one that is not what it was when it was first read here (`SUMS`). Every rank enters.
     """
     if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
         yield
         return
     cache_dir.mkdir(parents=True, exist_ok=True)
     with exclusive(cache_dir / ".lock"):
-        for path in cache_dir.glob("*.npy"):
-            try:
-                np.load(path, mmap_mode="r", allow_pickle=False)
-            except (ValueError, OSError, EOFError):
-                path.unlink()
+        sums = SumsFile(cache_dir / SUMS)
+        damaged = [path for path in cache_dir.glob("*.npy") if not _is_array(path) or sums.differs(path)]
+        for path in damaged:
+            print(f"{path}: damaged; made again", file=sys.stderr, flush=True)
+            path.unlink()
+        if damaged:
+            sums.path.unlink(missing_ok=True)
         yield
+        sums.record(sorted(cache_dir.glob("*.npy")))
+
+
+def _is_array(path: Path) -> bool:
+    try:
+        np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, OSError, EOFError):
+        return False
+    return True

@@ -14,7 +14,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nemo_minitron.data.beginning import AUTO, beginning
 from nemo_minitron.data.corpora import SPLITS, Corpus, Document
+from nemo_minitron.data.file_sums import file_sha256
 from nemo_minitron.data.tokenizer import tokenizer_sha256
 from nemo_minitron.errors import InputError
 
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Part of the cache's key: raise it whenever the same corpus and tokenizer would give other files.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 _BATCH_BYTES = 1 << 20
 _PROGRESS_EVERY_S = 10.0
@@ -35,11 +37,12 @@ class IndexedCorpus:
     Args:
         corpus: the corpus's name.
         train_prefix, valid_prefix: path prefixes; `.bin` and `.idx` files belong to each.
-        documents, tokens, bytes: by split; tokens with each document's end-of-document token, bytes of UTF-8.
+        documents, tokens, bytes: by split; tokens with those that each document begins and ends with, bytes of UTF-8.
         eod: the id that ends each document and is nowhere else.
+        beginning: the ids that each document begins with, often none.
         vocab_size: the tokenizer's, before any padding for sharding.
         manifest_sha256, tokenizer_sha256: what it was made from.
-        file_bytes: the size of each index file, by which a half-written directory is told.
+        file_bytes, file_sha256: of each index file, by which half-written and damaged directories are told.
     """
 
     corpus: str
@@ -49,10 +52,12 @@ class IndexedCorpus:
     tokens: dict[str, int]
     bytes: dict[str, int]
     eod: int
+    beginning: list[int]
     vocab_size: int
     manifest_sha256: str
     tokenizer_sha256: str
     file_bytes: dict[str, int]
+    file_sha256: dict[str, str]
 
     def prefix(self, split: str) -> str:
         """The path prefix of "train" or "valid"."""
@@ -90,32 +95,49 @@ class IndexedCorpus:
                 raise InputError(f"{file}: missing or half-written (expected {size} bytes)")
         return indexed
 
+    def verify(self) -> None:
+        """Compare every byte with the checksums, in under a second a gigabyte.
+
+        Raises:
+            InputError: a file is not what was written; names it.
+        """
+        for name, sha256 in self.file_sha256.items():
+            file = Path(self.train_prefix).parent / name
+            if file_sha256(file) != sha256:
+                raise InputError(f"{file}: damaged (its sha256 is not that of the manifest)")
+
 
 def build_indexed(
-    corpus: Corpus, tokenizer: "PreTrainedTokenizerBase", cache_dir: str | Path, *, seq_length: int
+    corpus: Corpus,
+    tokenizer: "PreTrainedTokenizerBase",
+    cache_dir: str | Path,
+    *,
+    seq_length: int,
+    bos: object = AUTO,
 ) -> IndexedCorpus:
     """Tokenize a corpus into Megatron-core's indexed format, or find it in the cache.
 
-    Documents are stored one by one, each with the end-of-document token after it, in the smallest integer
-    type that holds the vocabulary; nothing is padded. Special tokens spelled out in a text are read as plain
-    text. The files appear all at once, also when several processes build the same corpus; what a killed build
-    left is redone.
+    Documents are stored one by one, each with `beginning` before and the end-of-document token after it, in the
+    smallest integer type that holds the vocabulary; nothing is padded. Special tokens spelled out in a text are
+    read as plain text. The files appear all at once, also when several processes build the same corpus; what a
+    killed build left, or what no longer has its checksum, is redone.
 
     Args:
         corpus: what to read.
         tokenizer: a Hugging Face tokenizer with an eos token.
         cache_dir: a directory for this and other corpora.
         seq_length: tokens in one training sequence; each split must hold one sequence and its last label.
+        bos: what documents begin with; see `data.beginning`.
 
     Raises:
-        InputError: an empty split, or one that is shorter than a sequence.
+        InputError: an empty split, one that is shorter than a sequence, or as `beginning`.
     """
-    key = hashlib.sha256(
-        json.dumps([FORMAT_VERSION, corpus.manifest_sha256, tokenizer_sha256(tokenizer)]).encode()
-    ).hexdigest()[:24]
+    begin = beginning(tokenizer, bos)
+    named = [FORMAT_VERSION, corpus.manifest_sha256, tokenizer_sha256(tokenizer), begin]
+    key = hashlib.sha256(json.dumps(named).encode()).hexdigest()[:24]
     final = Path(cache_dir) / f"{corpus.name}-{key}"
     # Before the lock, so that a finished corpus can be read where nothing may be written.
-    indexed = _finished(final) or _build_once(corpus, tokenizer, final)
+    indexed = _finished(final) or _build_once(corpus, tokenizer, begin, final)
     _check_length(indexed, seq_length)
     return indexed
 
@@ -138,12 +160,18 @@ def exclusive(path: Path) -> Iterator[bool]:
 
 def _finished(final: Path) -> IndexedCorpus | None:
     try:
-        return IndexedCorpus.from_json(final / MANIFEST)
-    except InputError:
+        indexed = IndexedCorpus.from_json(final / MANIFEST)
+        indexed.verify()
+    except InputError as error:
+        if final.exists():
+            print(f"{error}; built again", file=sys.stderr, flush=True)
         return None
+    return indexed
 
 
-def _build_once(corpus: Corpus, tokenizer: "PreTrainedTokenizerBase", final: Path) -> IndexedCorpus:
+def _build_once(
+    corpus: Corpus, tokenizer: "PreTrainedTokenizerBase", begin: list[int], final: Path
+) -> IndexedCorpus:
     final.parent.mkdir(parents=True, exist_ok=True)
     with exclusive(final.parent / f".{final.name}.lock") as locked:
         indexed = _finished(final)
@@ -152,17 +180,17 @@ def _build_once(corpus: Corpus, tokenizer: "PreTrainedTokenizerBase", final: Pat
             for left_over in final.parent.glob(f".{final.name}.tmp-*") if locked else ():
                 shutil.rmtree(left_over, ignore_errors=True)
             shutil.rmtree(final, ignore_errors=True)
-            _build(corpus, tokenizer, final)
+            _build(corpus, tokenizer, begin, final)
             indexed = IndexedCorpus.from_json(final / MANIFEST)
     return indexed
 
 
-def _build(corpus: Corpus, tokenizer: "PreTrainedTokenizerBase", final: Path) -> None:
+def _build(corpus: Corpus, tokenizer: "PreTrainedTokenizerBase", begin: list[int], final: Path) -> None:
     # Not tempfile.mkdtemp, which would close the directory to other users of a shared cache.
     temporary = final.parent / f".{final.name}.tmp-{uuid.uuid4().hex}"
     temporary.mkdir()
     try:
-        _write(corpus, tokenizer, temporary)
+        _write(corpus, tokenizer, begin, temporary)
         os.replace(temporary, final)
     except OSError:
         # Without locks another process may have been first, and a directory replaces only an empty one.
@@ -172,8 +200,9 @@ def _build(corpus: Corpus, tokenizer: "PreTrainedTokenizerBase", final: Path) ->
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write(corpus: Corpus, tokenizer: "PreTrainedTokenizerBase", directory: Path) -> None:
-    counts = {split: _write_split(corpus, split, tokenizer, directory / split) for split in SPLITS}
+def _write(corpus: Corpus, tokenizer: "PreTrainedTokenizerBase", begin: list[int], directory: Path) -> None:
+    counts = {split: _write_split(corpus, split, tokenizer, begin, directory / split) for split in SPLITS}
+    files = sorted(directory.iterdir())
     IndexedCorpus(
         corpus=corpus.name,
         train_prefix=str(directory / "train"),
@@ -182,15 +211,17 @@ def _write(corpus: Corpus, tokenizer: "PreTrainedTokenizerBase", directory: Path
         tokens={split: counts[split]["tokens"] for split in SPLITS},
         bytes={split: counts[split]["bytes"] for split in SPLITS},
         eod=tokenizer.eos_token_id,
+        beginning=begin,
         vocab_size=len(tokenizer),
         manifest_sha256=corpus.manifest_sha256,
         tokenizer_sha256=tokenizer_sha256(tokenizer),
-        file_bytes={file.name: file.stat().st_size for file in sorted(directory.iterdir())},
+        file_bytes={file.name: file.stat().st_size for file in files},
+        file_sha256={file.name: file_sha256(file) for file in files},
     ).to_json(directory / MANIFEST)
 
 
 def _write_split(
-    corpus: Corpus, split: str, tokenizer: "PreTrainedTokenizerBase", prefix: Path
+    corpus: Corpus, split: str, tokenizer: "PreTrainedTokenizerBase", begin: list[int], prefix: Path
 ) -> dict[str, int]:
     from megatron.core.datasets.indexed_dataset import (
         DType,
@@ -211,9 +242,10 @@ def _write_split(
             verbose=False,
         )["input_ids"]
         for document, ids in zip(batch, encoded, strict=True):
-            builder.add_document([*ids, tokenizer.eos_token_id], [len(ids) + 1])
+            whole = [*begin, *ids, tokenizer.eos_token_id]
+            builder.add_document(whole, [len(whole)])
             counts["documents"] += 1
-            counts["tokens"] += len(ids) + 1
+            counts["tokens"] += len(whole)
             counts["bytes"] += len(document.text.encode())
         if time.monotonic() - told > _PROGRESS_EVERY_S:
             told = time.monotonic()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from nemo_minitron.config import DataConfig, cache_dir
 from nemo_minitron.data.corpora import Corpus, load_corpus
 from nemo_minitron.data.indexed import MANIFEST, IndexedCorpus, build_indexed, exclusive
+from nemo_minitron.data.limits import check_ends
 from nemo_minitron.data.tokenizer import load_tokenizer, train_bpe
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def prepare_data(
         ready: of `PreparedData.to_config`: what the launcher prepared for its ranks; the corpus stays closed then.
 
     Raises:
-        InputError: as `load_corpus`, `train_bpe` and `build_indexed`.
+        InputError: as `load_corpus`, `train_bpe`, `build_indexed` and `check_ends`.
     """
     if ready:
         indexed = IndexedCorpus.from_json(ready["indexed"])
@@ -55,7 +56,8 @@ def prepare_data(
     corpus = open_corpus(data)
     directory = data.tokenizer or tokenizer or _trained(corpus, data)
     loaded = load_tokenizer(directory)
-    indexed = build_indexed(corpus, loaded, cache_dir(data, "data"), seq_length=data.seq_length)
+    indexed = build_indexed(corpus, loaded, cache_dir(data, "data"), seq_length=data.seq_length, bos=data.bos)
+    check_ends(data, indexed.beginning, indexed.eod)
     return PreparedData(indexed, loaded, directory)
 
 

@@ -46,10 +46,8 @@ class SplitSequences:
         self.dataset: Any = gpt_dataset(
             prefix, split, drawn, d.seq_length, d.seed, data.indexed.eod, data.index_cache
         )
-        self._pad = data.tokenizer.pad_token_id
 
     def tokens(self, number: int) -> Tensor:
         """Token ids int64 [s]."""
-        tokens = self.dataset[number]["tokens"]
-        # GPTDataset does so where its tokenizer has a padding token, which NeMo's has and the one here has not.
-        return tokens if self._pad is None else tokens.masked_fill(tokens == self._pad, 0)
+        tokens: Tensor = self.dataset[number]["tokens"]
+        return tokens

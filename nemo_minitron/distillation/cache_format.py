@@ -71,6 +71,7 @@ class Contents:
         seq_length: s, tokens in a sequence.
         samples: sequences by split.
         top_k, temperature: k, and T of the tail; None in form "hidden".
+        beginning: the ids that each document begins with.
     """
 
     form: str
@@ -87,6 +88,7 @@ class Contents:
     samples: dict[str, int]
     top_k: int | None = None
     temperature: float | None = None
+    beginning: tuple[int, ...] = ()
 
     @property
     def sequences(self) -> int:
@@ -178,7 +180,9 @@ def read_contents(fields: Any) -> Contents:
     else:
         _expect(_is_count(k) and 0 < k <= fields["vocab_size"], "top_k")
         _expect(type(temperature) is float and 0 < temperature < float("inf"), "temperature")
-    return Contents(**fields | {"teacher_sha256": tuple(fields["teacher_sha256"])})
+    begin = fields.get("beginning", ())
+    _expect(all(_is_count(n) for n in begin), "beginning")
+    return Contents(**fields | {"teacher_sha256": tuple(fields["teacher_sha256"]), "beginning": tuple(begin)})
 
 
 def read_file(fields: Any) -> File:

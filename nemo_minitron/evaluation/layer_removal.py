@@ -79,7 +79,8 @@ class LayerRemoval:
         """Each sample's loss, summed over its tokens, in nats.
 
         Args:
-            batch: `tokens`, `labels`, `position_ids` int64 [b, s], `loss_mask` float32 [b, s]; on every stage.
+            batch: `tokens`, `labels`, `position_ids` int64 [b, s], `loss_mask` float32 [b, s], perhaps
+                `attention_mask` bool [b, 1, s, s]; on every stage.
 
         Returns:
             Float64 [1 + blocks, b] on the last stage, the whole model's first, in the order of `blocks`; the same on
@@ -123,9 +124,10 @@ class LayerRemoval:
             if not model.pre_process:
                 model.set_input_tensor(x)
                 x = None
-            # No attention mask: see `lm_loss`.
+            # Often no attention mask: see `lm_loss`.
+            mask = batch.get("attention_mask")
             return model(
-                batch["tokens"], batch["position_ids"], None, decoder_input=x, labels=batch["labels"]
+                batch["tokens"], batch["position_ids"], mask, decoder_input=x, labels=batch["labels"]
             )
         finally:
             decoder.layers = all_layers

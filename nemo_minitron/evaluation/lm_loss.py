@@ -35,7 +35,8 @@ def lm_loss(
 
     Args:
         chunks: this rank's Megatron `GPTModel`s (one, without virtual pipeline stages).
-        dataset: of Megatron's GPTDataset items: `tokens`, `labels`, `position_ids` int64 [s], `loss_mask` float32 [s].
+        dataset: of Megatron's GPTDataset items: `tokens`, `labels`, `position_ids` int64 [s], `loss_mask` float32 [s],
+            and where documents do not see each other `attention_mask` bool [1, s, s].
         samples: how many, at most len(dataset).
         micro_batch_size: samples in one forward pass of a rank.
         progress: called on every rank with the number of samples it has finished.
@@ -66,8 +67,8 @@ def _forward(chunks: Sequence[Any], items: list[dict[str, Tensor]]) -> list[tupl
 
     def step(iterator: Iterator[dict[str, Tensor]], chunk: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
         b = next(iterator)
-        # No attention mask: the local layer spec makes a causal one itself, Transformer Engine needs none.
-        output = chunk(b["tokens"], b["position_ids"], None, labels=b["labels"])
+        # Without a mask the local layer spec makes a causal one itself, and Transformer Engine needs none.
+        output = chunk(b["tokens"], b["position_ids"], b.get("attention_mask"), labels=b["labels"])
 
         def loss(per_token: Tensor) -> Any:
             found.append(((per_token.float() * b["loss_mask"]).sum(), b["loss_mask"].sum()))
@@ -87,7 +88,7 @@ def _forward(chunks: Sequence[Any], items: list[dict[str, Tensor]]) -> list[tupl
     return found
 
 
-_KEYS = ("tokens", "labels", "position_ids", "loss_mask")
+_KEYS = ("tokens", "labels", "position_ids", "loss_mask", "attention_mask")
 
 
 @contextmanager
@@ -105,8 +106,9 @@ def evaluating(chunks: Sequence[Any]) -> Iterator[None]:
 
 
 def stacked(items: Sequence[dict[str, Tensor]], device: torch.device) -> dict[str, Tensor]:
-    """A microbatch [b, s] of GPTDataset items [s]."""
-    return {k: torch.stack([item[k] for item in items]).to(device) for k in _KEYS}
+    """A microbatch [b, s] of GPTDataset items [s]; `attention_mask` [b, 1, s, s] where they have one."""
+    keys = [key for key in _KEYS if key in items[0]]
+    return {k: torch.stack([item[k] for item in items]).to(device) for k in keys}
 
 
 def _device(chunk: Any) -> torch.device:

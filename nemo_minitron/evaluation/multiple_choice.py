@@ -51,17 +51,19 @@ class Task:
     answers: list[int]
 
 
-def load_task(path: str | Path, tokenizer: Any, max_tokens: int) -> Task:
+def load_task(path: str | Path, tokenizer: Any, max_tokens: int, *, beginning: Sequence[int] = ()) -> Task:
     """Read and encode a task file.
 
     Each line is a JSON object with `question` (a string), `choices` (at least two strings, all different) and
-    `answer` (the right one's index from 0, or its text). A sample is an end-of-document token, as before each packed
-    document, then question and choice joined by one space. The choice's tokens are those after the ones that the
+    `answer` (the right one's index from 0, or its text). A sample begins as a document does, or, where documents begin
+    with nothing, with the end-of-document token that stands before each packed one; then come question and choice,
+    joined by one space. The choice's tokens are those after the ones that the
     question alone has too.
 
     Args:
         tokenizer: of Hugging Face's interface.
         max_tokens: the model's context.
+        beginning: of documents (`data.beginning`).
 
     Raises:
         InputError: no such file, an empty one, or a bad line: names the file and the line.
@@ -73,7 +75,7 @@ def load_task(path: str | Path, tokenizer: Any, max_tokens: int) -> Task:
     requests = []
     for question in questions:
         for number, choice in enumerate(question.choices):
-            request = _encode(question.question, choice, tokenizer)
+            request = _encode(question.question, choice, tokenizer, beginning)
             # The last token is predicted, never read.
             if (length := len(request.tokens) - 1) > max_tokens:
                 raise InputError(
@@ -128,13 +130,13 @@ def _answer(where: str, answer: Any, choices: list[str]) -> int:
     )
 
 
-def _encode(question: str, choice: str, tokenizer: Any) -> Request:
+def _encode(question: str, choice: str, tokenizer: Any, beginning: Sequence[int]) -> Request:
     question = question.rstrip()
     alone = tokenizer.encode(question, add_special_tokens=False)
     together = tokenizer.encode(f"{question} {choice.strip()}", add_special_tokens=False)
     # A tokenizer may join the question's end with what follows; what it joins is scored.
     same = next((i for i, (a, b) in enumerate(zip(alone, together, strict=False)) if a != b), len(alone))
-    return Request([tokenizer.eos_token_id, *together], len(together) - same)
+    return Request([*(beginning or [tokenizer.eos_token_id]), *together], len(together) - same)
 
 
 def choice_losses(

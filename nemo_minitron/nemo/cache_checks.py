@@ -5,6 +5,7 @@ import json
 from typing import Any
 
 from nemo_minitron.config import DistillRecipe
+from nemo_minitron.data.limits import refuse_limits
 from nemo_minitron.data.prepare import PreparedData
 from nemo_minitron.data.sequences import Schedule, SplitSequences, schedules
 from nemo_minitron.distillation.cache_format import Contents
@@ -34,6 +35,7 @@ def open_cache(r: DistillRecipe, student: Source, settings: LossSettings | None)
     """
     if r.teacher_cache is None:
         return None
+    refuse_limits(r.data, "a teacher_cache holds one whose documents see each other")
     if settings is None:
         raise InputError(
             f"teacher_cache={r.teacher_cache}: distill.loss={r.distill.loss} has no use for a teacher"
@@ -113,6 +115,10 @@ def check_sequences(cache: TeacherCache, r: DistillRecipe, data: PreparedData) -
         raise InputError(
             f"{cache.where}: is of another corpus, {cache.contents.data} ({cache.contents.data_sha256[:12]}); "
             f"this run reads {data.indexed.corpus} ({data.indexed.manifest_sha256[:12]})"
+        )
+    if (ours := tuple(data.indexed.beginning)) != (theirs := cache.contents.beginning):
+        raise InputError(
+            f"data.bos={r.data.bos}: documents begin with the tokens {[*ours]}, in {cache.where} with {[*theirs]}"
         )
     for split, schedule in split_schedules(r.distill).items():
         sequences = SplitSequences(data, r.data, split, schedule.drawn)

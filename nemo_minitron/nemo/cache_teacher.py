@@ -10,6 +10,7 @@ from typing import Any
 
 from nemo_minitron import parallel, recipe
 from nemo_minitron.config import CacheTeacherRecipe
+from nemo_minitron.data.limits import refuse_limits
 from nemo_minitron.data.prepare import PreparedData, prepare_data
 from nemo_minitron.distillation.cache_format import FORMS, Contents
 from nemo_minitron.distillation.cache_reader import CACHE
@@ -70,6 +71,7 @@ def check(r: CacheTeacherRecipe) -> Prepared:
 
 def _check_settings(r: CacheTeacherRecipe) -> None:
     c = r.cache
+    refuse_limits(r.data, "a cache holds a teacher whose documents see each other")
     if c.form not in FORMS:
         raise InputError(f"cache.form={c.form}: must be one of {', '.join(FORMS)}")
     check_least("cache.shard_mib", c.shard_mib, 1)
@@ -111,6 +113,7 @@ def _contents(r: CacheTeacherRecipe, teacher: Source, data: PreparedData, sha256
         samples={split: asked[split] or used[split] for split in used},
         top_k=top_k,
         temperature=None if top_k is None else float(r.distill.temperature),
+        beginning=tuple(data.indexed.beginning),
     )
 
 

@@ -148,11 +148,13 @@ def _lm_loss(r: DistillRecipe, prepared: Prepared, source: Source, label: str) -
 def _train(r: DistillRecipe, prepared: Prepared, directory: Path) -> dict[str, Any]:
     """What the run says of the teacher and of its last validation."""
     from nemo_minitron.nemo import models, session, trainer, training
+    from nemo_minitron.nemo.counted_tokens import CountedTokens
     from nemo_minitron.nemo.steplog import StepLog, read_steps
 
     data, t, source, text = prepared.data, prepared.trainer, prepared.student, prepared.text
     steps = StepLog(directory / "steps.jsonl")
     transform = None if prepared.teacher is None else _transform(r, prepared, steps)
+    counted = CountedTokens(steps, t.global_batch_size * r.data.seq_length)
     config = models.to_config(source.architecture, seq_length=source.seq_length, precision=t.precision)
     trainer.recompute(config, t)
     trainer.seed_everything(r.seed)
@@ -162,7 +164,7 @@ def _train(r: DistillRecipe, prepared: Prepared, directory: Path) -> dict[str, A
         trainer.training_data(
             data.indexed, tokenizer, r.data, t, data.index_cache, text.paths(data) if text else None
         ),
-        trainer.trainer(t, training=True, callbacks=[*([transform] if transform else []), steps]),
+        trainer.trainer(t, training=True, callbacks=[*([transform] if transform else []), counted, steps]),
         directory,
         save_every_n_steps=t.val_check_interval,
         start=None if r.distill.from_scratch else source.path,

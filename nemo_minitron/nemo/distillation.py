@@ -35,6 +35,8 @@ PARTS = ("loss", "kl", "lm_loss")
 class DistillationReduction(MaskedTokenLossReduction):
     """NeMo's loss reduction for a student whose last stage returns `PARTS` instead of a loss for each token."""
 
+    tokens = 0.0
+
     def forward(self, batch: dict[str, Tensor], forward_out: Tensor) -> Any:
         """NeMo's hook: (sum to differentiate, token count, what `reduce` gets)."""
         count = batch["loss_mask"].sum()

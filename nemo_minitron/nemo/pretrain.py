@@ -97,8 +97,12 @@ def run(recipe: PretrainRecipe, prepared: Prepared, directory: Path) -> dict[str
 
 def _train(recipe: PretrainRecipe, prepared: Prepared, directory: Path) -> Path:
     from nemo_minitron.nemo import models, session, trainer, training
+    from nemo_minitron.nemo.counted_tokens import CountedTokens
+    from nemo_minitron.nemo.steplog import StepLog
 
     data, t = prepared.data, recipe.trainer
+    steps = StepLog(directory / "steps.jsonl")
+    counted = CountedTokens(steps, t.global_batch_size * recipe.data.seq_length)
     config = models.to_config(prepared.architecture, seq_length=recipe.data.seq_length, precision=t.precision)
     config.init_method_std = recipe.model.init_method_std
     trainer.recompute(config, t)
@@ -107,7 +111,7 @@ def _train(recipe: PretrainRecipe, prepared: Prepared, directory: Path) -> Path:
     return training.fit(
         models.to_model(config, tokenizer, trainer.optimizer(recipe.optim, t)),
         trainer.training_data(data.indexed, tokenizer, recipe.data, t, data.index_cache),
-        trainer.trainer(t, training=True),
+        trainer.trainer(t, training=True, callbacks=[counted, steps]),
         directory,
         save_every_n_steps=t.val_check_interval or t.max_steps,
     )

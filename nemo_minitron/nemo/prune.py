@@ -82,7 +82,9 @@ def load_questions(p: PruneConfig, source: Source, data: PreparedData) -> Any:
     """The task of `prune.task_file`, as tokens; None without one."""
     from nemo_minitron.evaluation.multiple_choice import load_task
 
-    return None if p.task_file is None else load_task(p.task_file, data.tokenizer, source.seq_length)
+    if p.task_file is None:
+        return None
+    return load_task(p.task_file, data.tokenizer, source.seq_length, beginning=data.indexed.beginning)
 
 
 def _target(p: PruneConfig, arch: Architecture) -> tuple[Architecture, list[int] | None]:

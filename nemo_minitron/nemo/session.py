@@ -98,7 +98,17 @@ class Session:
 def packed(data: PreparedData, d: DataConfig, split: str) -> Any:
     """One pass over a split in Megatron's shuffled, packed order."""
     prefix = data.indexed.prefix(split)
-    return gpt_dataset(prefix, split, None, d.seq_length, d.seed, data.indexed.eod, data.index_cache)
+    return gpt_dataset(
+        prefix,
+        split,
+        None,
+        d.seq_length,
+        d.seed,
+        data.indexed.eod,
+        data.index_cache,
+        reset_attention_mask=d.reset_attention_mask,
+        reset_position_ids=d.reset_position_ids,
+    )
 
 
 def split_loss(

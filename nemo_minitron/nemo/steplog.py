@@ -26,7 +26,7 @@ class StepLog(pl.Callback):
 
     def add(self, split: str, parts: dict[str, float]) -> None:
         """Say what else the line of the running step or validation holds."""
-        self._parts[split] = parts
+        self._parts.setdefault(split, {}).update(parts)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Lightning's hook."""
@@ -53,7 +53,7 @@ class StepLog(pl.Callback):
             self._write("valid", max(trainer.global_step - 1, 0), float(trainer.callback_metrics["val_loss"]))
 
     def _write(self, split: str, step: int, loss: float) -> None:
-        self.write(split, step, {"loss": loss, **self._parts.get(split, {})})
+        self.write(split, step, {"loss": loss, **self._parts.pop(split, {})})
 
     def write(self, split: str, step: int, parts: dict[str, float]) -> None:
         """Append a line."""

@@ -61,7 +61,6 @@ def check(r: SynthesizeRecipe) -> Prepared:
         check_vocabulary(teacher, data)
         prompts = openings(
             data.indexed,
-            tokenizer,
             of=s.openings,
             length=s.opening_tokens,
             seq_length=r.data.seq_length,
@@ -69,7 +68,7 @@ def check(r: SynthesizeRecipe) -> Prepared:
             seed=r.seed,
         )
     else:
-        prompts = read_prompts(s.prompts, s.prompt_key, tokenizer)
+        prompts = read_prompts(s.prompts, s.prompt_key, tokenizer, bos=r.data.bos)
     prompts.check_room(s.max_new_tokens, teacher.seq_length)
     store = _store(r, prompts, ready.get("teacher_sha256") or teacher.sha256())
     if not r.overwrite:

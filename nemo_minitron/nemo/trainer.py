@@ -7,12 +7,25 @@ import lightning.pytorch
 import torch
 
 from nemo_minitron.config import DataConfig, OptimConfig
+from nemo_minitron.data.datasets import never_padded, one_builder
 from nemo_minitron.layout import TrainerConfig
 from nemo_minitron.nemo import models
 
 import nemo.lightning as nl  # isort: skip
 from megatron.core.optimizer import OptimizerConfig  # isort: skip
 from nemo.lightning.pytorch.optim import CosineAnnealingScheduler, MegatronOptimizerModule  # isort: skip
+
+
+class CausalByItself(lightning.pytorch.Callback):
+    """Lets a batch come without an attention mask, which the local layer spec makes itself, once for all microbatches.
+
+    NeMo's forward step asks for one where there is no Transformer Engine (`gpt_forward_step`, nemo_toolkit 2.4.1),
+    and its data module then makes [s, s] numbers for every sample.
+    """
+
+    def on_megatron_microbatch_start(self, batch: dict[str, Any]) -> None:
+        """NeMo's hook, before the forward step."""
+        batch.setdefault("attention_mask", None)
 
 
 def seed_everything(seed: int) -> None:
@@ -64,7 +77,7 @@ def trainer(t: TrainerConfig, *, training: bool, callbacks: list[Any] | None = N
         logger=False,
     )
     # Not through the constructor: NeMo writes its arguments into every checkpoint, and pickles what is not NeMo's own.
-    made.callbacks[:0] = callbacks or []
+    made.callbacks[:0] = [*(callbacks or []), *([CausalByItself()] if training else [])]
     return made
 
 
@@ -109,7 +122,7 @@ def training_data(
     """
     from nemo.collections.llm.gpt.data.pre_training import PreTrainingDataModule
 
-    return PreTrainingDataModule(
+    module = PreTrainingDataModule(
         paths={
             "train": train or [indexed.train_prefix],
             "validation": [indexed.valid_prefix],
@@ -123,4 +136,16 @@ def training_data(
         split=None,
         num_workers=0,
         index_mapping_dir=str(cache),
+        reset_attention_mask=d.reset_attention_mask,
+        reset_position_ids=d.reset_position_ids,
     )
+    # Without Transformer Engine it would always make one; see `CausalByItself`.
+    module.create_attention_mask = d.reset_attention_mask
+    build = module.build
+
+    def guarded(*args: Any, **kwargs: Any) -> None:
+        with one_builder(Path(cache)):
+            build(*args, **kwargs)
+
+    module.build = guarded
+    return never_padded(module)

@@ -84,5 +84,5 @@ def prepare_text(
         return TeacherText(IndexedCorpus.from_json(ready), weight)
     text = jsonl_documents(Path(run) / TEXT)
     corpus = Corpus("sdg", {"train": text, "valid": open_corpus(d).splits["valid"]})
-    indexed = build_indexed(corpus, data.tokenizer, cache_dir(d, "data"), seq_length=d.seq_length)
+    indexed = build_indexed(corpus, data.tokenizer, cache_dir(d, "data"), seq_length=d.seq_length, bos=d.bos)
     return TeacherText(indexed, weight)

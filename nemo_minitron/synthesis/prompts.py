@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from nemo_minitron.data.beginning import AUTO, beginning
 from nemo_minitron.errors import InputError
 
 if TYPE_CHECKING:
@@ -48,31 +49,28 @@ class Prompts:
                 )
 
 
-def read_prompts(path: str, key: str, tokenizer: "PreTrainedTokenizerBase") -> Prompts:
+def read_prompts(path: str, key: str, tokenizer: "PreTrainedTokenizerBase", *, bos: object = AUTO) -> Prompts:
     """Prompts of a text file, one a line, or of a .jsonl file, one object a line; blank lines are passed over.
 
-    Each begins with the token that begins a document.
+    Each begins as a document does, or, where documents begin with nothing, with the end of another.
 
     Args:
         path: of the file, UTF-8.
         key: of the prompt in a JSON object.
+        bos: see `data.beginning`.
 
     Raises:
         InputError: no such file, none in it, or a bad line: names the file and the line.
     """
+    begin = beginning(tokenizer, bos) or [tokenizer.eos_token_id]
     tokens, places = [], []
     for place, text in _texts(path, key):
         ids = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)  # type: ignore[call-arg]
-        tokens.append([beginning(tokenizer), *ids])
+        tokens.append([*begin, *ids])
         places.append(place)
     if not tokens:
         raise InputError(f"synthesize.prompts={path}: holds no prompt")
     return Prompts(tokens, places)
-
-
-def beginning(tokenizer: "PreTrainedTokenizerBase") -> int:
-    """The token before a document: the tokenizer's bos or, as in packed text, the end of the document before."""
-    return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
 
 
 def _texts(path: str, key: str) -> Iterator[tuple[str, str]]:
@@ -111,7 +109,6 @@ def _of_json(line: str, key: str, place: str) -> str:
 
 def openings(
     indexed: "IndexedCorpus",
-    tokenizer: "PreTrainedTokenizerBase",
     *,
     of: str,
     length: int,
@@ -121,8 +118,9 @@ def openings(
 ) -> Prompts:
     """The first `length` tokens of up to `samples` of the train split's documents or packed sequences.
 
-    Documents begin with the token before a document, and those of no more than `length` tokens are passed over: they
-    would be copied and not gone on with. Sequences are the pieces of `seq_length` tokens that packed text is cut into.
+    An opening has `length` tokens of the document's text, after what documents begin with or, where that is nothing,
+    after the end of another. Documents of no more text are passed over: they would be copied and not gone on with.
+    Sequences are the pieces of `seq_length` tokens that packed text is cut into.
 
     Args:
         indexed: the corpus.
@@ -137,9 +135,10 @@ def openings(
     data = IndexedDataset(indexed.train_prefix)
     if of == "documents":
         starts = data.index.sequence_pointers // data.index.dtype_size
-        # The end-of-document token counts among the lengths.
-        found = [int(i) for i in np.flatnonzero(data.index.sequence_lengths > length + 1)]
-        begin, offsets, where = [beginning(tokenizer)], starts, "document"
+        own = len(indexed.beginning)
+        # Beginning and end-of-document token count among the lengths.
+        found = [int(i) for i in np.flatnonzero(data.index.sequence_lengths > own + length + 1)]
+        begin, offsets, where = indexed.beginning or [indexed.eod], starts + own, "document"
     else:
         found = list(range(indexed.tokens["train"] // seq_length)) if length <= seq_length else []
         offsets = np.arange(len(found)) * seq_length

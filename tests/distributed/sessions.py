@@ -18,7 +18,7 @@ PATIENCE_S = 240
 
 
 @contextlib.contextmanager
-def _launched() -> Iterator[None]:
+def launched() -> Iterator[None]:
     """What a launcher says to each rank; the harness has made the process group itself."""
     import torch.distributed as dist
     from megatron.core.dist_checkpointing.strategies import base
@@ -68,7 +68,7 @@ def open_session(checkpoint: str | Path, **sizes: Any) -> Any:
     t = TrainerConfig(**sizes, micro_batch_size=MICRO_BATCH, global_batch_size=8)
     # The harness has made the process group, so NeMo leaves Megatron's parallel state to it as well.
     layout(t.tensor_model_parallel_size, t.pipeline_model_parallel_size)
-    with _launched():
+    with launched():
         return Session(find_source(checkpoint), t)
 
 
@@ -107,7 +107,7 @@ def logits_of_forms(sources: list[str], cache: str, tokens: Tensor) -> list[Any]
 def saved_again(checkpoint: str, output: str, sizes: dict[str, Any]) -> None:
     """Opens a checkpoint under a layout and saves it from there."""
     session = open_session(checkpoint, **sizes)
-    with _launched():
+    with launched():
         session.save(Path(output))
 
 
@@ -117,7 +117,7 @@ def pruned(checkpoint: str, output: str, plan: Any, sizes: dict[str, Any]) -> No
 
     session = open_session(checkpoint, **sizes)
     prune_model(session.model, session.chunks, plan)
-    with _launched():
+    with launched():
         session.save(Path(output))
 
 
@@ -127,7 +127,7 @@ def imported(source: str, cache: str) -> str:
     from nemo_minitron.nemo.huggingface import import_checkpoint
 
     layout()  # NeMo takes a process group that is there as it is
-    with _launched():
+    with launched():
         return str(import_checkpoint(find_source(source), Path(cache)))
 
 
@@ -137,7 +137,7 @@ def exported(source: str, output: str) -> str:
     from nemo_minitron.nemo.huggingface import export_checkpoint
 
     layout()
-    with _launched():
+    with launched():
         return str(export_checkpoint(find_source(source), Path(output)))
 
 
@@ -150,7 +150,7 @@ def pruned_under(overrides: list[str], sizes: dict[str, Any]) -> dict[str, Any]:
     from nemo_minitron.nemo import prune
 
     layout(sizes.get("tensor_model_parallel_size", 1), sizes.get("pipeline_model_parallel_size", 1))
-    with _launched(), initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
+    with launched(), initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
         named = [f"trainer.{name}={value}" for name, value in sizes.items()]
         recipe = parse(PruneRecipe, compose("prune", overrides=[*overrides, *named]))
         directory = Path(recipe.run_dir)
@@ -182,7 +182,7 @@ def distilled_under(
         sp=sizes.get("sequence_parallel", False),
     )
     with (
-        _launched(),
+        launched(),
         _spoiled(spoiled_after),
         initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")),
     ):

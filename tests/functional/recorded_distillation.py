@@ -21,6 +21,7 @@ from megatron.core.optimizer import OptimizerConfig
 from nemo.collections import llm
 from nemo.lightning.io import load_context
 
+from nemo_minitron.data.datasets import never_padded
 from nemo_minitron.distillation.settings import LossSettings
 from nemo_minitron.nemo.checkpoints import find_source
 from nemo_minitron.nemo.distillation import DistillTransform
@@ -68,6 +69,7 @@ def main(student: str, teacher: str, train: str, output: str) -> None:
         num_workers=0,
         split=None,
     )
+    never_padded(data)
     recorder = Recorder()
     loaded: dict[str, torch.Tensor] = {}
 

@@ -19,6 +19,9 @@ def test_the_result_says_how_good_it_is(teacher: Teacher) -> None:
     assert result["params"] == ARCH.parameters()
     assert (result["steps"], result["seed"]) == (30, 1234)
     assert result["tokens"] == 30 * 8 * SEQ_LENGTH
+    lines = [json.loads(line) for line in (teacher.run_dir / "steps.jsonl").read_text().splitlines()]
+    trained = [(line["step"], line["tokens"]) for line in lines if line["split"] == "train"]
+    assert trained == [(step, 8 * SEQ_LENGTH) for step in range(30)]
     assert result["command"].startswith("python ")
     assert "trainer.max_steps=30" in result["command"]
     # Thirty steps suffice to beat the uniform guess, and words are harder to guess than the unigrams'.

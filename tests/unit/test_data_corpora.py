@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import sysconfig
 from pathlib import Path
 
@@ -206,7 +207,10 @@ def test_a_file_that_is_not_utf8_is_named(tmp_path):
         ({"name": "files"}, "data.train is missing"),
         ({"name": "files", "train": "*.nothing"}, r"data.train=\*\.nothing: matches no file"),
         ({"name": "files", "train": "*.txt", "valid": "*.no"}, r"data.valid=\*\.no: matches no file"),
-        ({"name": "files", "train": "*.txt", "valid": "a.txt"}, "which data.train matches too"),
+        (
+            {"name": "files", "train": "*.txt", "valid": "a.txt"},
+            r"a\.txt is .*a\.txt of data\.train; a held-out file is not trained on",
+        ),
         ({"name": "files", "train": "*.txt", "valid_fraction": 1.5}, "data.valid_fraction=1.5"),
         ({"name": "files", "train": "*.txt", "valid_fraction": "most"}, "data.valid_fraction=most"),
         ({"name": "files", "train": "*.txt", "valid_fraction": 1e-9}, "valid split is empty"),
@@ -280,3 +284,25 @@ def test_keys_of_another_corpus_do_not_go_unnoticed(name, key, value, owner):
     with pytest.raises(InputError, match=rf"data\.{key}=.*data={owner}.*data\.name={name}"):
         load_corpus({"name": name, key: value})
     assert load_corpus({"name": "stdlib", key: None}).splits
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        ("symlink", "is a link to the same file as"),
+        ("link", "is a link to the same file as"),
+        ("copy", "has the same content as"),
+    ],
+)
+def test_a_held_out_file_that_is_a_training_file(tmp_path, how, says):
+    train, valid = tmp_path / "train.txt", tmp_path / "valid.txt"
+    train.write_text("some text")
+    (tmp_path / "other.txt").write_text("same size")
+    {"symlink": valid.symlink_to, "link": valid.hardlink_to, "copy": lambda path: shutil.copy(path, valid)}[
+        how
+    ](train)
+    with pytest.raises(InputError, match=rf"data\.valid: .*valid\.txt {says} .*train\.txt of data\.train"):
+        load_corpus({"name": "files", "train": str(tmp_path / "*r*.txt"), "valid": str(valid)})
+    valid.unlink()
+    valid.write_text("SOME text")
+    load_corpus({"name": "files", "train": str(tmp_path / "*r*.txt"), "valid": str(valid)})

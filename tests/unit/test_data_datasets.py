@@ -74,10 +74,27 @@ def test_deterministic_given_the_seed(prefix, tmp_path):
     assert _tokens(_samples(prefix, tmp_path / "one", seed=2)) != first
 
 
-def test_attention_mask_on_request(prefix, tmp_path):
-    sample = _samples(prefix, tmp_path / "cache", create_attention_mask=True)[0]
-    forbidden = torch.triu(torch.ones(1, SEQ_LENGTH, SEQ_LENGTH, dtype=torch.bool), diagonal=1)
-    assert sample["attention_mask"].equal(forbidden)
+@pytest.mark.parametrize("positions", [False, True])
+def test_documents_that_do_not_see_each_other(tmp_path, positions):
+    """Against a loop over the documents of each sample."""
+    end, documents = 9, [[1, 2, 9], [3, 9], [4, 5, 6, 7, 8, 1, 2, 3, 4, 9], [5, 9], [6, 7, 9]]
+    builder = IndexedDatasetBuilder(str(tmp_path / "d.bin"), dtype=np.int32)
+    for document in documents:
+        builder.add_document(torch.tensor(document), [len(document)])
+    builder.finalize(str(tmp_path / "d.idx"))
+    options = {"reset_attention_mask": True, "reset_position_ids": positions}
+    data = gpt_dataset(str(tmp_path / "d"), "train", 6, SEQ_LENGTH, 1, end, tmp_path / "cache", **options)
+    for number in range(6):
+        item = data[number]
+        forbidden, places = np.ones((SEQ_LENGTH, SEQ_LENGTH), bool), np.arange(SEQ_LENGTH)
+        starts = [0, *(np.flatnonzero(item["tokens"].numpy() == end) + 1)]
+        for begin, stop in zip(starts, [*starts[1:], SEQ_LENGTH], strict=True):
+            for place in range(begin, stop):
+                forbidden[place, begin : place + 1] = False
+                places[place] = place - begin if positions else place
+        assert item["attention_mask"].dtype == torch.bool
+        assert np.array_equal(item["attention_mask"][0].numpy(), forbidden)
+        assert np.array_equal(item["position_ids"].numpy(), places)
 
 
 class _Exploding:
@@ -90,7 +107,7 @@ class _Exploding:
         return (open, (self.path, "w"))
 
 
-@pytest.mark.parametrize("damage", ["short", "empty", "pickle"])
+@pytest.mark.parametrize("damage", ["short", "empty", "pickle", "flipped"])
 def test_a_damaged_order_is_made_again(prefix, tmp_path, damage):
     cache = tmp_path / "cache"
     first = _tokens(_samples(prefix, cache))
@@ -101,6 +118,8 @@ def test_a_damaged_order_is_made_again(prefix, tmp_path, damage):
         whole = path.read_bytes()
         if damage == "pickle":
             np.save(path, np.array([exploding], dtype=object), allow_pickle=True)
+        elif damage == "flipped":
+            path.write_bytes(whole[:-4] + bytes([whole[-4] ^ 1]) + whole[-3:])
         else:
             path.write_bytes(whole[:-4] if damage == "short" else b"")
         assert _tokens(_samples(prefix, cache)) == first

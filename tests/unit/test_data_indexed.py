@@ -12,10 +12,12 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
 from nemo_minitron.data import indexed as module
+from nemo_minitron.data.beginning import beginning
 from nemo_minitron.data.corpora import Corpus, Document, Stream, load_corpus
 from nemo_minitron.data.indexed import IndexedCorpus, build_indexed
 from nemo_minitron.data.tokenizer import EOS, train_bpe
 from nemo_minitron.errors import InputError
+from tests.packed_stream import documents
 
 SOURCES = sorted(Path(json.__file__).parent.glob("*.py"))
 
@@ -139,8 +141,8 @@ def test_a_killed_build_is_redone(corpus, tokenizer, tmp_path, monkeypatch):
     assert [path for path in cache.iterdir() if path.is_dir()] == [Path(indexed.train_prefix).parent]
 
 
-@pytest.mark.parametrize("damage", ["short", "absent", "manifest", "version"])
-def test_a_damaged_corpus_is_redone(corpus, tokenizer, tmp_path, damage):
+@pytest.mark.parametrize("damage", ["short", "absent", "manifest", "version", "bin", "idx"])
+def test_a_damaged_corpus_is_redone(corpus, tokenizer, tmp_path, damage, capsys):
     built = build_indexed(corpus, tokenizer, tmp_path / "cache", seq_length=64)
     files = {path.name: path for path in Path(built.train_prefix).parent.iterdir()}
     whole = {name: path.read_bytes() for name, path in files.items()}
@@ -148,15 +150,20 @@ def test_a_damaged_corpus_is_redone(corpus, tokenizer, tmp_path, damage):
         files["train.bin"].write_bytes(whole["train.bin"][:-2])
     elif damage == "absent":
         files["valid.idx"].unlink()
+    elif damage in ("bin", "idx"):
+        flipped = bytearray(whole[f"train.{damage}"])
+        flipped[len(flipped) // 2] ^= 1
+        files[f"train.{damage}"].write_bytes(flipped)
     elif damage == "manifest":
         files["manifest.json"].write_bytes(whole["manifest.json"][:40])
     else:
         files["manifest.json"].write_bytes(
-            whole["manifest.json"].replace(b'"format_version": 1', b'"format_version": 0')
+            whole["manifest.json"].replace(b'"format_version": 2', b'"format_version": 1')
         )
     with pytest.raises(InputError, match=str(files["manifest.json"].parent)):
-        IndexedCorpus.from_json(files["manifest.json"])
+        IndexedCorpus.from_json(files["manifest.json"]).verify()
     assert build_indexed(corpus, tokenizer, tmp_path / "cache", seq_length=64) == built
+    assert "; built again" in capsys.readouterr().err
     assert {name: path.read_bytes() for name, path in files.items()} == whole
 
 
@@ -235,3 +242,71 @@ def test_progress_of_a_long_build(corpus, tokenizer, tmp_path, monkeypatch, caps
     captured = capsys.readouterr()
     assert f"tokenizing files/train: {indexed.tokens['train']:,} tokens" in captured.err
     assert captured.out == ""
+
+
+def with_beginning(tokenizer, directory, template: str | None, **names: str):
+    """The tokenizer with a beginning and an end of its own; `template`: what it adds by itself, with no flag for it."""
+    from tokenizers import processors
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, **names)
+    if template:
+        special = [
+            (token, made.convert_tokens_to_ids(token)) for token in names.values() if token in template
+        ]
+        made.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single=template, special_tokens=special
+        )
+    made.save_pretrained(directory)
+    return AutoTokenizer.from_pretrained(directory)
+
+
+NAMES = {"bos_token": "<bos>", "eos_token": "<eos>"}
+
+
+@pytest.mark.parametrize(
+    ("template", "names", "bos", "expected"),
+    [
+        ("<bos> $A", NAMES, "auto", ["<bos>"]),
+        ("<bos> $A <eos>", NAMES, "auto", ["<bos>"]),
+        ("<bos> $A", NAMES, True, ["<bos>"]),
+        ("<bos> $A", NAMES, False, []),
+        (None, NAMES, "auto", []),
+        (None, NAMES, True, ["<bos>"]),
+        ("$A <eos>", {"eos_token": "<eos>"}, "auto", []),
+    ],
+)
+def test_documents_begin_as_the_tokenizer_begins_them(tokenizer, tmp_path, template, names, bos, expected):
+    """Three documents, as the index file has them and as the tokenizer makes them."""
+    own = with_beginning(tokenizer, tmp_path / "own", template, **names)
+    begin = [own.convert_tokens_to_ids(token) for token in expected]
+    texts = ["one", "two <bos> two", "three"]
+    splits = {split: [Document(str(n), text) for n, text in enumerate(texts)] for split in ("train", "valid")}
+    indexed = build_indexed(Corpus("three", splits), own, tmp_path / "cache", seq_length=4, bos=bos)
+    assert (indexed.beginning, indexed.eod) == (begin, own.convert_tokens_to_ids("<eos>"))
+    stored = [document.tolist() for document in documents(indexed.train_prefix)]
+    assert sum(map(len, stored)) == indexed.tokens["train"]
+    assert [ids[: len(begin)] for ids in stored] == [begin] * 3
+    assert [own.decode(ids[len(begin) : -1]) for ids in stored] == texts
+    if template and bos == "auto":
+        whole = [own(text)["input_ids"] for text in ("one", "three")]
+        end = [] if "<eos>" in template else [indexed.eod]
+        assert [stored[0], stored[2]] == [[*ids, *end] for ids in whole]
+
+
+def test_the_beginning_names_the_cache(tokenizer, tmp_path):
+    own = with_beginning(tokenizer, tmp_path / "own", "<bos> $A", **NAMES)
+    splits = {split: [Document("1", "some text")] for split in ("train", "valid")}
+    found = {
+        bos: build_indexed(Corpus("c", splits), own, tmp_path / "cache", seq_length=2, bos=bos).train_prefix
+        for bos in ("auto", True, False)
+    }
+    assert found["auto"] == found[True] != found[False]
+
+
+def test_a_beginning_that_is_none(tokenizer, tmp_path):
+    own = with_beginning(tokenizer, tmp_path / "own", None, eos_token="<eos>")
+    with pytest.raises(InputError, match=r"data\.bos=true: the tokenizer has no beginning token"):
+        beginning(own, True)
+    with pytest.raises(InputError, match=r"data\.bos=maybe: must be auto"):
+        beginning(own, "maybe")

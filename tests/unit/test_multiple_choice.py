@@ -36,6 +36,8 @@ def test_questions_become_tokens(tmp_path):
     texts = ["".join(map(chr, request.tokens[1:])) for request in task.requests]
     assert texts == ["2 + 2 ≡4", "2 + 2 ≡five", "Say a b", "Say a cd"]
     assert {request.tokens[0] for request in task.requests} == {0}
+    begun = load_task(tmp_path / "t.jsonl", Letters(), 100, beginning=[5])
+    assert [r.tokens for r in begun.requests] == [[5, *r.tokens[1:]] for r in task.requests]
     # The token that joins the question's end with the space is scored, for all choices alike.
     assert [request.scored for request in task.requests] == [2, 5, 2, 3]
 

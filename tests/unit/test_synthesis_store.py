@@ -179,7 +179,7 @@ def test_openings_are_the_beginnings_of_documents(data: DataConfig, tokenizer: A
 
     def made(seed: int, samples: int = 99, of: str = "documents", length: int = 12) -> list[list[int]]:
         options: dict[str, Any] = {"of": of, "length": length, "seq_length": 64, "samples": samples}
-        return openings(indexed, tokenizer, **options, seed=seed).tokens
+        return openings(indexed, **options, seed=seed).tokens
 
     found = made(1)
     expected = [[0, *tokenizer.encode(line)[:12]] for line in lines[:-1]]  # the last is too short
