@@ -280,3 +280,18 @@ def test_keys_of_another_corpus_do_not_go_unnoticed(name, key, value, owner):
     with pytest.raises(InputError, match=rf"data\.{key}=.*data={owner}.*data\.name={name}"):
         load_corpus({"name": name, key: value})
     assert load_corpus({"name": "stdlib", key: None}).splits
+
+
+@pytest.mark.parametrize(
+    ("fraction", "went_to", "empty"), [(0.05, "train", "valid"), (1 - 1e-12, "valid", "train")]
+)
+def test_one_document_cannot_be_split(tmp_path, fraction, went_to, empty):
+    """No fraction helps, and the line says what does."""
+    _write_texts(tmp_path, {"only.txt": "all of it\n" * 100, "blank.txt": " \n"})
+    with pytest.raises(InputError) as caught:
+        load_corpus({"name": "files", "train": str(tmp_path / "*.txt"), "valid_fraction": fraction})
+    assert f"the {empty} split is empty: all is one document, which went to the {went_to} split" in str(
+        caught.value
+    )
+    assert "data.valid, or give a .jsonl file with one document a line" in str(caught.value)
+    assert "larger" not in str(caught.value)
