@@ -35,6 +35,9 @@ _TAKES_VALUE = (
 # What every recipe has a use for; the rest of CommonConfig only those that declare it themselves.
 _SHARED = ("run_dir", "overwrite", "seed", "data", "trainer", "eval", "prepared", "cluster")
 
+# Of the trainer's settings those that other recipes take from their own groups.
+_PRETRAINING = ("trainer.max_steps", "trainer.val_check_interval", "trainer.limit_val_batches")
+
 
 def for_hydra(name: str, schema: type[CommonConfig], typed: Sequence[str], *, compose: bool) -> list[str]:
     """The command line that Hydra gets.
@@ -168,6 +171,13 @@ def _check_used(name: str, schema: type[CommonConfig], key: str, override: str) 
     used = used_groups(schema)
     if top in common and top not in _SHARED and top not in used:
         raise InputError(f"{short(override)}: {name} has no use for {top}; it takes {', '.join(used)}")
+    if key in _PRETRAINING and "optim" not in used:
+        own = [
+            f"; it takes {group}{key.removeprefix('trainer')}"
+            for group in ("distill", "align")
+            if group in used
+        ]
+        raise InputError(f"{short(override)}: {name} has no use for {key}{''.join(own)}")
 
 
 def with_home(config: DictConfig) -> DictConfig:

@@ -149,6 +149,9 @@ def test_a_sweep_s_run_dir_is_its_directory() -> None:
         (PruneRecipe, "teacher_cache=/m", "source, prune"),
         (PruneRecipe, "search=width", "source, prune"),
         (SftRecipe, "teacher=/m", "student, align"),
+        (DistillRecipe, "trainer.max_steps=3", "no use for trainer.max_steps; it takes distill.max_steps$"),
+        (SftRecipe, "trainer.val_check_interval=3", "; it takes align.val_check_interval$"),
+        (PruneRecipe, "trainer.limit_val_batches=3", "no use for trainer.limit_val_batches$"),
     ],
 )
 def test_a_key_that_means_nothing_is_refused(schema: type[CommonConfig], override: str, takes: str) -> None:
@@ -159,7 +162,7 @@ def test_a_key_that_means_nothing_is_refused(schema: type[CommonConfig], overrid
 @pytest.mark.parametrize(
     ("schema", "overrides"),
     [
-        (PretrainRecipe, ["optim.lr=1", "model=demo", "export_dir=x", "data=files"]),
+        (PretrainRecipe, ["optim.lr=1", "model=demo", "export_dir=x", "data=files", "trainer.max_steps=3"]),
         (SearchRecipe, ["search=width", "distill=demo", "prune.batch=l2", "source=x"]),
         (
             DistillRecipe,
