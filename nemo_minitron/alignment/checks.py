@@ -165,9 +165,9 @@ def schedule(
     Raises:
         InputError: batches that do not divide, fewer samples than a batch has, or than answers shall be written.
     """
-    validated = validation_batch(a, t, valid, whole_batches=whole_batches)
     if train < a.global_batch_size:
         raise InputError(f"align.train: {train} samples are less than one batch of {a.global_batch_size}")
+    validated = validation_batch(a, t, valid, whole_batches=whole_batches)
     in_epoch = train // a.global_batch_size
     steps = a.max_steps or a.max_epochs * in_epoch
     every = min(a.val_check_interval or steps, steps)

@@ -46,11 +46,11 @@ def test_impossible_targets_are_named(sizes: dict, layout: dict, message: str) -
 
 
 def test_what_a_fraction_was_rounded_from() -> None:
-    """By hand: 3/4 of 576 is 432, and the legal step 64; 9/14 of 1536 is 987.43; a half of 8 heads is exact."""
+    """By hand: 3/4 of 576 is 432, 9/14 of 1536 is 987.43, the legal step of both 64; a half of 8 heads is exact."""
     source = Architecture(30, 576, 1536, 9, 3, 64, 49152)
     sizes = {"hidden_size": "3/4", "ffn_hidden_size": "9/14", "num_layers": 0.5, "num_query_groups": 3}
     target = resolve_target(source, sizes)
-    assert (target.hidden_size, target.ffn_hidden_size, target.num_layers) == (448, 1024, 15)
+    assert (target.hidden_size, target.ffn_hidden_size, target.num_layers) == (448, 960, 15)
     assert rounded_from(source, target, sizes) == {"hidden_size": 432.0, "ffn_hidden_size": 987.43}
     assert rounded_from(source, source, {"hidden_size": 576, "num_layers": None}) == {}
 
