@@ -133,15 +133,18 @@ def test_a_text_becomes_the_tokens_that_llama_cpp_makes_of_it(
 ) -> None:
     bpe = gguf_files.byte_level(TEXT + PROMPTS, 420, GPT2_RULES, entry.ignore_merges)
     model = gguf_files.make_model("llama", bpe.get_vocab_size())
-    vocabulary = gguf_files.gpt2_vocabulary(bpe, entry.names[0])
-    file = gguf_files.write_gguf(tmp_path / "toy.gguf", model, Kind.F32, vocabulary)
-    tokenizer = Tokenizer.from_file(str(convert(file) / "tokenizer.json"))
-    with llama_cpp.opened(file) as server:
-        for prompt in [*PROMPTS, "<|im_start|>user\nhi <|im_end|> there"]:
-            tokens = tokenizer.encode(prompt).ids
-            assert (tokens[0] == 1) == (entry.add_bos or prompt.startswith("<"))
-            by_text, by_ids = (llama_cpp.next_token(server, p, ASCII) for p in (prompt, tokens))
-            assert by_text == by_ids, (prompt, tokenizer.encode(prompt).tokens)
+    for name in entry.names:
+        vocabulary = gguf_files.gpt2_vocabulary(bpe, name)
+        file = gguf_files.write_gguf(tmp_path / f"{name}.gguf", model, Kind.F32, vocabulary)
+        tokenizer = Tokenizer.from_file(str(convert(file) / "tokenizer.json"))
+        prompts = [*PROMPTS, "<|im_start|>user\nhi <|im_end|> there"]
+        # The other names of the same rules: one prompt.
+        for prompt in prompts if name == entry.names[0] else ["".join(PROMPTS)]:
+            with llama_cpp.opened(file, context=512) as server:
+                tokens = tokenizer.encode(prompt).ids
+                assert (tokens[0] == 1) == (entry.add_bos or prompt.startswith("<"))
+                by_text, by_ids = (llama_cpp.next_token(server, p, ASCII) for p in (prompt, tokens))
+            assert by_text == by_ids, (name, prompt, tokenizer.encode(prompt).tokens)
             assert tokenizer.decode(tokens).strip() == re.sub(r"<\|im_\w+\|>", "", prompt).strip()
 
 
@@ -330,6 +333,30 @@ def test_rope_factors_of_another_kind_are_refused(
     file = gguf_files.write_gguf(tmp_path / "toy.gguf", model, Kind.F32, vocabulary)
     with pytest.raises(InputError, match="rope_freqs"):
         convert(file)
+
+
+@pytest.mark.parametrize(
+    ("factor", "low", "high", "theta"),
+    [(8.0, 1.0, 4.0, 5e5), (32.0, 1.0, 4.0, 5e5), (4.0, 2.0, 16.0, 1e4), (16.0, 0.5, 64.0, 5e5)],
+)
+def test_rope_scaling_is_found_from_its_factors(
+    tmp_path: Path,
+    convert: Any,
+    bpe: Tokenizer,
+    vocabulary: dict[str, Any],
+    factor: float,
+    low: float,
+    high: float,
+    theta: float,
+) -> None:
+    model = gguf_files.make_model("llama-tied", bpe.get_vocab_size())
+    model.config.rope_theta = theta
+    stated = {"factor": factor, "low_freq_factor": low, "high_freq_factor": high}
+    model.config.rope_scaling = {"rope_type": "llama3", **stated, "original_max_position_embeddings": 8192}
+    file = gguf_files.write_gguf(tmp_path / "toy.gguf", model, Kind.F32, vocabulary)
+    found = json.loads((convert(file) / "config.json").read_text())
+    assert found["rope_theta"] == theta
+    assert found["rope_scaling"] == model.config.rope_scaling
 
 
 HOSTILE_COUNTS = [0, 1, 2**16, 2**31, 2**32 - 1, 2**62, 2**63, 2**64 - 1]
