@@ -306,7 +306,7 @@ def report(state: Path, logs: Path, agent_log: Path, code: int) -> int:
         return fail(f"the ranks could not be started:\n{tail(agent_log)}")
     failure = json.loads(file.read_text())
     rank, code = failure["rank"], shell_code(failure["code"])
-    if code == INTERRUPTED:  # each rank has said so
+    if code in (INTERRUPTED, 128 + signal.SIGINT):  # rank 0 has said so
         return code
     if rank != 0:  # rank 0's was shown all along
         stderr = logs / f"rank{rank}.stderr.log"

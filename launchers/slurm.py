@@ -32,6 +32,7 @@ sys.path.insert(0, str(ROOT))
 
 from launchers import sbatch  # noqa: E402
 from launchers.sbatch import Job  # noqa: E402
+from nemo_minitron.handover import HYDRA_WRITES_NOTHING  # noqa: E402
 
 SWEEP = ("-m", "--multirun")
 TAIL_LINES = 30
@@ -119,8 +120,9 @@ def compose(recipe: Path, overrides: list[str], before: Job | None) -> Job:
     """
     with tempfile.TemporaryDirectory(prefix="nemo_minitron_compose_") as scratch:
         composed = Path(scratch, "composed.jsonl")
-        own = [f"hydra.run.dir='{scratch}'", f"hydra.sweep.dir='{scratch}'", "hydra.output_subdir=null"]
-        own += ["hydra.sweep.subdir=${hydra.job.num}", "hydra/job_logging=none", "hydra/hydra_logging=none"]
+        # In a run of its own Hydra writes nothing (conf/common.yaml); a sweep has a directory.
+        own = [f"hydra.sweep.dir='{scratch}'", "hydra.sweep.subdir=${hydra.job.num}"]
+        own += ["hydra/hydra_logging=none"]
         if not any(re.match(r"\+?cluster[=@]", override) for override in overrides):
             own.append("+cluster=slurm")
         command = [sys.executable, str(recipe), *(with_directory(text, before) for text in overrides), *own]
@@ -218,7 +220,8 @@ def write(job: Job, script: str) -> Path:
     """RUN/job.yaml for each configuration and the sbatch file; returns the latter."""
     for run, config in zip(job.runs, job.configs, strict=True):
         (run / "logs").mkdir(parents=True, exist_ok=True)
-        (run / f"{sbatch.CONFIGURATION}.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+        text = yaml.safe_dump({**config, **HYDRA_WRITES_NOTHING}, sort_keys=False)
+        (run / f"{sbatch.CONFIGURATION}.yaml").write_text(text)
         (run / "resolved.yaml").unlink(missing_ok=True)
     (job.directory / "logs").mkdir(parents=True, exist_ok=True)
     file = job.directory / f"{sbatch.CONFIGURATION}.sbatch"

@@ -4,10 +4,12 @@ import fcntl
 import os
 import socket
 import sys
+import tempfile
 from pathlib import Path
 from typing import IO
 
 from nemo_minitron.errors import InputError
+from nemo_minitron.terminal import short
 
 LOCK = ".lock"
 # Open until this process ends: closing one would give its lock back.
@@ -40,3 +42,46 @@ def claim(directory: Path) -> None:
     file.write(f"process {os.getpid()} on {socket.gethostname()}{f', job {job},' if job else ''}\n")
     file.flush()
     _held[path] = file
+
+
+def check_writable(directory: Path) -> None:
+    """See that a run directory can be made, or be written in where it is there, and leave nothing behind.
+
+    Tried, not asked: to root every directory looks writable, also an immutable one or a read-only file system.
+
+    Raises:
+        InputError: names it, with the system's words.
+    """
+    try:
+        there = next(path for path in (directory, *directory.parents) if _exists(path))
+        descriptor, name = tempfile.mkstemp(prefix=".tried-", dir=there)
+    except (OSError, ValueError) as error:
+        raise _cannot(directory, error) from None
+    os.close(descriptor)
+    os.unlink(name)
+
+
+def make(directory: Path) -> None:
+    """Make a run directory.
+
+    Raises:
+        InputError: names it, with the system's words.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _cannot(directory, error) from None
+
+
+def _exists(path: Path) -> bool:
+    """As a system call says it: `Path.exists` hides a file in the way, and raises for a name that is too long."""
+    try:
+        os.stat(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _cannot(directory: Path, error: Exception) -> InputError:
+    reason = error.strerror if isinstance(error, OSError) else str(error)
+    return InputError(f"run_dir={short(directory)}: cannot be made or written in ({reason})")

@@ -276,14 +276,15 @@ class SearchRecipe(PruneRecipe):
 
 @dataclass
 class DistillRecipe(CommonConfig):
-    """`recipes/distill.py`. `student` and `teacher`: Hugging Face, NeMo 2 or run directories; the teacher may be left
-    out where `distill.loss=cross_entropy`. `teacher_cache`: a run of `recipes/cache_teacher.py` to read instead of
-    loading a teacher; `verify_cache`: compare its checksums first, which reads all of it once.
-    `sdg`: a run directory of `recipes/synthesize.py`, for the teacher's text.
+    """`recipes/distill.py`. `student` and `teacher`: Hugging Face, NeMo 2 or run directories; without a teacher it is
+    what the student was pruned from, and none where `distill.loss=cross_entropy`. `teacher_cache`: a run of
+    `recipes/cache_teacher.py` to read instead of loading a teacher; `verify_cache`: compare its checksums first, which
+    reads all of it once. `sdg`: a run directory of `recipes/synthesize.py`, for the teacher's text.
     """
 
     student: str = MISSING
     teacher: str | None = None
+    teacher_cache: str | None = None
     verify_cache: bool = True
     sdg: str | None = None
     distill: DistillConfig = field(default_factory=DistillConfig)

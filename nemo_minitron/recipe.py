@@ -1,22 +1,21 @@
-"""What every recipe shares: Hydra around it, exit codes, the run directory, `result.json`, progress.
+"""What every recipe shares: Hydra around it, exit codes, the run directory, `result.json`.
 
 Exit codes: 0 done; 2 bad input, one line, before any work; 1 a failure while running; 75 told to end, a checkpoint was
-saved, start it again. HYDRA_FULL_ERROR=1 shows tracebacks for bad input too.
+saved, start it again; 130 ended by Ctrl-C. HYDRA_FULL_ERROR=1 shows tracebacks for bad input too.
 """
 
 import contextlib
 import io
 import json
-import logging
 import os
-import re
 import resource
+import shlex
 import shutil
+import signal
 import sys
 import time
 import traceback
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,38 +24,17 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nemo_minitron import handover
-from nemo_minitron.claim import LOCK, claim
+from nemo_minitron import __version__, handover, overrides, sweep, terminal
+from nemo_minitron.claim import LOCK, check_writable, claim, make
+from nemo_minitron.closing import closing_line
+from nemo_minitron.commands import resources
 from nemo_minitron.config import CommonConfig, SchemaT, parse
 from nemo_minitron.errors import FailedRun, InputError, InterruptedRun
 
 RESULT = "result.json"
+CONFIGURATION = "config.yaml"
 INTERRUPTED = 75
 _NO_SPACE = 32 * 2**20  # bytes
-_ROOT = Path(__file__).resolve().parent.parent
-
-
-# Libraries that greet at INFO level, or warn of what is not installed, whenever they are imported.
-_TALKATIVE = ("pytorch_lightning", "lightning", "nemo", "NeMo", "megatron", "datasets", "matplotlib", "root")
-_EXPECTED = (
-    ".*pynvml.*",
-    ".*Apex is not installed.*",
-    ".*Transformer Engine and Apex.*",
-    ".*transformer_engine.*",
-)
-
-
-def _quiet() -> None:
-    """Leave the terminal to progress and results; NEMO_MINITRON_VERBOSE=1 shows everything."""
-    if os.environ.get("NEMO_MINITRON_VERBOSE") == "1":
-        return
-    for message in _EXPECTED:
-        warnings.filterwarnings("ignore", message=message)
-    for handler in logging.getLogger().handlers:
-        # Not levels of loggers: the libraries set those again when they are imported.
-        handler.addFilter(
-            lambda record: record.levelno >= logging.ERROR or record.name.split(".")[0] not in _TALKATIVE
-        )
 
 
 def rank() -> int:
@@ -64,22 +42,27 @@ def rank() -> int:
     return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
 
 
-def register_resolvers(name: str) -> None:
+def register_resolvers(name: str, schema: type[Any] = CommonConfig) -> None:
     """What configurations may ask.
 
-    `${repository:}`: the checkout that the recipe was started from. `${for_recipe:[a,b],x,y}`: x in recipes a and b,
-    else y. `${unless:x,y}`: nothing where x is given, else y.
+    `${repository:}`: where conf/ and assets/ are: the checkout, or the installed package. `${recipe:}`: the recipe's
+    name. `${run_directory:x}`: a sweep's directory for its running job, else x. `${for_recipe:[a,b],x,y}`: x in
+    recipes a and b, else y. `${help:}`: what the keys mean.
 
     Args:
         name: of the recipe that runs.
+        schema: its schema.
     """
-    OmegaConf.register_new_resolver("repository", lambda: str(_ROOT), replace=True)
-    OmegaConf.register_new_resolver(
-        "for_recipe", lambda names, value, otherwise: value if name in names else otherwise, replace=True
-    )
-    OmegaConf.register_new_resolver(
-        "unless", lambda given, value: value if given is None else None, replace=True
-    )
+    from nemo_minitron.help_text import help_text
+
+    for key, answer in {
+        "repository": lambda: str(resources()),
+        "recipe": lambda: name,
+        "run_directory": lambda otherwise: sweep.directory() or otherwise,
+        "for_recipe": lambda names, value, otherwise: value if name in names else otherwise,
+        "help": lambda: help_text(name, schema),
+    }.items():
+        OmegaConf.register_new_resolver(key, answer, replace=True)
 
 
 def main(
@@ -99,28 +82,42 @@ def main(
     What `check` returns has a method `to_config`: plain values by which the launcher's ranks find it again.
     """
     started = False
-    _quiet()
+    terminal.quiet()
+    terminal.take_interrupts()
     _submit_if_asked()
-    sys.argv[1:] = [_quoted(override) for override in sys.argv[1:]]
-    register_resolvers(name)
+    register_resolvers(name, schema)
+    typed = sys.argv[1:]
+    the_run = _Run(name, schema, check, run, typed)
 
-    @hydra.main(version_base="1.3", config_path=str(_ROOT / "conf"), config_name=name)
+    @hydra.main(version_base="1.3", config_path=str(resources() / "conf"), config_name=name)
     def task(config: DictConfig) -> None:
         nonlocal started
         started = True
-        _quiet()
-        _carry_out(config, schema, check, run)
+        sys.argv[1:] = typed
+        terminal.quiet()
+        if sweep.is_sweep():
+            sweep.in_its_own_process(lambda: the_run.carry_out(config))
+        else:
+            the_run.carry_out(config)
 
     stderr = io.StringIO()
     try:
-        with contextlib.redirect_stderr(_Tee(stderr, lambda: started)):
+        compose = handover.VARIABLE in os.environ
+        sys.argv[1:] = overrides.for_hydra(name, schema, typed, compose=compose)  # type: ignore[arg-type]
+        with contextlib.redirect_stderr(terminal.Tee(stderr, lambda: started)):
             task()
     except SystemExit as stop:
         if started or not stop.code:
             raise
         _refuse(_composition_error(stderr.getvalue()))
-    except (HydraException, OmegaConfBaseException) as error:
-        # With HYDRA_FULL_ERROR=1 Hydra leaves its exceptions to us.
+    except InputError as error:
+        _refuse(str(error))
+    except KeyboardInterrupt:
+        _interrupted("before the run began")
+    except BrokenPipeError:  # `... --help | head`
+        os._exit(128 + signal.SIGPIPE)
+    except (HydraException, OmegaConfBaseException, OSError) as error:
+        # With HYDRA_FULL_ERROR=1 Hydra leaves its exceptions to us; a sweep's directory may not be writable.
         if started:
             raise
         _refuse(_composition_error(str(error)))
@@ -130,50 +127,20 @@ def _submit_if_asked() -> None:
     """`python recipes/X.py ... +cluster=NAME` is `launchers/slurm.sh recipes/X.py ... +cluster=NAME`."""
     if handover.VARIABLE in os.environ or not any(a.startswith("+cluster=") for a in sys.argv[1:]):
         return
-    launcher = str(_ROOT / "launchers" / "slurm.sh")
+    launcher = resources() / "launchers" / "slurm.sh"
+    if not launcher.is_file():
+        _refuse("+cluster: jobs are submitted from a clone of the repository, with launchers/slurm.sh")
     os.environ.setdefault("NEMO_MINITRON_PYTHON", sys.executable)
-    os.execv(launcher, [launcher, *sys.argv])
+    os.execv(launcher, [str(launcher), *sys.argv])
 
 
 def _composition_error(message: str) -> str:
-    """Hydra refused an unknown preset, group or key: what it says, without its advice."""
+    """Hydra refused an unknown preset, group or key: what it says, without its advice and without its own frames."""
     for advice in ("Config search path", "Set the environment variable", "See https://hydra.cc", "full_key:"):
         message = message.partition(advice)[0]
+    if "Traceback (most recent call last)" in message:
+        message = message.strip().splitlines()[-1]
     return message
-
-
-def _quoted(override: str) -> str:
-    """`source=run/step=29-last` as Hydra wants it: NeMo names its checkpoints so, and enroot its images
-    `nvcr.io#nvidia/nemo:25.07`, but an unquoted value has neither '=' nor '#'.
-    """
-    key, _, value = override.partition("=")
-    if (
-        not re.search("[=#]", value)
-        or not re.fullmatch(r"[\w./@+~]+", key)
-        or re.search(r"""[\s\\'"\[\](){},$]""", value)
-    ):
-        return override
-    return f"{key}='{value}'"
-
-
-class _Tee(io.TextIOBase):
-    """Holds back what Hydra prints before the task starts; passes everything through from then on."""
-
-    def __init__(self, held: io.StringIO, started: Callable[[], bool]) -> None:
-        self.held, self.started, self.stderr = held, started, sys.stderr
-
-    def write(self, text: str) -> int:
-        show = self.started() or os.environ.get("HYDRA_FULL_ERROR") == "1"
-        return (self.stderr if show else self.held).write(text)
-
-    def flush(self) -> None:
-        self.stderr.flush()
-
-    def fileno(self) -> int:
-        return self.stderr.fileno()
-
-    def isatty(self) -> bool:
-        return self.stderr.isatty()
 
 
 def _refuse(line: str) -> None:
@@ -181,6 +148,12 @@ def _refuse(line: str) -> None:
         traceback.print_exc()
     print("error:", " ".join(line.split()), file=sys.stderr, flush=True)
     _leave(2)
+
+
+def _interrupted(where: str) -> None:
+    if rank() == 0:
+        print(f"\ninterrupted: {where}", file=sys.stderr, flush=True)
+    _leave(terminal.INTERRUPTED_BY_USER)
 
 
 def _leave(code: int) -> None:
@@ -192,48 +165,95 @@ def _leave(code: int) -> None:
     sys.exit(code)
 
 
-def _carry_out(config: DictConfig, schema: Any, check: Any, run: Any) -> None:
-    begin = time.monotonic()
-    try:
-        if file := os.environ.get(handover.VARIABLE):
-            _check_unfinished(handover.hand_over(config, schema, Path(file)))
-            return
-        parsed = parse(schema, config)
+class _Run:
+    """One recipe, and what its user typed."""
+
+    def __init__(self, name: str, schema: Any, check: Any, run: Any, typed: Sequence[str]) -> None:
+        self.name, self.schema, self.check, self.run, self.typed = name, schema, check, run, typed
+
+    def carry_out(self, config: DictConfig) -> None:
+        """From a composed configuration to the end of the process; every way of ending has its exit code."""
+        begin = time.monotonic()
+        directory = ""
+        terminal.log_to_stderr()
+        try:
+            config = overrides.with_home(config)
+            if file := os.environ.get(handover.VARIABLE):
+                _check_unfinished(handover.hand_over(config, self.schema, Path(file)))
+                return
+            parsed = parse(self.schema, config)
+            directory = parsed.run_dir
+            fields = self._work(config, parsed, Path(directory))
+        except InputError as error:
+            _refuse(str(error))
+        except InterruptedRun as stop:
+            print(f"{stop}; the same command goes on from there", file=sys.stderr)
+            _leave(INTERRUPTED)
+        except FailedRun as error:
+            print(f"error: {error}; {directory} keeps what was finished", file=sys.stderr)
+            _leave(1)
+        except (KeyboardInterrupt, SystemExit, Exception) as error:
+            if terminal.asked_to_end():
+                _interrupted(self._how_to_go_on(directory))
+            if isinstance(error, SystemExit):
+                raise
+            traceback.print_exc()
+            print(f"error: {_failure(directory, error)}", file=sys.stderr)
+            _leave(1)
+        else:
+            if fields is not None and rank() == 0:
+                print(closing_line(fields), flush=True)
+                fields["wall_s"] = round(time.monotonic() - begin, 2)
+                print(write_result(Path(directory), fields), flush=True)
+            _end_group()
+
+    def _work(self, config: DictConfig, parsed: Any, directory: Path) -> dict[str, Any] | None:
+        """The fields of the result; None where only preparing was asked for."""
         if parsed.cluster is not None:
             raise InputError("cluster: launchers/slurm.sh submits; here nothing would")
-        directory = Path(parsed.run_dir)
-        prepared = _claim_and_check(parsed, directory, check)
-        if os.environ.get("NEMO_MINITRON_PREPARE") == "1":
-            OmegaConf.save(_resolved(config, prepared), directory / "resolved.yaml")
-            print(directory.resolve(), flush=True)
-            return
-        fields = run(parsed, prepared, directory)
-    except InputError as error:
-        _refuse(str(error))
-    except InterruptedRun as stop:
-        print(f"{stop}; the same command goes on from there", file=sys.stderr)
-        _leave(INTERRUPTED)
-    except FailedRun as error:
-        print(f"error: {error}; {parsed.run_dir} keeps what was finished", file=sys.stderr)
-        _leave(1)
-    except Exception:
-        traceback.print_exc()
-        print(f"error: {_failure(parsed.run_dir)}; {parsed.run_dir} keeps what was finished", file=sys.stderr)
-        _leave(1)
-    else:
+        _check_unfinished(parsed)
         if rank() == 0:
-            path = write_result(directory, {**fields, "wall_s": round(time.monotonic() - begin, 2)})
-            print(path, flush=True)
-        _end_group()
+            check_writable(directory)
+            if (directory / LOCK).exists():  # at once, before a long check
+                claim(directory)
+        prepared = self.check(parsed)
+        if rank() == 0:
+            self._take(directory, config)
+        if os.environ.get("NEMO_MINITRON_PREPARE") == "1":
+            write_text(directory / "resolved.yaml", OmegaConf.to_yaml(_resolved(config, prepared)))
+            print(directory.resolve(), flush=True)
+            return None
+        return {**self.run(parsed, prepared, directory)}
+
+    def _take(self, directory: Path, config: DictConfig) -> None:
+        """From here on the run directory is this run's: its configuration is kept, an older result goes."""
+        make(directory)
+        claim(directory)
+        (directory / RESULT).unlink(missing_ok=True)
+        terminal.log_to_file(directory / f"{self.name}.log")
+        if config.get("prepared") is None:
+            command = shlex.join(["python", f"recipes/{self.name}.py", *self.typed]).replace("\n", "\\n")
+            head = f"# {command}\n# nemo_minitron {__version__}\n"
+            write_text(directory / CONFIGURATION, head + OmegaConf.to_yaml(config))
+
+    def _how_to_go_on(self, directory: str) -> str:
+        if not directory or not Path(directory, LOCK).exists():
+            return "before the run began"
+        how = "" if overrides.given(self.typed, "run_dir") else f" with run_dir={directory}"
+        return f"{directory} keeps what was finished; the same command{how} goes on from there"
 
 
-def _failure(directory: str) -> str:
+def _failure(directory: str, error: BaseException) -> str:
     """What went wrong, where a traceback hides it: of a full disk torch only says that writing failed."""
     with contextlib.suppress(OSError):
         free = shutil.disk_usage(directory).free
         if free < _NO_SPACE:
-            return f"the run failed: no space left on the disk of {directory} ({free / 2**20:.1f} MiB)"
-    return "the run failed"
+            return (
+                f"the run failed: no space left on the disk of {directory} ({free / 2**20:.1f} MiB); "
+                f"{directory} keeps what was finished"
+            )
+    kept = f"; {directory} keeps what was finished" if directory and Path(directory).is_dir() else ""
+    return f"the run failed: {terminal.first_line(error)}{kept}"
 
 
 def _end_group() -> None:
@@ -248,26 +268,15 @@ def _resolved(config: DictConfig, prepared: Any) -> DictConfig:
     """What the ranks are started with: nothing left to compose, to convert or to index."""
     plain = OmegaConf.to_container(config, resolve=True)
     assert isinstance(plain, dict)
-    return OmegaConf.create({**plain, "prepared": prepared.to_config()})
+    return OmegaConf.create({**plain, "prepared": prepared.to_config(), **handover.HYDRA_WRITES_NOTHING})
 
 
 def _check_unfinished(parsed: CommonConfig) -> None:
-    if (Path(parsed.run_dir) / RESULT).exists() and not parsed.overwrite:
-        raise InputError(
-            f"run_dir={parsed.run_dir}: already holds a result; choose another or say overwrite=true"
-        )
-
-
-def _claim_and_check(parsed: CommonConfig, directory: Path, check: Callable[[Any], Any]) -> Any:
-    _check_unfinished(parsed)
-    if rank() == 0 and (directory / LOCK).exists():  # at once, before a long check
-        claim(directory)
-    prepared = check(parsed)
-    if rank() == 0:
-        directory.mkdir(parents=True, exist_ok=True)
-        claim(directory)
-        (directory / RESULT).unlink(missing_ok=True)
-    return prepared
+    with contextlib.suppress(OSError):  # `check_writable` says what is wrong with the path
+        if os.path.exists(os.path.join(parsed.run_dir, RESULT)) and not parsed.overwrite:
+            raise InputError(
+                f"run_dir={parsed.run_dir}: already holds a result; choose another or say overwrite=true"
+            )
 
 
 def fresh(path: Path) -> Path:
@@ -284,8 +293,12 @@ def peak_rss_gib() -> float:
 
 def write_result(directory: Path, fields: dict[str, Any]) -> Path:
     """Write RUN/result.json atomically: its presence is what says that a run is finished."""
-    path = (directory / RESULT).resolve()
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
+    return write_text((directory / RESULT).resolve(), json.dumps(fields, indent=2, sort_keys=True) + "\n")
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write a file that is there as a whole or not at all; returns its path."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text)
     os.replace(temporary, path)
     return path

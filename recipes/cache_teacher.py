@@ -5,9 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from nemo_minitron import recipe
-from nemo_minitron.config import CacheTeacherRecipe
-from nemo_minitron.nemo import cache_teacher
+from nemo_minitron.commands import main
 
 if __name__ == "__main__":
-    recipe.main("cache_teacher", CacheTeacherRecipe, cache_teacher.check, cache_teacher.run)
+    main("cache_teacher")

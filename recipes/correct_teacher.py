@@ -5,9 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from nemo_minitron import recipe
-from nemo_minitron.config import CorrectTeacherRecipe
-from nemo_minitron.nemo import correct_teacher
+from nemo_minitron.commands import main
 
 if __name__ == "__main__":
-    recipe.main("correct_teacher", CorrectTeacherRecipe, correct_teacher.check, correct_teacher.run)
+    main("correct_teacher")

@@ -5,9 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from nemo_minitron import recipe
-from nemo_minitron.instruct_config import EvaluateInstructRecipe
-from nemo_minitron.nemo import evaluate_instruct
+from nemo_minitron.commands import main
 
 if __name__ == "__main__":
-    recipe.main("evaluate_instruct", EvaluateInstructRecipe, evaluate_instruct.check, evaluate_instruct.run)
+    main("evaluate_instruct")

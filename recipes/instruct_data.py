@@ -5,9 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from nemo_minitron import recipe
-from nemo_minitron.data import instruct_files
-from nemo_minitron.instruct_config import InstructDataRecipe
+from nemo_minitron.commands import main
 
 if __name__ == "__main__":
-    recipe.main("instruct_data", InstructDataRecipe, instruct_files.check, instruct_files.run)
+    main("instruct_data")

@@ -5,9 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from nemo_minitron import recipe
-from nemo_minitron.alignment import sft
-from nemo_minitron.alignment.settings import SftRecipe
+from nemo_minitron.commands import main
 
 if __name__ == "__main__":
-    recipe.main("sft", SftRecipe, sft.check, sft.run)
+    main("sft")

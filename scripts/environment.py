@@ -139,6 +139,16 @@ class Environment:
                 fcntl.flock(lock, fcntl.LOCK_EX)
             yield lock.fileno()
 
+    def found(self) -> Path | None:
+        """The interpreter, if the environment is ready; else that of the newest one this clone made otherwise."""
+        if self.ready():
+            return self.python
+        stamps = sorted(self.path.parent.glob(f"*/{STAMP}"), key=lambda stamp: stamp.stat().st_mtime)
+        for stamp in reversed(stamps):
+            if json.loads(stamp.read_text()).get("made_by") == str(ROOT):
+                return stamp.parent / "bin" / "python"
+        return None
+
     def make(self) -> None:
         """Makes the environment unless it is there.
 
@@ -320,11 +330,12 @@ def missing_packages() -> list[str]:
 
 
 def main() -> NoReturn:
-    """Runs one command: `python` makes the environment and prints its interpreter, `clean` removes it."""
+    """Runs one command: `python` makes the environment and prints its interpreter, `find` only prints that of one that
+    is there, `clean` removes it."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("command", choices=["python", "clean"])
+    parser.add_argument("command", choices=["python", "find", "clean"])
     parser.add_argument("--torch", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--torch-index", default="", help="take torch from this index")
     parser.add_argument(
@@ -339,6 +350,11 @@ def main() -> NoReturn:
             with environment.locked():
                 shutil.rmtree(environment.path, ignore_errors=True)
             say(f"removed {environment.path}")
+        elif options.command == "find":
+            python = environment.found()
+            if python is None:
+                sys.exit("no environment yet: make setup")
+            print(python)
         else:
             environment.make()
             print(environment.python)

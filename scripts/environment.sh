@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Finds a Python that can hold the environment and hands over to environment.py.
-# Usage: scripts/environment.sh {python|clean} [options of environment.py]; PYTHON=... overrides the choice.
+# Usage: scripts/environment.sh {python|find|clean} [options of environment.py]; PYTHON=... overrides the choice.
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -26,6 +26,7 @@ if [[ -n ${PYTHON:-} ]]; then
     usable "$PYTHON" || { echo "PYTHON=$PYTHON: does not run, or is no Python 3.10 to 3.12" >&2; exit 2; }
     python=$PYTHON
 elif ! python=$(find_python); then
+    [[ ${1:-} != find ]] || exit 1
     if [[ $(id -u) == 0 ]] && command -v apt-get >/dev/null; then
         echo "no Python 3.10 to 3.12 found: installing Debian's" >&2
         apt-get update -q >&2 && apt-get install -yq --no-install-recommends python3 python3-venv >&2

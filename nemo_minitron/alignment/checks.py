@@ -23,6 +23,7 @@ from nemo_minitron.errors import InputError
 from nemo_minitron.layout import TrainerConfig, check_least
 from nemo_minitron.nemo.checkpoints import CHECKPOINT, Source, find_source
 from nemo_minitron.nemo.openings import check_source, check_vocabulary, converted
+from nemo_minitron.nemo.origin import absolute
 
 STEPS = "steps.jsonl"
 PEFT = ("none", "lora")
@@ -88,7 +89,11 @@ def prepare(
         tokenizer = prepared_tokenizer(r.align, student, r.data)
         loaded = load_tokenizer(str(tokenizer))
         files = _files(r, own_set)
-        train, valid = (encode(name, files[name], loaded) for name in ("train", "valid"))
+        valid = encode(
+            "valid", files["valid"], loaded
+        )  # the smaller one first: too few of them are told at once
+        validation_batch(r.align, r.trainer, valid.samples, whole_batches=whole_batches)
+        train = encode("train", files["train"], loaded)
     trainer, epochs = schedule(r.align, r.trainer, train.samples, valid.samples, whole_batches=whole_batches)
     corpus = prepare_data(r.data, str(student.tokenizer), ready.get("corpus"))
     check_vocabulary(student, corpus)
@@ -167,21 +172,14 @@ def schedule(
 
     Args:
         train, valid: samples.
-        whole_batches: whether validation takes batches as large as training's, else the smallest.
+        whole_batches: see `validation_batch`.
 
     Raises:
         InputError: batches that do not divide, fewer samples than a batch has, or than answers shall be written.
     """
-    smallest = t.micro_batch_size * t.data_parallel_size
-    if a.global_batch_size % smallest:
-        raise InputError(
-            f"align.global_batch_size={a.global_batch_size}: must be a multiple of trainer.micro_batch_size "
-            f"{t.micro_batch_size} x trainer.data_parallel_size {t.data_parallel_size}"
-        )
-    validated = a.global_batch_size if whole_batches else smallest
-    for name, samples, batch in (("train", train, a.global_batch_size), ("valid", valid, validated)):
-        if samples < batch:
-            raise InputError(f"align.{name}: {samples} samples are less than one batch of {batch}")
+    if train < a.global_batch_size:
+        raise InputError(f"align.train: {train} samples are less than one batch of {a.global_batch_size}")
+    validated = validation_batch(a, t, valid, whole_batches=whole_batches)
     in_epoch = train // a.global_batch_size
     steps = a.max_steps or a.max_epochs * in_epoch
     every = min(a.val_check_interval or steps, steps)
@@ -198,6 +196,30 @@ def schedule(
         limit_val_batches=validations,
     )
     return settled, -(-steps // in_epoch)
+
+
+def validation_batch(a: AlignConfig, t: TrainerConfig, valid: int, *, whole_batches: bool) -> int:
+    """Samples of one step of a validation, over all ranks.
+
+    Args:
+        valid: samples.
+        whole_batches: whether validation takes batches as large as training's; else one micro-batch a data-parallel
+            rank, which is smaller where there are not as many samples.
+
+    Raises:
+        InputError: batches that do not divide, or fewer samples than a batch has.
+    """
+    dp = t.data_parallel_size
+    smallest = t.micro_batch_size * dp
+    if a.global_batch_size % smallest:
+        raise InputError(
+            f"align.global_batch_size={a.global_batch_size}: must be a multiple of trainer.micro_batch_size "
+            f"{t.micro_batch_size} x trainer.data_parallel_size {dp}"
+        )
+    batch = a.global_batch_size if whole_batches else min(smallest, max(valid // dp, 1) * dp)
+    if valid < batch:
+        raise InputError(f"align.valid: {valid} samples are less than one batch of {batch}")
+    return batch
 
 
 def prepared_tokenizer(a: AlignConfig, student: Source, d: DataConfig) -> Path:
@@ -286,7 +308,7 @@ def summary(r: Any, prepared: Prepared, directory: Path, metrics: tuple[str, ...
     t = prepared.trainer
     valid = [line for line in read_steps(directory / STEPS) if line["split"] == "valid"]
     return {
-        "student": str(r.student),
+        "student": absolute(r.student),
         "params": prepared.student.architecture.parameters(),
         "peft": r.align.peft,
         "steps": t.max_steps,

@@ -79,11 +79,12 @@ def model_class() -> Any:
 
 def _data_config(r: SftRecipe, prepared: Prepared) -> dict[str, Any]:
     t = prepared.trainer
+    validated = checks.validation_batch(r.align, t, prepared.valid.samples, whole_batches=False)
 
     def split(of: EncodedSplit, global_batch_size: int) -> dict[str, Any]:
         return {
             "file_path": of.path,
-            "micro_batch_size": t.micro_batch_size,
+            "micro_batch_size": min(t.micro_batch_size, global_batch_size // t.data_parallel_size),
             "global_batch_size": global_batch_size,
             "max_seq_length": r.data.seq_length,
             "min_seq_length": 1,
@@ -95,5 +96,5 @@ def _data_config(r: SftRecipe, prepared: Prepared) -> dict[str, Any]:
         "num_workers": 0,
         "chat": True,
         "train_ds": split(prepared.train, t.global_batch_size),
-        "validation_ds": split(prepared.valid, t.micro_batch_size * t.data_parallel_size),
+        "validation_ds": split(prepared.valid, validated),
     }

@@ -93,8 +93,20 @@ def load_corpus(cfg: Mapping[str, Any]) -> Corpus:
     corpus = openers[str(name)](cfg)
     for split in SPLITS:
         if next(iter(corpus.splits[split]), None) is None:
-            raise InputError(f"data.name={name}: the {split} split is empty{_EMPTY_HINT[split]}")
+            raise InputError(f"data.name={name}: the {split} split is empty{_hint(split, corpus)}")
     return corpus
+
+
+def _hint(split: str, corpus: Corpus) -> str:
+    """What helps against an empty split; no fraction does where all is one document."""
+    there = [document for of in SPLITS for document in itertools.islice(iter(corpus.splits[of]), 2)]
+    if len(there) == 1:
+        other = next(of for of in SPLITS if of != split)
+        return (
+            f": all is one document, which went to the {other} split as a whole; name held-out documents in "
+            "data.valid, or give a .jsonl file with one document a line"
+        )
+    return _EMPTY_HINT[split]
 
 
 _KEYS = {

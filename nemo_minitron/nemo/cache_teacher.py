@@ -165,9 +165,14 @@ def run(r: CacheTeacherRecipe, prepared: Prepared, directory: Path) -> dict[str,
             recipe.fresh(plan.directory)
         plan.begin()
     session = Session(prepared.teacher, r.trainer)
-    where = f"teacher={r.teacher}"
+    where, most = f"teacher={r.teacher}", plan.contents.sequences
     loss = teacher_loss(
-        session.chunks, prepared.data, r.data, r.eval.samples, micro_batch_size=mbs, where=where
+        session.chunks,
+        prepared.data,
+        r.data,
+        min(r.eval.samples or most, most),  # a small cache is not made to wait for a large measurement
+        micro_batch_size=mbs,
+        where=where,
     )
     begin, rest = time.monotonic(), [n for n in range(len(plan.shards)) if n not in prepared.finished]
     write_states(session.chunks[0], plan, rest, _sequences(r, prepared), micro_batch_size=mbs)

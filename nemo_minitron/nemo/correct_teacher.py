@@ -37,7 +37,7 @@ def run(r: CorrectTeacherRecipe, prepared: distill.Prepared, directory: Path) ->
     Returns:
         The fields of `result.json`.
     """
-    result = distill.run(_training(r), prepared, directory)
+    result = distill.run(_training(r), prepared, directory, who="teacher")
     kept = (
         "params",
         "data",

@@ -13,7 +13,7 @@ from nemo_minitron.distillation.intermediate import Intermediate
 from nemo_minitron.distillation.settings import LossSettings
 from nemo_minitron.errors import InputError
 from nemo_minitron.layout import TrainerConfig
-from nemo_minitron.nemo import cache_checks
+from nemo_minitron.nemo import cache_checks, origin
 from nemo_minitron.nemo import distill_checks as checks
 from nemo_minitron.nemo.checkpoints import CHECKPOINT, Source, find_source
 from nemo_minitron.nemo.openings import check_source, check_vocabulary, converted
@@ -22,7 +22,10 @@ from nemo_minitron.synthesis.mixture import TeacherText, check_mixture, prepare_
 
 @dataclass(frozen=True)
 class Prepared:
-    """What is known and made before a model is loaded; sources are of kind "nemo"."""
+    """What is known and made before a model is loaded; sources are of kind "nemo".
+
+    `teacher_named`: where the user has the teacher, or where the student says that it came from.
+    """
 
     student: Source
     teacher: Source | TeacherCache | None
@@ -31,6 +34,7 @@ class Prepared:
     settings: LossSettings | None
     between: Intermediate | None
     text: TeacherText | None
+    teacher_named: str | None = None
 
     def to_config(self) -> dict[str, Any]:
         """For the launcher's ranks."""
@@ -38,6 +42,7 @@ class Prepared:
             "student": str(self.student.path),
             "teacher": str(self.teacher.path) if isinstance(self.teacher, Source) else None,
             "teacher_cache": str(self.teacher.directory) if isinstance(self.teacher, TeacherCache) else None,
+            "teacher_named": self.teacher_named,
             "data": self.data.to_config(),
             "sdg": self.text.to_config() if self.text else None,
         }
@@ -56,12 +61,10 @@ def check(r: DistillRecipe) -> Prepared:
     student = find_source(ready.get("student", r.student), "student")
     check_source("student", student, trainer, r.data.seq_length)
     teacher, cache = None, cache_checks.open_cache(r, student, settings)
+    named = ready.get("teacher_named") or r.teacher
     if settings is not None and cache is None:
-        if r.teacher is None:
-            raise InputError(
-                f"teacher: give one, or train on next tokens alone with distill.loss={checks.CROSS_ENTROPY}"
-            )
-        teacher = find_source(ready.get("teacher") or r.teacher, "teacher")
+        named = named or origin.teacher_of(r.student)
+        teacher = find_source(ready.get("teacher") or named, "teacher")
         check_source("teacher", teacher, trainer, r.data.seq_length)
         checks.check_vocabularies(student, teacher)
     between = checks.intermediate(r, student.architecture, teacher.architecture if teacher else None)
@@ -77,11 +80,19 @@ def check(r: DistillRecipe) -> Prepared:
     if cache is not None and not ready:
         cache_checks.check_sequences(cache, r, data)
     teacher = None if teacher is None else converted(teacher, r.data)
-    return Prepared(converted(student, r.data), teacher or cache, data, trainer, settings, between, text)
+    return Prepared(
+        converted(student, r.data), teacher or cache, data, trainer, settings, between, text, named
+    )
 
 
-def run(r: DistillRecipe, prepared: Prepared, directory: Path) -> dict[str, Any]:
+def run(r: DistillRecipe, prepared: Prepared, directory: Path, *, who: str = "student") -> dict[str, Any]:
     """Train, or go on where a killed run stopped; measure the student before and after.
+
+    Args:
+        r: the recipe.
+        prepared: of `check`.
+        directory: the run's.
+        who: what progress calls the model that learns.
 
     Returns:
         The fields of `result.json`.
@@ -89,18 +100,16 @@ def run(r: DistillRecipe, prepared: Prepared, directory: Path) -> dict[str, Any]
     Raises:
         FloatingPointError: a loss or a gradient that is not finite; the last good checkpoint is kept.
     """
-    before = (
-        None if r.distill.from_scratch else _lm_loss(r, prepared, prepared.student, "student before").nats
-    )
+    before = None if r.distill.from_scratch else _lm_loss(r, prepared, prepared.student, f"{who} before").nats
     trained = _train(r, prepared, directory)
-    after = _lm_loss(r, prepared, find_source(directory / CHECKPOINT), "student after")
+    after = _lm_loss(r, prepared, find_source(directory / CHECKPOINT), f"{who} after")
     if not math.isfinite(after.nats):
         raise FloatingPointError(f"step {r.distill.max_steps - 1}: after it the LM loss is {after.nats}")
     d, t = r.distill, prepared.trainer
     return {
         "recipe": "distill",
-        "student": str(r.student),
-        "teacher": _teacher_name(r, prepared),
+        "student": origin.absolute(r.student),
+        "teacher": _teacher_name(prepared),
         "teacher_cache": str(r.teacher_cache) if isinstance(prepared.teacher, TeacherCache) else None,
         "data": r.data.name,
         "data_sha256": prepared.data.indexed.manifest_sha256,
@@ -130,12 +139,12 @@ def run(r: DistillRecipe, prepared: Prepared, directory: Path) -> dict[str, Any]
     }
 
 
-def _teacher_name(r: DistillRecipe, prepared: Prepared) -> str | None:
+def _teacher_name(prepared: Prepared) -> str | None:
     """Where the teacher is, or was when its cache was written."""
     teacher = prepared.teacher
     if isinstance(teacher, TeacherCache):
         return teacher.contents.teacher
-    return None if teacher is None else str(r.teacher)
+    return None if teacher is None else str(prepared.teacher_named)
 
 
 def _lm_loss(r: DistillRecipe, prepared: Prepared, source: Source, label: str) -> Any:
@@ -198,7 +207,7 @@ def _transform(r: DistillRecipe, prepared: Prepared, steps: Any) -> Any:
                 r.data,
                 r.eval.samples,
                 micro_batch_size=r.trainer.micro_batch_size,
-                where=f"teacher={r.teacher}",
+                where=f"teacher={prepared.teacher_named}",
             )
         steps.write("teacher", 0, {"lm_loss": loss})
 

@@ -12,7 +12,7 @@ from nemo_minitron.arch import WIDTH_AXES, Architecture
 from nemo_minitron.config import PruneConfig, PruneRecipe
 from nemo_minitron.data.prepare import PreparedData, prepare_data
 from nemo_minitron.errors import InputError
-from nemo_minitron.nemo import scoring, stepwise
+from nemo_minitron.nemo import origin, scoring, stepwise
 from nemo_minitron.nemo.checkpoints import CHECKPOINT, Source, find_source
 from nemo_minitron.nemo.openings import check_source, check_vocabulary, converted
 
@@ -191,7 +191,7 @@ def _result(
     source, target = p.source.architecture, p.target
     return {
         "recipe": "prune",
-        "source": str(r.source),
+        "source": origin.absolute(r.source),
         "source_sha256": p.source_sha256,
         "data": r.data.name,
         "data_sha256": p.data.indexed.manifest_sha256,
@@ -208,12 +208,25 @@ def _result(
         "prune_iterations": r.prune.iterations,
         "prune_seed": r.prune.seed if r.prune.importance == "random" else None,
         "target": json.loads(json.dumps(target.to_dict())),
+        **sizes_of(r.prune, source, target),
         "ranks": r.trainer.ranks,
         "tensor_model_parallel_size": r.trainer.tensor_model_parallel_size,
         "pipeline_model_parallel_size": r.trainer.pipeline_model_parallel_size,
         "peak_rss_gib": recipe.peak_rss_gib(),
         "checkpoint": str((directory / CHECKPOINT).resolve()),
         **_task_result(r.prune, p.task, before, after),
+    }
+
+
+def sizes_of(p: PruneConfig, source: Architecture, target: Architecture) -> dict[str, Any]:
+    """What is kept of each size that changed, and what a fraction came to before it was rounded to a legal size."""
+    from nemo_minitron.pruning.target import PRUNABLE, rounded_from
+
+    pairs = {axis: [getattr(target, axis), getattr(source, axis)] for axis in PRUNABLE}
+    asked = {axis: getattr(p, axis) for axis in PRUNABLE}
+    return {
+        "kept": {axis: pair for axis, pair in pairs.items() if pair[0] != pair[1]},
+        "rounded_from": rounded_from(source, target, asked),
     }
 
 

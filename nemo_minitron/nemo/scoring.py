@@ -140,11 +140,13 @@ def keep_scores(made: Sequence[tuple[Any, Any]], directory: Path) -> None:
     """Write the scores of each step, and the picture of the first with what its own plan keeps.
 
     Args:
-        made: (scores, plan) of each step.
+        made: (scores, plan) of each step; a random one has no scores, and leaves nothing.
     """
     from nemo_minitron.importance.pictures import importance_picture
 
     for step, (scores, plan) in enumerate(made):
+        if scores is None:
+            continue
         scores.save(directory / scores_name(step))
         if step == 0:
             importance_picture(scores, plan.kept, directory / "importance.png")

@@ -9,7 +9,7 @@ from nemo_minitron.config import SearchRecipe
 from nemo_minitron.data.prepare import PreparedData, prepare_data
 from nemo_minitron.errors import InputError
 from nemo_minitron.layout import check_least
-from nemo_minitron.nemo import prune, scoring, stepwise
+from nemo_minitron.nemo import origin, prune, scoring, stepwise
 from nemo_minitron.nemo.checkpoints import CHECKPOINT, Source, find_source
 from nemo_minitron.nemo.openings import check_source, converted
 from nemo_minitron.nemo.trials import Trials, check_distillation
@@ -155,7 +155,7 @@ def _result(
 ) -> dict[str, Any]:
     return {
         "recipe": "search",
-        "source": str(r.source),
+        "source": origin.absolute(r.source),
         "source_sha256": p.source_sha256,
         "data": r.data.name,
         "data_sha256": p.data.indexed.manifest_sha256,

@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -126,9 +127,8 @@ def split_loss(
     """`lm_loss` of GPTModels over the first `samples` packed sequences of a split (None: all), with progress."""
     dataset = packed(data, d, split)
     count = min(samples or len(dataset), len(dataset))
-    return lm_loss(
-        chunks, dataset, count, micro_batch_size=micro_batch_size, progress=progress_bar(label, count)
-    )
+    progress = progress_bar(label, count, tokens=d.seq_length)
+    return lm_loss(chunks, dataset, count, micro_batch_size=micro_batch_size, progress=progress)
 
 
 def _unwrap(chunk: Any) -> Any:
@@ -137,8 +137,14 @@ def _unwrap(chunk: Any) -> Any:
     return chunk
 
 
-def progress_bar(label: str, total: int) -> Callable[[int], None] | None:
-    """A line on rank 0's stderr, renewed in place on a terminal, now and then elsewhere."""
+def progress_bar(label: str, total: int, *, tokens: int = 0) -> Callable[[int], None] | None:
+    """A line on rank 0's stderr, renewed in place on a terminal, now and then elsewhere.
+
+    Args:
+        label: what is done.
+        total: sequences.
+        tokens: of each; 0: they differ.
+    """
     if recipe.rank() != 0:
         return None
     from tqdm import tqdm
@@ -147,7 +153,11 @@ def progress_bar(label: str, total: int) -> Callable[[int], None] | None:
         total=total, desc=label, unit="seq", file=sys.stderr, mininterval=1.0 if sys.stderr.isatty() else 10.0
     )
 
+    begin = time.monotonic()
+
     def show(done: int) -> None:
+        if tokens and (seconds := time.monotonic() - begin) > 0:
+            bar.set_postfix_str(f"{min(total, done) * tokens / seconds:,.0f} tokens/s", refresh=False)
         bar.update(min(total, done) - bar.n)
         if bar.n >= total:
             bar.close()

@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,29 @@ class StepLog(pl.Callback):
         if recipe.rank() == 0:
             with open(self.path, "a") as file:
                 file.write(json.dumps({"step": step, "split": split, **parts}) + "\n")
+
+
+class TokenRate(pl.Callback):
+    """Tokens a second in the progress bar, over the steps of this process after its first, which warms up.
+
+    Args:
+        tokens: of a step, over all ranks.
+    """
+
+    def __init__(self, tokens: int) -> None:
+        self._tokens, self._steps, self._begin = tokens, 0, 0.0
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Lightning's hook."""
+        now = time.monotonic()
+        if self._steps:
+            rate = self._tokens * self._steps / (now - self._begin)
+            pl_module.log("tokens_per_s", round(rate, 1), prog_bar=True, rank_zero_only=True, batch_size=1)
+        else:
+            self._begin = now
+        self._steps += 1
 
 
 def read_steps(path: Path) -> list[dict[str, Any]]:

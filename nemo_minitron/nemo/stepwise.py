@@ -41,8 +41,6 @@ def _check_iterations(p: PruneConfig, chosen: bool) -> None:
     said = f"prune.iterations={p.iterations}: every step is scored anew,"
     if p.scores is not None:
         raise InputError(f"{said} so prune.scores={p.scores} cannot be used; leave one of the two out")
-    if p.importance == "random":
-        raise InputError(f"{said} which prune.importance=random has no use for; use one step")
     if p.head_residual:
         raise InputError(
             f"{said} and prune.head_residual=true cannot be told in one plan of all; use one step"
@@ -64,9 +62,9 @@ def try_plans(
     Raises:
         InputError: what no scores could make a plan of, or given scores that hold too little.
     """
-    for before, after in zip([arch, *steps], steps, strict=False):
+    for step, (before, after) in enumerate(zip([arch, *steps], steps, strict=False)):
         if p.importance == "random":
-            random_plan(p, before, after, p.seed, sha256)
+            random_plan(p, before, after, p.seed + step, sha256)
         else:
             scored_plan(p, before, after, scores, sha256, keep_layers, dry=scores is None)
         keep_layers = None
@@ -85,7 +83,7 @@ def score_and_prune(session: Any, r: PruneRecipe, prepared: "Prepared") -> list[
     for after in prepared.steps:
         sha256, scores = scoring.step_sha256(prepared.source_sha256, [plan for _, plan in made]), None
         if p.importance == "random":
-            plan = random_plan(p, before, after, p.seed, sha256)
+            plan = random_plan(p, before, after, p.seed + len(made), sha256)
         else:
             scores = prepared.scores or scoring.score(
                 session,

@@ -43,6 +43,7 @@ def teacher_loss(
             f"{where}: its LM loss is {loss:.3f} nats on the held-out data, where guessing costs "
             f"{guess:.3f}: its weights are not those that were trained, or the data is not for it"
         )
+    logger.info("teacher: LM loss %.3f nats on held-out data", loss)
     frequencies = unigram_entropy_nats(data.indexed.valid_prefix)
     if loss >= frequencies:
         logger.warning(

@@ -42,9 +42,11 @@ def fit(
     from megatron.core.dist_checkpointing.validation import StrictHandling
 
     from nemo_minitron.nemo.preemption import SaveAndEnd
+    from nemo_minitron.nemo.steplog import TokenRate
 
     # Last, so that others have done their part of the step; not through the constructor, see `trainer.trainer`.
     trainer.callbacks.append(SaveAndEnd())
+    trainer.callbacks.append(TokenRate(data.global_batch_size * data.seq_length))
     foreign = start is not None and not _checkpoints(directory)
     if foreign and new_parameters:
         trainer.strategy.ckpt_load_strictness = StrictHandling.LOG_UNEXPECTED

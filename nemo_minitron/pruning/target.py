@@ -109,6 +109,24 @@ def resolve_target(source: Architecture, sizes: Mapping[str, int | float | str |
     return target
 
 
+def rounded_from(
+    source: Architecture, target: Architecture, sizes: Mapping[str, int | float | str | None]
+) -> dict[str, float]:
+    """What fractions of the source's sizes come to exactly, for those axes where the target has another size.
+
+    Args:
+        source: the model to prune.
+        target: of `resolve_target`.
+        sizes: what that was given.
+    """
+    exact = {
+        axis: getattr(source, axis) * _fraction(axis, value, getattr(source, axis))
+        for axis, value in sizes.items()
+        if isinstance(value, float | str)
+    }
+    return {axis: round(float(size), 2) for axis, size in exact.items() if size != getattr(target, axis)}
+
+
 def _heads_and_groups(source: Architecture, wanted: Mapping[str, int | float | str]) -> dict[str, int]:
     heads, groups = wanted.get("num_attention_heads"), wanted.get("num_query_groups")
     if heads is None and groups is None:

@@ -172,11 +172,11 @@ def _limit(file_bytes: int) -> Callable[[], None]:
 
 
 def tree(directory: Path) -> dict[str, str]:
-    """Names of everything below a directory but Hydra's own records, with what tells a change."""
+    """Names of everything below a directory but logs, with what tells a change."""
     found = {}
     for path in sorted(directory.rglob("*")):
         name = str(path.relative_to(directory))
-        if name.split("/")[0] == ".hydra" or name.endswith(".log"):
+        if name.endswith(".log"):
             continue
         with contextlib.suppress(OSError):
             stat = path.lstat()

@@ -85,7 +85,12 @@ CASES: dict[str, Case] = {
     "warm-up": case(["distill.optim.warmup_steps=-1"], "distill.optim.warmup_steps=-1", "at least 0"),
     "student missing": case(["student=/nowhere"], "student=/nowhere", "no such directory"),
     "teacher missing": case(["teacher=/nowhere"], "teacher=/nowhere", "no such directory"),
-    "teacher left out": case(["teacher=null"], "teacher", "distill.loss=cross_entropy"),
+    "teacher left out": case(
+        lambda p: [f"student={p.huggingface}", "teacher=null"],
+        "does not say what it was pruned from",
+        "distill.loss=cross_entropy",
+    ),
+    "source for a student": case(["source=/m"], "source=/m", "no use for source", "student, teacher"),
     "half a student": case(half_a_student, "student=", ".metadata", "missing"),
     "another tokenizer": case(
         tokenizer_with("swapped", swap), "teacher", "another tokenizer", "differ at id 300"

@@ -21,10 +21,10 @@ def overrides(commands: Commands, teacher: Teacher, pruned: Pruned) -> list[str]
 
 
 def test_told_to_end_in_turns(commands: Commands, overrides: list[str]) -> None:
-    """By SIGUSR1, then by SIGTERM."""
+    """By SIGUSR1, then by Ctrl-C, which saves nothing more, then by SIGTERM."""
     straight, run_dir = commands.home / "not-told", commands.home / "told"
     commands.run("distill", *overrides, f"run_dir={straight}").result()
-    for number, step in ((signal.SIGUSR1, 4), (signal.SIGTERM, 24)):
+    for number, step in ((signal.SIGUSR1, 4), (signal.SIGINT, 14), (signal.SIGTERM, 24)):
         process = subprocess.Popen(
             commands.command("distill", *overrides, f"run_dir={run_dir}"),
             env=commands.environment(),
@@ -36,8 +36,14 @@ def test_told_to_end_in_turns(commands: Commands, overrides: list[str]) -> None:
         wait_for_step(process, run_dir / "steps.jsonl", step)
         process.send_signal(number)
         stderr = process.communicate(timeout=300)[1]
-        assert process.returncode == 75, stderr
-        assert "interrupted: a checkpoint was saved after step" in stderr
+        if number == signal.SIGINT:
+            assert process.returncode == 130, stderr
+            said = f"interrupted: {run_dir} keeps what was finished; the same command goes on from there"
+            assert stderr.splitlines()[-1] == said
+            assert "Traceback" not in stderr
+        else:
+            assert process.returncode == 75, stderr
+            assert "interrupted: a checkpoint was saved after step" in stderr
         assert not (run_dir / "result.json").exists()
     commands.run("distill", *overrides, f"run_dir={run_dir}").result()
     assert trained(run_dir) == trained(straight)

@@ -98,10 +98,6 @@ REFUSED = {
         ["prune.iterations=2", "prune.scores={scores}"],
         r"prune.iterations=2: .* prune.scores=",
     ),
-    "steps at random": (
-        ["prune.iterations=2", "prune.importance=random"],
-        "prune.iterations=2: .*importance=random",
-    ),
     "steps of a block": (
         ["prune.iterations=2", "prune.contiguous=true"],
         "prune.iterations=2: .*contiguous=true",

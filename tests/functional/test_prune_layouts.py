@@ -4,6 +4,7 @@ The work of recipes/prune.py runs in the kept ranks, which saves each layout hal
 the launcher as well.
 """
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -36,10 +37,12 @@ def overrides(commands: Commands, teacher: Teacher, preset: str, run_dir: Path) 
     return [f"+conf={preset}", *(part for part in usual if not part.startswith("+conf="))]
 
 
-def prune(commands: Commands, teacher: Teacher, preset: str, name: str) -> tuple[Path, dict[str, Any]]:
-    run_dir = commands.home / f"{preset}-{name}"
+def prune(
+    commands: Commands, teacher: Teacher, preset: str, name: str, *more: str
+) -> tuple[Path, dict[str, Any]]:
+    run_dir = commands.home / "-".join([preset, name, *more])
     count, sizes = LAYOUTS.get(name, (1, {}))
-    made = overrides(commands, teacher, preset, run_dir)
+    made = [*overrides(commands, teacher, preset, run_dir), *more]
     return run_dir, ranks.run_on_ranks(count, sessions.pruned_under, made, sizes, timeout=PATIENCE_S)[0]
 
 
@@ -69,6 +72,20 @@ def test_a_layout_agrees_with_one_process(
     assert result["ranks"] == LAYOUTS[name][0]
     assert_same(run_dir, result, *alone[preset])
     assert math.isclose(student_loss(run_dir), student_loss(alone[preset][0]), rel_tol=1e-5)
+
+
+@pytest.mark.parametrize("iterations", [1, 2])
+def test_the_control_is_the_same_under_every_layout(
+    commands: Commands, teacher: Teacher, iterations: int
+) -> None:
+    control = ["prune.importance=random", "prune.seed=5", f"prune.iterations={iterations}"]
+    (run_dir, result), *others = (
+        prune(commands, teacher, "width", name, *control) for name in ("alone", *LAYOUTS)
+    )
+    kept = json.loads((run_dir / "plan.json").read_text())["kept"]
+    for other, found in others:
+        assert json.loads((other / "plan.json").read_text())["kept"] == kept
+        assert math.isclose(found["lm_loss_nats_after"], result["lm_loss_nats_after"], rel_tol=1e-4)
 
 
 def test_the_launcher_with_two_stages(commands: Commands, teacher: Teacher, alone: dict[str, Any]) -> None:

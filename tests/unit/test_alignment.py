@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nemo_minitron.alignment.checks import check_settings, schedule
+from nemo_minitron.alignment.checks import check_settings, schedule, validation_batch
 from nemo_minitron.alignment.conversations import encode_split
 from nemo_minitron.alignment.preferences import encode_pairs
 from nemo_minitron.alignment.runs import RunLog, keep_done, keep_one_checkpoint
@@ -47,6 +47,25 @@ def test_batches_that_the_data_does_not_fill_are_refused(settings: dict[str, int
     t = TrainerConfig(micro_batch_size=2, data_parallel_size=2)
     with pytest.raises(InputError, match=says):
         schedule(AlignConfig(**settings), t, 50, 19, whole_batches=True)
+
+
+@pytest.mark.parametrize(
+    ("valid", "batch", "steps"), [(19, 16, 1), (16, 16, 1), (15, 14, 1), (3, 2, 1), (2, 2, 1)]
+)
+def test_a_small_validation_is_one_smaller_batch(valid: int, batch: int, steps: int) -> None:
+    """Every data-parallel rank gets as many samples as every other."""
+    t, a = TrainerConfig(micro_batch_size=8, data_parallel_size=2), AlignConfig(global_batch_size=16)
+    assert validation_batch(a, t, valid, whole_batches=False) == batch
+    assert schedule(a, t, 50, valid, whole_batches=False)[0].limit_val_batches == steps
+
+
+@pytest.mark.parametrize(
+    ("valid", "whole", "says"), [(1, False, "one batch of 2"), (15, True, "one batch of 16")]
+)
+def test_a_validation_that_fills_no_batch_is_refused(valid: int, whole: bool, says: str) -> None:
+    t, a = TrainerConfig(micro_batch_size=8, data_parallel_size=2), AlignConfig(global_batch_size=16)
+    with pytest.raises(InputError, match=f"align.valid: {valid} samples are less than {says}"):
+        validation_batch(a, t, valid, whole_batches=whole)
 
 
 def test_settings_are_refused_by_name() -> None:

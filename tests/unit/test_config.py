@@ -17,6 +17,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
+from nemo_minitron.commands import RECIPES
 from nemo_minitron.config import CommonConfig, PretrainRecipe, PruneRecipe, parse
 from nemo_minitron.errors import InputError
 from nemo_minitron.recipe import register_resolvers
@@ -27,8 +28,12 @@ COMMON = CONF / "common.yaml"
 
 
 def schema_of(recipe: Path) -> type[CommonConfig]:
-    """The dataclass that recipes/X.py hands to `recipe.main`."""
+    """The dataclass that recipes/X.py names in `commands.RECIPES`, or hands to `recipe.main` itself."""
     tree = ast.parse(recipe.read_text())
+    if recipe.stem in RECIPES:
+        assert f'main("{recipe.stem}")' in recipe.read_text()
+        module, _, schema = RECIPES[recipe.stem][0].partition(":")
+        return getattr(importlib.import_module(f"nemo_minitron.{module}"), schema)
     calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and ast.unparse(n.func) == "recipe.main"]
     (call,) = calls
     primary, schema = call.args[:2]

@@ -306,3 +306,18 @@ def test_a_held_out_file_that_is_a_training_file(tmp_path, how, says):
     valid.unlink()
     valid.write_text("SOME text")
     load_corpus({"name": "files", "train": str(tmp_path / "*r*.txt"), "valid": str(valid)})
+
+
+@pytest.mark.parametrize(
+    ("fraction", "went_to", "empty"), [(0.05, "train", "valid"), (1 - 1e-12, "valid", "train")]
+)
+def test_one_document_cannot_be_split(tmp_path, fraction, went_to, empty):
+    """No fraction helps, and the line says what does."""
+    _write_texts(tmp_path, {"only.txt": "all of it\n" * 100, "blank.txt": " \n"})
+    with pytest.raises(InputError) as caught:
+        load_corpus({"name": "files", "train": str(tmp_path / "*.txt"), "valid_fraction": fraction})
+    assert f"the {empty} split is empty: all is one document, which went to the {went_to} split" in str(
+        caught.value
+    )
+    assert "data.valid, or give a .jsonl file with one document a line" in str(caught.value)
+    assert "larger" not in str(caught.value)

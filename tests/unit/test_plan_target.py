@@ -5,6 +5,7 @@ import pytest
 from nemo_minitron.arch import Architecture
 from nemo_minitron.errors import InputError
 from nemo_minitron.pruning import check_target, resolve_target
+from nemo_minitron.pruning.target import rounded_from
 
 LLAMA_31_8B = Architecture(32, 4096, 14336, 32, 8, 128, 128256)
 SMALL = Architecture(8, 256, 688, 8, 4, 32, 512)
@@ -46,6 +47,16 @@ def test_impossible_targets_are_named(sizes: dict, layout: dict, message: str) -
     with pytest.raises(InputError, match=message) as caught:
         check_target(SMALL, SMALL.replace(**sizes), **layout)
     assert "\n" not in str(caught.value)
+
+
+def test_what_a_fraction_was_rounded_from() -> None:
+    """By hand: 3/4 of 576 is 432, 9/14 of 1536 is 987.43, the legal step of both 64; a half of 8 heads is exact."""
+    source = Architecture(30, 576, 1536, 9, 3, 64, 49152)
+    sizes = {"hidden_size": "3/4", "ffn_hidden_size": "9/14", "num_layers": 0.5, "num_query_groups": 3}
+    target = resolve_target(source, sizes)
+    assert (target.hidden_size, target.ffn_hidden_size, target.num_layers) == (448, 960, 15)
+    assert rounded_from(source, target, sizes) == {"hidden_size": 432.0, "ffn_hidden_size": 987.43}
+    assert rounded_from(source, source, {"hidden_size": 576, "num_layers": None}) == {}
 
 
 def test_the_source_itself_and_every_legal_cut_pass() -> None:

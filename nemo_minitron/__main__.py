@@ -1,0 +1,31 @@
+"""`python -m nemo_minitron prune +conf=width` is `python recipes/prune.py +conf=width`."""
+
+from __future__ import annotations
+
+import sys
+
+from nemo_minitron.commands import RECIPES, main, use_environment
+
+
+def command() -> None:
+    """Run the recipe that the first argument names; the others are its own."""
+    arguments = sys.argv[1:]
+    if arguments and arguments[0] in RECIPES:
+        sys.argv[1:] = arguments[1:]
+        main(arguments[0])
+    elif arguments and arguments[0] == "--version":
+        from nemo_minitron import __version__
+
+        print(f"nemo_minitron {__version__}")
+    elif not arguments or arguments[0] in ("-h", "--help"):
+        use_environment()
+        from nemo_minitron.help_text import overview
+
+        print(overview())
+    else:
+        print(f"error: {arguments[0]}: must be one of {', '.join(RECIPES)}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    command()

@@ -1,0 +1,136 @@
+"""The closing line of a run, and where a student's teacher is looked for."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nemo_minitron.closing import closing_line, count
+from nemo_minitron.errors import InputError
+from nemo_minitron.nemo.checkpoints import find_source
+from nemo_minitron.nemo.origin import teacher_of
+
+DEMO = Path(__file__).resolve().parents[2] / "assets" / "demo-teacher"
+LINES = {
+    "prune: LM loss 3.960 -> 6.820 nats, 134.5M -> 81.4M parameters (61%), hidden_size 448 of 576, "
+    "hidden_size rounded from 432.0": {
+        "recipe": "prune",
+        "lm_loss_nats_before": 3.96,
+        "lm_loss_nats_after": 6.82,
+        "params_before": 134_515_008,
+        "params_after": 81_400_000,
+        "kept": {"hidden_size": [448, 576]},
+        "rounded_from": {"hidden_size": 432.0},
+    },
+    "distill: LM loss 3.790 -> 2.973 nats, teacher 2.812 nats, 2.07M parameters, 100 steps, 204.8k tokens": {
+        "recipe": "distill",
+        "lm_loss_nats_before": 3.79,
+        "lm_loss_nats_after": 2.973,
+        "lm_loss_nats_teacher": 2.812,
+        "params": 2_070_000,
+        "steps": 100,
+        "tokens": 204_800,
+    },
+    "cache_teacher: teacher 2.762 nats, 28 sequences, 14.3k tokens, 2.5 MiB, 1,235 tokens/s": {
+        "recipe": "cache_teacher",
+        "lm_loss_nats_teacher": 2.762,
+        "sequences": 28,
+        "tokens": 14_336,
+        "bytes": 2_621_440,
+        "tokens_per_s": 1234.6,
+    },
+    "sft: LM loss 2.970 -> 3.500 nats, validation loss 4.000 -> 0.500 nats, 1.24B parameters, 300 steps": {
+        "recipe": "sft",
+        "lm_loss_nats_before": 2.97,
+        "lm_loss_nats_after": 3.5,
+        "valid_loss_nats_before": 4.0,
+        "valid_loss_nats_after": 0.5,
+        "params": 1_235_814_400,
+        "steps": 300,
+    },
+    "distill: LM loss 2.973 nats": {
+        "recipe": "distill",
+        "lm_loss_nats_before": None,
+        "lm_loss_nats_after": 2.973,
+    },
+    "pretrain: LM loss 2.730 nats, 3.64M parameters": {
+        "recipe": "pretrain",
+        "lm_loss_nats": 2.73,
+        "params": 3_640_000,
+    },
+    "evaluate_instruct: 3.64M parameters, 23.3% of 400 answers right": {
+        "recipe": "evaluate_instruct",
+        "params": 3_640_000,
+        "overall_score": 0.2334,
+        "samples": 400,
+    },
+    "instruct_data: 6,000 train, 200 valid": {
+        "recipe": "instruct_data",
+        "train_samples": 6000,
+        "valid_samples": 200,
+    },
+    "done: done": {},
+}
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_the_line(line: str) -> None:
+    assert closing_line(LINES[line]) == line
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(0, "0"), (999, "999"), (1000, "1.00k"), (3_640_000, "3.64M"), (8e9, "8.00B")]
+)
+def test_counts(number: float, text: str) -> None:
+    assert count(number) == text
+
+
+def finished(directory: Path, **fields: Any) -> Path:
+    directory.mkdir()
+    (directory / "result.json").write_text(json.dumps(fields))
+    return directory
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(DEMO, tmp_path / "source"))
+
+
+@pytest.fixture
+def pruned(tmp_path: Path, source: Path) -> Path:
+    sha256 = find_source(source).sha256()
+    return finished(tmp_path / "pruned", recipe="prune", source=str(source), source_sha256=sha256)
+
+
+def test_a_pruned_student_s_teacher_is_its_source(tmp_path: Path, source: Path, pruned: Path) -> None:
+    assert teacher_of(pruned) == teacher_of(pruned / "checkpoint") == str(source)
+    distilled = finished(tmp_path / "distilled", recipe="distill", student=str(pruned), teacher="/elsewhere")
+    tuned = finished(tmp_path / "tuned", recipe="sft", student=str(distilled))
+    assert teacher_of(tuned) == str(source)
+
+
+def test_a_source_that_changed_or_went_is_no_teacher(source: Path, pruned: Path) -> None:
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-5}))
+    with pytest.raises(
+        InputError, match=r"was pruned from .*/source, which has other weights now .*give teacher=DIR"
+    ):
+        teacher_of(pruned)
+    shutil.rmtree(source)
+    with pytest.raises(InputError, match=r"was pruned from .*/source: no such directory; give teacher=DIR"):
+        teacher_of(pruned)
+
+
+def test_a_student_that_does_not_say(tmp_path: Path) -> None:
+    loop = tmp_path / "loop"
+    finished(loop, recipe="distill", student=str(loop))
+    for student in (
+        DEMO,
+        tmp_path / "nowhere",
+        loop,
+        finished(tmp_path / "broken", recipe="prune", source=3),
+    ):
+        with pytest.raises(InputError, match="does not say what it was pruned from; give teacher=DIR"):
+            teacher_of(student)
