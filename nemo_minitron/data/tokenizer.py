@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemo_minitron.errors import InputError
+from nemo_minitron.files import check_tokenizer_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -90,6 +91,8 @@ def load_tokenizer(path_or_id: str | Path) -> "PreTrainedTokenizerBase":
             f"data.tokenizer={name}: no such directory; give a tokenizer's directory or a hub id"
         )
     try:
+        if is_directory:
+            check_tokenizer_files(Path(name))
         tokenizer = AutoTokenizer.from_pretrained(
             name, local_files_only=is_directory, trust_remote_code=False
         )

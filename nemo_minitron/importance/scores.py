@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nemo_minitron.arch import Architecture
 from nemo_minitron.errors import InputError
+from nemo_minitron.files import check_regular
 
 VERSION = 1
 _KEY = "nemo_minitron.scores"
@@ -76,6 +77,7 @@ class Scores:
             InputError: no such file, not a scores file, another version, or a damaged one.
         """
         try:
+            check_regular(path)
             with safe_open(path, framework="pt") as file:
                 metadata = (file.metadata() or {}).get(_KEY)
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

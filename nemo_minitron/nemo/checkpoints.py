@@ -22,6 +22,7 @@ import yaml
 
 from nemo_minitron.arch import Architecture
 from nemo_minitron.errors import InputError
+from nemo_minitron.files import LARGEST_TEXT, check_regular, open_regular, read_text
 from nemo_minitron.nemo import families
 
 CHECKPOINT = "checkpoint"
@@ -33,6 +34,7 @@ _ACTIVATIONS = {
     "nemo.collections.llm.fn.activation.squared_relu": "squared_relu",
     "nemo.collections.llm.fn.activation.openai_gelu": "gelu_tanh",
 }
+_LARGEST_PICKLE = 256 << 20
 _EMBEDDING = "module.embedding.word_embeddings.weight"
 # What the table of contents of a distributed checkpoint names: dataclasses and enums of these packages, and
 _PICKLED_CLASSES_OF = ("torch.distributed.checkpoint.", "megatron.core.dist_checkpointing.")
@@ -75,7 +77,7 @@ class Source:
 def _sha256(file: Path) -> str:
     # hashlib.file_digest came with Python 3.11.
     digest = hashlib.sha256()
-    with open(file, "rb") as opened:
+    with open_regular(file) as opened:
         while block := opened.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
@@ -143,9 +145,9 @@ def _indexed(index: dict[str, Any], where: str) -> list[str]:
 def _safetensors_shapes(file: Path) -> dict[str, Any] | None:
     """Shapes by name, if the header is readable and the data that it promises is there."""
     try:
-        with open(file, "rb") as opened:
+        with open_regular(file) as opened:
             length = int.from_bytes(opened.read(8), "little")
-            if not 2 <= length < 100 << 20:
+            if not 2 <= length <= LARGEST_TEXT:
                 return None
             header = json.loads(opened.read(length))
         entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
@@ -176,7 +178,7 @@ def _nemo(directory: Path, where: str) -> Source:
     contents = _check_pickle(weights / ".metadata", where)
     _check_common(weights / "common.pt", where)
     try:
-        model = yaml.safe_load((context / "model.yaml").read_text())
+        model = yaml.safe_load(read_text(context / "model.yaml", 1 << 20))
         _check_expanded(model)
         config, family = model["config"], families.of_nemo_model(model["_target_"], where)
         if config["vocab_size"] is None:  # NeMo then pads the tokenizer's, and only the weights tell how far
@@ -259,7 +261,7 @@ def _tokenizer_in(context: Path, where: str) -> Path:
 
 def _read_json(file: Path, where: str) -> dict[str, Any]:
     try:
-        value = json.loads(file.read_text())
+        value = json.loads(read_text(file))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{where}: {file.name} cannot be read ({error})") from None
     if not isinstance(value, dict):
@@ -288,7 +290,7 @@ class _NamesOnly(pickle.Unpickler):
 
 def _check_pickle(file: Path, where: str) -> Any:
     try:
-        with open(file, "rb") as opened:
+        with open_regular(file, _LARGEST_PICKLE) as opened:
             return _NamesOnly(opened).load()
     except Exception as error:
         raise InputError(f"{where}: {file.name} is damaged or not safe to open ({_line(error)})") from None
@@ -301,6 +303,7 @@ def _check_common(file: Path, where: str) -> None:
     try:
         with weights_may_only_be_tensors(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            check_regular(file, _LARGEST_PICKLE)
             torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
         raise InputError(f"{where}: {file.name} is damaged or not safe to open ({_line(error)})") from None
