@@ -16,9 +16,11 @@ class Architecture:
     """A dense decoder-only GPT in Megatron-core's terms; sizes are global, never a rank's own.
 
     `kv_channels` is the head dimension and is carried on its own: it stays when `hidden_size` is pruned.
-    `activation` is one of `ACTIVATIONS`; `rope_scaling_factor` is Llama 3.1's, None without scaling. `model_type`:
-    the family in Hugging Face's word, for models that NeMo converts (`nemo.families`); "gemma" also says that
-    embeddings are multiplied by sqrt(hidden_size).
+    `activation` is one of `ACTIVATIONS`. `rope_scaling_factor` is Llama 3.1's, None without scaling; the three fields
+    after it belong to it (wavelengths over `rope_original_context / rope_low_freq_factor` tokens are scaled, those
+    under `rope_original_context / rope_high_freq_factor` are not) and keep their defaults without it. `model_type`: the
+    family in Hugging Face's word, for models that NeMo converts (`nemo.families`); "gemma" also says that embeddings
+    are multiplied by sqrt(hidden_size).
     """
 
     num_layers: int
@@ -41,6 +43,9 @@ class Architecture:
     rotary_base: float = 10000.0
     rotary_percent: float = 1.0
     rope_scaling_factor: float | None = None
+    rope_low_freq_factor: float = 1.0
+    rope_high_freq_factor: float = 4.0
+    rope_original_context: int = 8192
     qk_layernorm: bool = False
     model_type: str | None = None
 

@@ -244,10 +244,17 @@ def _architecture(config: dict[str, Any], family: str | None, where: str) -> Arc
         layernorm_zero_centered_gamma=config["layernorm_zero_centered_gamma"],
         rotary_base=float(config["rotary_base"]),
         rotary_percent=config["rotary_percent"],
-        rope_scaling_factor=float(config["scale_factor"]) if "scale_factor" in config else None,
+        **_rope_scaling(config),
         qk_layernorm=config["qk_layernorm"],
         model_type=family,
     )
+
+
+def _rope_scaling(config: dict[str, Any]) -> dict[str, Any]:
+    """Llama 3.1's, by the names of NeMo's Llama31Config."""
+    if "scale_factor" not in config:
+        return {}
+    return {ours: kind(config[theirs]) for ours, theirs, kind in families.NEMO_ROPE_SCALING}
 
 
 def _tokenizer_in(context: Path, where: str) -> Path:

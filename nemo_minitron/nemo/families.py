@@ -12,6 +12,7 @@ from typing import Any
 
 from nemo_minitron.arch import Architecture
 from nemo_minitron.errors import InputError
+from nemo_minitron.nemo import rope
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,6 @@ FAMILIES = {
             "num_key_value_heads": None,
             "hidden_act": "relu2",
             "norm_eps": 1e-5,
-            "partial_rotary_factor": 0.5,
         },
         epsilon="norm_eps",
     ),
@@ -100,12 +100,15 @@ _DEFAULTS = {
     "head_dim": None,
     "hidden_act": "silu",
     "rms_norm_eps": 1e-6,
-    "rope_theta": 10000.0,
-    "partial_rotary_factor": 1.0,
     "tie_word_embeddings": False,
 }
-# What NeMo's Llama31Config (nemo_toolkit 2.4.1) has fixed.
-LLAMA3_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+# Llama 3.1's scaling: the fields of `Architecture`, those of NeMo's Llama31Config (nemo_toolkit 2.4.1) and their type.
+NEMO_ROPE_SCALING: tuple[tuple[str, str, type], ...] = (
+    ("rope_scaling_factor", "scale_factor", float),
+    ("rope_low_freq_factor", "low_freq_factor", float),
+    ("rope_high_freq_factor", "high_freq_factor", float),
+    ("rope_original_context", "old_context_len", int),
+)
 
 
 def of_nemo_model(target: str, where: str) -> str | None:
@@ -170,29 +173,9 @@ def _rest(values: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
     return {
         "activation": FAMILIES[name].activations[values["hidden_act"]],
         "share_embeddings_and_output_weights": bool(values["tie_word_embeddings"]),
-        "rotary_base": float(values["rope_theta"]),
-        "rotary_percent": float(values["partial_rotary_factor"]) if name == "nemotron" else 1.0,
-        "rope_scaling_factor": _rope_scaling_factor(values.get("rope_scaling"), name, where),
+        **rope.rope_of(values, where),
         "model_type": name,
     }
-
-
-def _rope_scaling_factor(scaling: Mapping[str, Any] | None, name: str, where: str) -> float | None:
-    if not scaling:
-        return None
-    kind = scaling.get("rope_type", scaling.get("type"))
-    if kind == "default":
-        return None
-    if name != "llama":
-        raise InputError(
-            f"{where}: rope_scaling {kind!r}: is not converted for {name}, only llama's 'llama3' is"
-        )
-    if kind != "llama3":
-        raise InputError(f"{where}: rope_scaling {kind!r}: only 'llama3' is known")
-    for key, value in LLAMA3_SCALING.items():
-        if scaling.get(key, value) != value:
-            raise InputError(f"{where}: rope_scaling.{key}={scaling[key]}: only {value} is known")
-    return float(scaling["factor"])
 
 
 def context_of(config: Mapping[str, Any], where: str) -> int:
@@ -235,14 +218,9 @@ def config_of(architecture: Architecture, context: int) -> dict[str, Any]:
         "vocab_size": a.vocab_size,
         "max_position_embeddings": context,
         family.epsilon: a.layernorm_epsilon,
-        "rope_theta": a.rotary_base,
         "tie_word_embeddings": a.share_embeddings_and_output_weights,
         "hidden_act": next(theirs for theirs, ours in family.activations.items() if ours == a.activation),
     }
     if "sliding_window" in family.defaults:
         values["sliding_window"] = None
-    if a.model_type == "nemotron":
-        values["partial_rotary_factor"] = a.rotary_percent
-    if a.rope_scaling_factor is not None:
-        values["rope_scaling"] = {"rope_type": "llama3", "factor": a.rope_scaling_factor, **LLAMA3_SCALING}
-    return values
+    return values | rope.config_of(a)
