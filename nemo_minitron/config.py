@@ -346,6 +346,8 @@ def parse(schema: type[SchemaT], config: DictConfig) -> SchemaT:
         key = getattr(error, "full_key", None)
         reason = brief((str(error).splitlines() or [type(error).__name__])[0])
         raise InputError(f"{key}: {reason}" if key and key not in reason else reason) from None
+    if result.prepared is not None and not {"RANK", "SLURM_PROCID"} & os.environ.keys():
+        raise InputError("prepared: is what a launcher hands to its ranks; leave it out")
     check_ranges(result)
     check_trainer(result.trainer)
     if result.cluster is not None:

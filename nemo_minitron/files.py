@@ -97,7 +97,9 @@ def lines(path: str | os.PathLike[str], longest: int = LONGEST_LINE) -> Iterator
             number += 1
             if len(line) > longest:
                 raise OSError(
-                    errno.EFBIG, f"line {number} has more than {longest:,} bytes, the most that is read", str(path)
+                    errno.EFBIG,
+                    f"line {number} has more than {longest:,} bytes, the most that is read",
+                    str(path),
                 )
             yield line
 

@@ -1,10 +1,10 @@
 """Chat templates are programs of strangers: they are rendered by transformers, in Jinja's sandbox, within limits.
 
-The sandbox keeps a template from Python's objects, but not from taking for ever: two nested loops over 99,999, a number
-of a billion digits. So before a tokenizer is used its template renders a few conversations in a child process that may
-use some seconds and some memory; whatever becomes of the child, this process is well. After that each rendering here may
-run so many lines of the template. What is left: a template that behaves on the tried conversations and does one endless
-operation, not a loop, on another.
+The sandbox keeps a template from Python's objects, but not from taking for ever: two nested loops over 99,999, a power
+of a billion digits. So before a tokenizer is used, its template renders a few conversations in a child process that has
+some seconds and some memory; whatever becomes of the child, this process is well. After that each rendering may run so
+many lines. What is left: a template that behaves on the tried conversations and does one endless operation that is not
+a loop on another.
 """
 
 import json

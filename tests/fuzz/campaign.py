@@ -45,8 +45,25 @@ MODULES = {
     "sft": "alignment.sft",
     "preference": "alignment.preference",
 }
-_STARTS = {"os.system", "os.exec", "os.posix_spawn", "os.spawn", "subprocess.Popen", "pty.spawn", "socket.connect"}
-_CHANGES = {"os.mkdir", "os.remove", "os.rmdir", "os.rename", "os.symlink", "os.link", "os.truncate", "shutil.rmtree"}
+_STARTS = {
+    "os.system",
+    "os.exec",
+    "os.posix_spawn",
+    "os.spawn",
+    "subprocess.Popen",
+    "pty.spawn",
+    "socket.connect",
+}
+_CHANGES = {
+    "os.mkdir",
+    "os.remove",
+    "os.rmdir",
+    "os.rename",
+    "os.symlink",
+    "os.link",
+    "os.truncate",
+    "shutil.rmtree",
+}
 
 
 class TooLong(BaseException):
@@ -70,7 +87,9 @@ class Watch:
         if event in _STARTS:
             self.seen.append(f"{event} {str(args)[:100]}")
             raise RuntimeError(f"a check may not: {event}")
-        written = event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        written = (
+            event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        )
         if (written or event in _CHANGES) and isinstance(args[0], str | bytes | os.PathLike):
             path = os.path.abspath(os.fsdecode(args[0]))
             if not path.startswith((self.home, "/dev/null", "/proc/self", "/dev/shm")):
@@ -212,7 +231,9 @@ def run(checks: Checks, kind: str, seed: int, numbers: list[int]) -> list[dict[s
         fault = checks.fault(recipe, asked, names_of(given))
         if fault is not None:
             least = shrunk(checks, recipe, asked, given) if given else []
-            found.append({"case": f"{kind}:{number}", "recipe": recipe, "done": least or done, "fault": fault})
+            found.append(
+                {"case": f"{kind}:{number}", "recipe": recipe, "done": least or done, "fault": fault}
+            )
             brief = str(least or done)[:200]
             print(f"{kind}:{number} {recipe} {brief}: {fault.splitlines()[-1][:300]}", flush=True)
     return found

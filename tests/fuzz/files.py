@@ -15,8 +15,36 @@ import yaml
 from tests.fuzz.places import Places
 
 DEEP = "[" * 200_000
-VALUES: list[Any] = [None, True, -1, 0, 1, 3, 2.5, 1e308, float("nan"), float("inf"), 10**25, "", "x", "x" * 5000]
-VALUES += [[], {}, [1], {"a": 1}, [[]], "../../etc/passwd", "/dev/zero", "é\u202e\n漢", "\ud800", -(10**25), "nan", "32"]
+VALUES: list[Any] = [
+    None,
+    True,
+    -1,
+    0,
+    1,
+    3,
+    2.5,
+    1e308,
+    float("nan"),
+    float("inf"),
+    10**25,
+    "",
+    "x",
+    "x" * 5000,
+]
+VALUES += [
+    [],
+    {},
+    [1],
+    {"a": 1},
+    [[]],
+    "../../etc/passwd",
+    "/dev/zero",
+    "é\u202e\n漢",
+    "\ud800",
+    -(10**25),
+    "nan",
+    "32",
+]
 EXTRA: list[tuple[str, Any]] = [
     ("quantization_config", {"quant_method": "bitsandbytes", "load_in_4bit": True}),
     ("quantization_config", 3),
@@ -118,8 +146,8 @@ TARGETS = [
     Target("train.txt", ("prune", "pretrain"), "bytes", "", "data.valid"),
     Target("text/train.jsonl", ("distill",), "jsonl", "sdg", "sdg"),
     Target("result.json", ("distill",), "json", "sdg", "sdg"),
-    Target("teacher-cache/manifest.json", ("distill",), "json", "cached", "teacher_cache"),
-    Target("teacher-cache/head.safetensors", ("distill",), "safetensors", "cached", "teacher_cache"),
+    Target("cache/manifest.json", ("distill",), "json", "cached", "teacher_cache"),
+    Target("cache/head.safetensors", ("distill",), "safetensors", "cached", "teacher_cache"),
     Target("plan.json", ("distill",), "json", "run", "student"),
 ]
 
@@ -250,7 +278,9 @@ def _tree(rng: random.Random, value: Any) -> tuple[Any, str]:
 
 def _json(rng: random.Random, file: Path) -> str:
     if rng.random() < 0.06:
-        file.write_text(rng.choice([DEEP, '{"a":' * 100_000, "[" + "1," * 10**6 + "1]", "1" * 10_000, "{}", "nul"]))
+        file.write_text(
+            rng.choice([DEEP, '{"a":' * 100_000, "[" + "1," * 10**6 + "1]", "1" * 10_000, "{}", "nul"])
+        )
         return "deep, long or none"
     value, done = _tree(rng, json.loads(file.read_text()))
     file.write_text(json.dumps(value))
@@ -259,7 +289,14 @@ def _json(rng: random.Random, file: Path) -> str:
 
 def _yaml(rng: random.Random, file: Path) -> str:
     if rng.random() < 0.1:
-        commands = ['!!python/object/apply:os.system ["touch owned"]', "a: &a [*a]", DEEP, "config: 3", "- 1", "a: 2020-13-45"]
+        commands = [
+            '!!python/object/apply:os.system ["touch owned"]',
+            "a: &a [*a]",
+            DEEP,
+            "config: 3",
+            "- 1",
+            "a: 2020-13-45",
+        ]
         file.write_text(rng.choice(commands))
         return "hostile"
     value, done = _tree(rng, yaml.safe_load(file.read_text()))
@@ -294,7 +331,20 @@ def _safetensors(rng: random.Random, file: Path) -> str:
         header[name]["dtype"] = rng.choice(DTYPES)
     elif way == "offsets":
         a, b = header[name]["data_offsets"]
-        odd = [[b, a], [a, b + 1], [-1, b], [a, 2**63], [a], [a, b, b], [0.5, b], "x", None, [a + 4, b], [0, b], [a, 10**25]]
+        odd = [
+            [b, a],
+            [a, b + 1],
+            [-1, b],
+            [a, 2**63],
+            [a],
+            [a, b, b],
+            [0.5, b],
+            "x",
+            None,
+            [a + 4, b],
+            [0, b],
+            [a, 10**25],
+        ]
         header[name]["data_offsets"] = rng.choice(odd)
     elif way == "shape":
         header[name]["shape"] = rng.choice([[-1], [0], [2**62, 2**62], [10**25], "x", None, [1.5], [[1]], []])
@@ -304,7 +354,9 @@ def _safetensors(rng: random.Random, file: Path) -> str:
         odd = rng.choice([b"\x00\x00\x80\x7f", b"\x00\x00\xc0\x7f", b"\xff\xff\x7f\x7f"])
         body = odd * (len(body) // 4)
     else:
-        header["__metadata__"] = rng.choice([None, 3, [], {"format": 3}, {"format": "tf"}, {"nemo_minitron.scores": "{}"}])
+        header["__metadata__"] = rng.choice(
+            [None, 3, [], {"format": 3}, {"format": "tf"}, {"nemo_minitron.scores": "{}"}]
+        )
     text = json.dumps(header).encode()
     file.write_bytes(len(text).to_bytes(8, "little") + text + body)
     return f"{way} of {name}"

@@ -12,7 +12,27 @@ from tests.cached_teachers import random_cache
 
 ROOT = Path(__file__).resolve().parents[2]
 CONTEXT, VOCABULARY = 256, 300
-_WORDS = "the model reads what a student writes and a teacher says of it in words that are not many".split()
+_WORDS = [
+    "the",
+    "model",
+    "reads",
+    "what",
+    "a",
+    "student",
+    "writes",
+    "and",
+    "a",
+    "teacher",
+    "says",
+    "of",
+    "it",
+    "in",
+    "words",
+    "that",
+    "are",
+    "not",
+    "many",
+]
 
 
 @dataclass(frozen=True)
@@ -32,7 +52,13 @@ class Places:
     def odd_paths(self) -> list[str]:
         """What may be there instead of a file."""
         odd = self.home / "odd"
-        return [*map(str, sorted(odd.iterdir())), "/dev/zero", "/dev/stdin", "/proc/self/mem", "/nowhere/at/all"]
+        return [
+            *map(str, sorted(odd.iterdir())),
+            "/dev/zero",
+            "/dev/stdin",
+            "/proc/self/mem",
+            "/nowhere/at/all",
+        ]
 
     def base(self, recipe: str, model: Path | None = None) -> list[str]:
         """Overrides that the recipe accepts; `model`: instead of the toy."""
@@ -165,7 +191,9 @@ def _run(home: Path) -> None:
     tensors = {name: torch.rand(*shape, generator=g) for name, shape in shapes.items()}
     Scores(a, source.sha256(), "l2", "mean", 4, 256, "d", tensors).save(home / "scores.safetensors")
     (home / "run").mkdir()
-    PrunePlan(source.sha256(), a, a.replace(num_layers=1), {}, Kept(layers=[0])).save(home / "run" / "plan.json")
+    PrunePlan(source.sha256(), a, a.replace(num_layers=1), {}, Kept(layers=[0])).save(
+        home / "run" / "plan.json"
+    )
     (home / "sdg" / "text").mkdir(parents=True)
     shutil.copy(home / "corpus.jsonl", home / "sdg" / "text" / "train.jsonl")
     for run in ("sdg", "run", "cached"):
