@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Lines of a template, or of the filters that it calls; published templates take a few hundred a message.
-MOST_LINES = 2_000_000
-_CPU_S, _WALL_S = 4, 60
+MOST_LINES = 1_000_000
+_CPU_S, _WALL_S = 3, 60
 _MEMORY = 1 << 30  # bytes, above what the process has
 _LONGEST = 16 << 20  # characters of one rendered conversation
 _TAKES_TOO_LONG = f"it takes too long: more than {_CPU_S} s or {MOST_LINES:,} lines"
@@ -86,7 +86,7 @@ def try_template(
     """Render conversations in a child process; what the template refuses or makes of them is not judged here.
 
     Raises:
-        InputError: it takes more than 4 s of CPU, a minute in all or 1 GiB, or ends the process.
+        InputError: it takes more than 3 s of CPU, a minute in all, 1 GiB or `MOST_LINES`, or ends the process.
     """
     reading, writing = os.pipe()
     child = os.fork()
@@ -124,16 +124,25 @@ def _render_and_exit(
         resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
         resource.setrlimit(resource.RLIMIT_CPU, (_CPU_S, _CPU_S))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        for messages in conversations:
-            for prompt in (False, True):
-                # Whether it fails is seen again, and said, where its text is needed.
-                with suppress(Exception), _at_most(MOST_LINES):
-                    try:
-                        tokenizer.apply_chat_template(
-                            list(messages), tokenize=False, add_generation_prompt=prompt
-                        )
-                    except MemoryError:
-                        said = "it takes more than 1 GiB of memory"
+        said = _render_all(tokenizer, conversations)
     finally:
         os.write(writing, json.dumps(said).encode())
         os._exit(0)
+
+
+def _render_all(tokenizer: "PreTrainedTokenizerBase", conversations: Sequence[Sequence[Any]]) -> str | None:
+    """What the template takes too much of. Whether it fails is seen again, and said, where its text is needed."""
+    for messages in conversations:
+        for prompt in (False, True):
+            try:
+                with _at_most(MOST_LINES):
+                    tokenizer.apply_chat_template(
+                        list(messages), tokenize=False, add_generation_prompt=prompt
+                    )
+            except TooLong:
+                return _TAKES_TOO_LONG
+            except MemoryError:
+                return "it takes more than 1 GiB of memory"
+            except Exception:
+                continue
+    return None

@@ -18,6 +18,7 @@ from nemo_minitron.files import check_regular
 
 VERSION = 1
 _KEY = "nemo_minitron.scores"
+_LARGEST = 1 << 30  # bytes; a model of 405 billion weights has 30 million scores
 
 
 @dataclass
@@ -77,7 +78,7 @@ class Scores:
             InputError: no such file, not a scores file, another version, or a damaged one.
         """
         try:
-            check_regular(path)
+            check_regular(path, _LARGEST)
             with safe_open(path, framework="pt") as file:
                 metadata = (file.metadata() or {}).get(_KEY)
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
