@@ -3,9 +3,9 @@
     python -m tests.fuzz.campaign --overrides 10000 --files 500 --seed 1 --home DIR --report report.json
 
 Each case composes a configuration, parses it and runs the recipe's check: all that comes before a model is loaded. It
-must be accepted, or refused with an InputError, whose one line names what was given; without another exception, within
-a minute of CPU, without 2 GiB, without starting a program or writing outside of DIR. A case is named by seed, campaign and
-number, and `--only overrides:17` runs it again.
+must be accepted or refused with an InputError, whose one line names what was given; without another exception, within
+a minute of CPU, without 2 GiB, without starting a program or writing outside of DIR. A case is named by seed, campaign
+and number, and `--only overrides:17` runs it again.
 """
 
 import argparse
