@@ -332,6 +332,30 @@ def test_rope_factors_of_another_kind_are_refused(
         convert(file)
 
 
+@pytest.mark.parametrize(
+    ("factor", "low", "high", "theta"),
+    [(8.0, 1.0, 4.0, 5e5), (32.0, 1.0, 4.0, 5e5), (4.0, 2.0, 16.0, 1e4), (16.0, 0.5, 64.0, 5e5)],
+)
+def test_rope_scaling_is_found_from_its_factors(
+    tmp_path: Path,
+    convert: Any,
+    bpe: Tokenizer,
+    vocabulary: dict[str, Any],
+    factor: float,
+    low: float,
+    high: float,
+    theta: float,
+) -> None:
+    model = gguf_files.make_model("llama-tied", bpe.get_vocab_size())
+    model.config.rope_theta = theta
+    stated = {"factor": factor, "low_freq_factor": low, "high_freq_factor": high}
+    model.config.rope_scaling = {"rope_type": "llama3", **stated, "original_max_position_embeddings": 8192}
+    file = gguf_files.write_gguf(tmp_path / "toy.gguf", model, Kind.F32, vocabulary)
+    found = json.loads((convert(file) / "config.json").read_text())
+    assert found["rope_theta"] == theta
+    assert found["rope_scaling"] == model.config.rope_scaling
+
+
 HOSTILE_COUNTS = [0, 1, 2**16, 2**31, 2**32 - 1, 2**62, 2**63, 2**64 - 1]
 
 

@@ -4,6 +4,7 @@ The keys are those that llama.cpp's own converter writes (`conversion/` of ggml-
 numbers as float32.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -133,16 +134,33 @@ def _rope_scaling(file: GGUFFile, s: Settings, head_dim: int, theta: float) -> d
     if np.allclose(factors, 1.0, atol=_TOLERANCE):
         return None
     original = s.integer(".rope.scaling.original_context_length", 8192)
-    found = {
-        **_LLAMA3,
-        "factor": float(str(np.float32(factors.max()))),
-        "original_max_position_embeddings": original,
-    }
-    if not np.allclose(llama3_factors(head_dim, theta, **found), factors, rtol=_TOLERANCE):
-        raise InputError(
-            f"{s.where}: {_ROPE_FREQUENCIES} are not those of Llama 3.1's scaling (low 1, high 4, {original} tokens)"
-        )
-    return {"rope_type": "llama3", **found}
+    for found in _llama3_candidates(factors, head_dim, theta, original):
+        if np.allclose(llama3_factors(head_dim, theta, **found), factors, rtol=_TOLERANCE):
+            return {"rope_type": "llama3", **found}
+    raise InputError(f"{s.where}: {_ROPE_FREQUENCIES} are not factors of Llama 3.1's scaling")
+
+
+def _llama3_candidates(factors: Any, head_dim: int, theta: float, original: int) -> Iterator[dict[str, Any]]:
+    """Llama 3.1's own settings, and those that a line through the factors between the two bounds gives.
+
+    The three numbers beside the factor can be multiplied by one number, and mean the same: so the context is kept.
+    """
+    factor = float(f"{factors.max():.6g}")
+    rest = {"factor": factor, "original_max_position_embeddings": original}
+    yield {**rest, **_LLAMA3}
+    between = (factors > 1 + _TOLERANCE) & (factors < factor * (1 - _TOLERANCE))
+    if factor <= 1 or between.sum() < 2:
+        return
+    turns = original * theta ** (-np.arange(0, head_dim, 2) / head_dim) / (2 * np.pi)
+    smooth = (1 / factors - 1 / factor) / (1 - 1 / factor)
+    slope, start = np.polyfit(turns[between], smooth[between], 1)
+    low, width = -start / slope, 1 / slope
+    if low > 0 < width:
+        yield {
+            **rest,
+            "low_freq_factor": float(f"{low:.4g}"),
+            "high_freq_factor": float(f"{low + width:.4g}"),
+        }
 
 
 def llama3_factors(
