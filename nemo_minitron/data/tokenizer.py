@@ -11,11 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.errors import InputError
-<<<<<<< HEAD
 from nemo_minitron.files import check_tokenizer_files
-=======
 from nemo_minitron.untrusted_files import check_no_pointer, check_regular, read_json
->>>>>>> main
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -99,17 +96,9 @@ def load_tokenizer(path_or_id: str | Path) -> "PreTrainedTokenizerBase":
     if is_directory:
         _check_files(Path(name), f"data.tokenizer={name}")
     try:
-<<<<<<< HEAD
-        if is_directory:
-            check_tokenizer_files(Path(name))
-        tokenizer = AutoTokenizer.from_pretrained(
-            name, local_files_only=is_directory, trust_remote_code=False
-        )
-=======
         tokenizer = _load(name, is_directory)
     except InputError:
         raise
->>>>>>> main
     except Exception as error:  # `tokenizers` raises no narrower one for a broken file
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(f"data.tokenizer={name}: cannot be loaded ({reason[:200]})") from error
@@ -122,6 +111,10 @@ def load_tokenizer(path_or_id: str | Path) -> "PreTrainedTokenizerBase":
 
 def _check_files(directory: Path, where: str) -> None:
     check_regular(directory, where)
+    try:
+        check_tokenizer_files(directory)
+    except OSError as error:
+        raise InputError(f"{where}: cannot be loaded ({error})") from None
     for name in ("tokenizer.json", "tokenizer.model"):
         if (directory / name).is_file():
             check_no_pointer(directory / name, where)

@@ -23,20 +23,16 @@ from typing import Any
 
 import yaml
 
+from nemo_minitron import files
 from nemo_minitron.arch import Architecture
 from nemo_minitron.checkpoints.gguf import is_gguf, to_huggingface
 from nemo_minitron.config import DataConfig, cache_dir
 from nemo_minitron.errors import InputError
-<<<<<<< HEAD
-from nemo_minitron.files import LARGEST_TEXT, check_regular, open_regular, read_text
-from nemo_minitron.nemo import families
-=======
 from nemo_minitron.nemo import families, foreign
 from nemo_minitron.nemo.config_keys import check_keys
 from nemo_minitron.nemo.config_values import short
 from nemo_minitron.nemo.weight_files import check_tensors, dtype_of, read_headers
 from nemo_minitron.untrusted_files import check_regular, file_sha256, read_json
->>>>>>> main
 
 CHECKPOINT = "checkpoint"
 _ACTIVATIONS = {
@@ -47,9 +43,6 @@ _ACTIVATIONS = {
     "nemo.collections.llm.fn.activation.squared_relu": "squared_relu",
     "nemo.collections.llm.fn.activation.openai_gelu": "gelu_tanh",
 }
-<<<<<<< HEAD
-_LARGEST_PICKLE = 256 << 20
-=======
 # What a NeMo config may ask of Megatron-core's model and `models.to_config` does not pass on.
 _NOT_BUILT = (
     *("seq_len_interpolation_factor", "rotary_interleaved", "multi_latent_attention", "mtp_num_layers"),
@@ -62,7 +55,7 @@ _NOT_BUILT = (
     ),
     *("apply_residual_connection_post_layernorm", "is_hybrid_model"),
 )
->>>>>>> main
+_LARGEST_PICKLE = 256 << 20
 _EMBEDDING = "module.embedding.word_embeddings.weight"
 # What the table of contents of a distributed checkpoint names: dataclasses and enums of these packages, and
 _PICKLED_CLASSES_OF = ("torch.distributed.checkpoint.", "megatron.core.dist_checkpointing.")
@@ -105,18 +98,6 @@ class Source:
         return total.hexdigest()
 
 
-<<<<<<< HEAD
-def _sha256(file: Path) -> str:
-    # hashlib.file_digest came with Python 3.11.
-    digest = hashlib.sha256()
-    with open_regular(file) as opened:
-        while block := opened.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-=======
->>>>>>> main
 def find_source(path: str | Path, key: str = "source") -> Source:
     """Recognise a run directory, a NeMo 2 or Hugging Face directory or a GGUF file, and check that it is whole.
 
@@ -163,29 +144,12 @@ def _said(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-<<<<<<< HEAD
-def _safetensors_shapes(file: Path) -> dict[str, Any] | None:
-    """Shapes by name, if the header is readable and the data that it promises is there."""
-    try:
-        with open_regular(file) as opened:
-            length = int.from_bytes(opened.read(8), "little")
-            if not 2 <= length <= LARGEST_TEXT:
-                return None
-            header = json.loads(opened.read(length))
-        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        end = max(entry["data_offsets"][1] for entry in entries.values())
-        whole = file.stat().st_size == 8 + length + end
-        return {name: entry["shape"] for name, entry in entries.items()} if whole else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
-        return None
-=======
 def _tell_of_unread_keys(keys: list[str], where: str) -> None:
     from nemo_minitron import recipe
 
     if keys and recipe.rank() == 0:
         more = f" and {len(keys) - 20} more" if len(keys) > 20 else ""
         _said(f"{where}: config.json: not read: {', '.join(key[:60] for key in keys[:20])}{more}")
->>>>>>> main
 
 
 def is_unfinished(directory: Path) -> bool:
@@ -211,7 +175,7 @@ def _nemo(directory: Path, where: str) -> Source:
     contents = _check_pickle(weights / ".metadata", where)
     _check_common(weights / "common.pt", where)
     try:
-        model = yaml.safe_load(read_text(context / "model.yaml", 1 << 20))
+        model = yaml.safe_load(files.read_text(context / "model.yaml", 1 << 20))
         _check_expanded(model)
         config, family = model["config"], families.of_nemo_model(model["_target_"], where)
         if config["vocab_size"] is None:  # NeMo then pads the tokenizer's, and only the weights tell how far
@@ -318,19 +282,6 @@ def _tokenizer_in(context: Path, where: str) -> Path:
     return found[0]
 
 
-<<<<<<< HEAD
-def _read_json(file: Path, where: str) -> dict[str, Any]:
-    try:
-        value = json.loads(read_text(file))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{where}: {file.name} cannot be read ({error})") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{where}: {file.name} is not a JSON object")
-    return value
-
-
-=======
->>>>>>> main
 class _NamesOnly(pickle.Unpickler):
     """Unpickles what a distributed checkpoint's table of contents needs, and nothing else.
 
@@ -352,7 +303,7 @@ class _NamesOnly(pickle.Unpickler):
 
 def _check_pickle(file: Path, where: str) -> Any:
     try:
-        with open_regular(file, _LARGEST_PICKLE) as opened:
+        with files.open_regular(file, _LARGEST_PICKLE) as opened:
             return _NamesOnly(opened).load()
     except Exception as error:
         raise InputError(f"{where}: {file.name} is damaged or not safe to open ({_line(error)})") from None
@@ -365,7 +316,7 @@ def _check_common(file: Path, where: str) -> None:
     try:
         with weights_may_only_be_tensors(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            check_regular(file, _LARGEST_PICKLE)
+            files.check_regular(file, _LARGEST_PICKLE)
             torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
         raise InputError(f"{where}: {file.name} is damaged or not safe to open ({_line(error)})") from None

@@ -71,7 +71,7 @@ def test_what_is_no_regular_file_is_not_opened(odd: dict[str, Path]) -> None:
 def test_a_tokenizer_of_pipes_is_refused(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text("{}")
     os.mkfifo(tmp_path / "tokenizer.json")
-    with pytest.raises(InputError, match=r"cannot be loaded .*tokenizer.json|pipe or device"):
+    with pytest.raises(InputError, match="tokenizer.json"):
         load_tokenizer(tmp_path)
 
 
