@@ -1,6 +1,7 @@
 """The architecture of a GPT as data: sizes, legality, parameter and FLOP counts. Imports nothing heavy."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +9,12 @@ from typing import Any
 from nemo_minitron.errors import InputError
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "squared_relu")
+# What is more is a mistake: a 32-bit index reaches no further.
+LARGEST_SIZE = 2**31 - 1
+_POSITIVE = (
+    *("layernorm_epsilon", "rotary_base", "rotary_percent", "rope_scaling_factor", "rope_low_freq_factor"),
+    *("rope_high_freq_factor", "rope_original_context"),
+)
 WIDTH_AXES = ("hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
 
 
@@ -16,9 +23,11 @@ class Architecture:
     """A dense decoder-only GPT in Megatron-core's terms; sizes are global, never a rank's own.
 
     `kv_channels` is the head dimension and is carried on its own: it stays when `hidden_size` is pruned.
-    `activation` is one of `ACTIVATIONS`; `rope_scaling_factor` is Llama 3.1's, None without scaling. `model_type`:
-    the family in Hugging Face's word, for models that NeMo converts (`nemo.families`); "gemma" also says that
-    embeddings are multiplied by sqrt(hidden_size).
+    `activation` is one of `ACTIVATIONS`. `rope_scaling_factor` is Llama 3.1's, None without scaling; the three fields
+    after it belong to it (wavelengths over `rope_original_context / rope_low_freq_factor` tokens are scaled, those
+    under `rope_original_context / rope_high_freq_factor` are not) and keep their defaults without it. `model_type`: the
+    family in Hugging Face's word, for models that NeMo converts (`nemo.families`); "gemma" also says that embeddings
+    are multiplied by sqrt(hidden_size).
     """
 
     num_layers: int
@@ -41,14 +50,24 @@ class Architecture:
     rotary_base: float = 10000.0
     rotary_percent: float = 1.0
     rope_scaling_factor: float | None = None
+    rope_low_freq_factor: float = 1.0
+    rope_high_freq_factor: float = 4.0
+    rope_original_context: int = 8192
     qk_layernorm: bool = False
     model_type: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_layers", *WIDTH_AXES, "kv_channels", "vocab_size"):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise InputError(f"{name}={value!r}: must be a positive integer")
+            if type(value) is not int or not 1 <= value <= LARGEST_SIZE:
+                raise InputError(f"{name}={value!r:.60}: must be a positive integer")
+        for name in _POSITIVE:
+            value = getattr(self, name)
+            if value is not None and (type(value) not in (int, float) or not 0 < value < math.inf):
+                raise InputError(f"{name}={value!r:.60}: must be a positive, finite number")
+        for field in dataclasses.fields(self):
+            if field.type is bool and not isinstance(getattr(self, field.name), bool):
+                raise InputError(f"{field.name}={getattr(self, field.name)!r}: must be true or false")
         if self.num_attention_heads % self.num_query_groups:
             raise InputError(
                 f"num_attention_heads={self.num_attention_heads} is not divisible by "

@@ -117,8 +117,9 @@ class Reference:
         f = self.arch.rotary_base ** (-torch.arange(0, r, 2).float() / r)
         if (factor := self.arch.rope_scaling_factor) is None:
             return f
-        turns = 8192 * f / (2 * math.pi)
-        blend = ((turns - 1) / (4 - 1)).clamp(0, 1)
+        low, high = self.arch.rope_low_freq_factor, self.arch.rope_high_freq_factor
+        turns = self.arch.rope_original_context * f / (2 * math.pi)
+        blend = ((turns - low) / (high - low)).clamp(0, 1)
         return f / factor * (1 - blend) + f * blend
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from nemo_minitron.arch import Architecture
 from nemo_minitron.layout import TrainerConfig
-from nemo_minitron.nemo.families import LLAMA3_SCALING
+from nemo_minitron.nemo.families import NEMO_ROPE_SCALING
 
 _GATED = {"silu": "fast-swiglu", "gelu": "fast-geglu", "gelu_tanh": "fast-geglu"}
 _PLAIN = {"gelu": "gelu", "gelu_tanh": "gelu", "squared_relu": "squared-relu"}
@@ -64,13 +64,9 @@ def model_config(architecture: Architecture, seq_length: int, tokenizer: str) ->
 def _rope_scaling(a: Architecture) -> dict[str, Any]:
     if a.rope_scaling_factor is None:
         return {}
-    scaling = dict(LLAMA3_SCALING)
-    return {
-        "scale_positional_embedding": True,
-        "scale_factor": a.rope_scaling_factor,
-        "old_context_len": scaling.pop("original_max_position_embeddings"),
-        **scaling,
-    }
+    # NeMo 1's names are those of NeMo 2's Llama31Config.
+    scaling = {theirs: getattr(a, ours) for ours, theirs, _ in NEMO_ROPE_SCALING}
+    return {"scale_positional_embedding": True, **scaling}
 
 
 def run_config(t: TrainerConfig, *, cuda: bool) -> dict[str, Any]:

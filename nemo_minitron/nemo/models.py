@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from nemo_minitron import hosts
 from nemo_minitron.arch import Architecture
 from nemo_minitron.errors import InputError
-from nemo_minitron.nemo.families import FAMILIES
+from nemo_minitron.nemo.families import FAMILIES, NEMO_ROPE_SCALING
 
 hosts.prepare_nemo()
 
@@ -115,7 +115,7 @@ def _config_class(architecture: Architecture) -> Any:
 def _family_settings(architecture: Architecture) -> dict[str, Any]:
     """What NeMo's config class of the family sets and this project does not want, or wants otherwise."""
     if architecture.rope_scaling_factor is not None:
-        return {"scale_factor": architecture.rope_scaling_factor}
+        return {theirs: getattr(architecture, ours) for ours, theirs, _ in NEMO_ROPE_SCALING}
     if architecture.model_type == "mistral":
         # The context is bounded by the window instead (`families.context_of`).
         return {"window_size": None, "cp_comm_type": None}
@@ -162,10 +162,16 @@ def from_config(config: Any, vocab_size: int | None = None) -> Architecture:
         layernorm_zero_centered_gamma=config.layernorm_zero_centered_gamma,
         rotary_base=float(config.rotary_base),
         rotary_percent=config.rotary_percent,
-        rope_scaling_factor=float(config.scale_factor) if isinstance(config, Llama31Config) else None,
+        **_rope_scaling(config),
         qk_layernorm=config.qk_layernorm,
         model_type=_model_type(config),
     )
+
+
+def _rope_scaling(config: Any) -> dict[str, Any]:
+    if not isinstance(config, Llama31Config):
+        return {}
+    return {ours: kind(getattr(config, theirs)) for ours, theirs, kind in NEMO_ROPE_SCALING}
 
 
 def _model_type(config: Any) -> str | None:

@@ -86,15 +86,16 @@ def pruned_like(tmp_path_factory: pytest.TempPathFactory) -> Example:
     return example(tmp_path_factory.mktemp("pruned-like"))
 
 
+# None of the numbers is Llama 3.1's; within 32 tokens one of the four frequencies is kept, one blended, two are scaled.
 SCALED = {
     "tie_word_embeddings": True,
-    "rope_theta": 500000.0,
+    "rope_theta": 100.0,
     "rope_scaling": {
         "rope_type": "llama3",
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
+        "factor": 32.0,
+        "low_freq_factor": 2.0,
+        "high_freq_factor": 8.0,
+        "original_max_position_embeddings": 64,
     },
 }
 
@@ -117,7 +118,9 @@ def test_hugging_face_to_nemo_and_back(run_on_ranks: Any, pruned_like: Example, 
     check_round_trip(run_on_ranks, pruned_like, tmp_path / "again")
 
 
-def test_tied_embeddings_and_llama_31_s_rotary_scaling(run_on_ranks: Any, tmp_path: Path) -> None:
+def test_tied_embeddings_and_rotary_scaling_with_factors_of_its_own(
+    run_on_ranks: Any, tmp_path: Path
+) -> None:
     check_round_trip(run_on_ranks, example(tmp_path, **SCALED), tmp_path / "again")
 
 

@@ -27,9 +27,9 @@ LLAMA31 = {
     "rope_scaling": {
         "rope_type": "llama3",
         "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
+        "low_freq_factor": 2.0,
+        "high_freq_factor": 8.0,
+        "original_max_position_embeddings": 4096,
     },
 }
 FAMILIES = [*CONFIGS, "llama31"]
