@@ -30,6 +30,7 @@ from nemo_minitron.closing import closing_line
 from nemo_minitron.commands import resources
 from nemo_minitron.config import CommonConfig, SchemaT, parse
 from nemo_minitron.errors import InputError, InterruptedRun
+from nemo_minitron.hosts import imports
 
 RESULT = "result.json"
 CONFIGURATION = "config.yaml"
@@ -82,6 +83,7 @@ def main(
     What `check` returns has a method `to_config`: plain values by which the launcher's ranks find it again.
     """
     started = False
+    imports.defer()
     terminal.quiet()
     terminal.take_interrupts()
     _submit_if_asked()
