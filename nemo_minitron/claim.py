@@ -52,8 +52,10 @@ def check_writable(directory: Path) -> None:
     Raises:
         InputError: names it, with the system's words.
     """
+    whole = Path(os.path.abspath(directory))
     try:
-        there = next(path for path in (directory, *directory.parents) if _exists(path))
+        there = next(path for path in (whole / LOCK, whole, *whole.parents) if _exists(path))
+        there = there.parent if there.name == LOCK else there
         descriptor, name = tempfile.mkstemp(prefix=".tried-", dir=there)
     except (OSError, ValueError) as error:
         raise _cannot(directory, error) from None

@@ -150,7 +150,8 @@ def text_keys(schema: type[Any], prefix: str = "") -> set[str]:
     """The keys of a schema, and of the groups in it, that hold text."""
     found = set()
     for name, hint in typing.get_type_hints(schema).items():
-        options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        either = typing.get_origin(hint) in (typing.Union, types.UnionType)
+        options = typing.get_args(hint) if either else (hint,)
         if str in options:
             found.add(prefix + name)
         for option in options:

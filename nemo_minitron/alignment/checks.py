@@ -88,9 +88,8 @@ def prepare(
         tokenizer = prepared_tokenizer(r.align, student, r.data)
         loaded = load_tokenizer(str(tokenizer))
         files = _files(r, own_set)
-        valid = encode(
-            "valid", files["valid"], loaded
-        )  # the smaller one first: too few of them are told at once
+        # The smaller one first: too few of them are told at once.
+        valid = encode("valid", files["valid"], loaded)
         validation_batch(r.align, r.trainer, valid.samples, whole_batches=whole_batches)
         train = encode("train", files["train"], loaded)
     trainer, epochs = schedule(r.align, r.trainer, train.samples, valid.samples, whole_batches=whole_batches)

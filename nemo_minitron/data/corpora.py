@@ -94,12 +94,14 @@ def load_corpus(cfg: Mapping[str, Any]) -> Corpus:
     corpus = openers[str(name)](cfg)
     for split in SPLITS:
         if next(iter(corpus.splits[split]), None) is None:
-            raise InputError(f"data.name={name}: the {split} split is empty{_hint(split, corpus)}")
+            raise InputError(f"data.name={name}: the {split} split is empty{_hint(split, corpus, cfg)}")
     return corpus
 
 
-def _hint(split: str, corpus: Corpus) -> str:
+def _hint(split: str, corpus: Corpus, cfg: Mapping[str, Any]) -> str:
     """What helps against an empty split; no fraction does where all is one document."""
+    if cfg.get("valid") is not None or cfg.get("valid_split") is not None:
+        return _EMPTY_HINT[split]
     there = [document for of in SPLITS for document in itertools.islice(iter(corpus.splits[of]), 2)]
     if len(there) == 1:
         other = next(of for of in SPLITS if of != split)

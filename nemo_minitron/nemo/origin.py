@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.errors import InputError
+from nemo_minitron.files import read_text
 from nemo_minitron.nemo.checkpoints import CHECKPOINT, find_source
 
 # Runs that change a student's weights, and whose own `student` is one step nearer to its source.
@@ -62,7 +63,7 @@ def _pruned(run: Path) -> tuple[str, str] | None:
 def _result(run: Path) -> dict[str, Any]:
     run = run.parent if run.name == CHECKPOINT else run
     try:
-        found = json.loads((run / "result.json").read_text())
+        found = json.loads(read_text(run / "result.json"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

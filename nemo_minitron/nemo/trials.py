@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from nemo_minitron import recipe
 from nemo_minitron.arch import Architecture
 from nemo_minitron.config import DistillRecipe, SearchRecipe
+from nemo_minitron.distillation.settings import DIVERGENCES
 from nemo_minitron.errors import InputError
 from nemo_minitron.nemo import distill, distill_checks, prune, scoring, stepwise
 from nemo_minitron.nemo.checkpoints import CHECKPOINT
@@ -49,7 +50,7 @@ def check_distillation(r: SearchRecipe, source: Architecture, found: list[Candid
     if distill_checks.loss_settings(training) is None:
         raise InputError(
             f"distill.loss={r.distill.loss}: candidates are distilled from the source; must be one of "
-            f"{', '.join(distill_checks.DIVERGENCES)}"
+            f"{', '.join(DIVERGENCES)}"
         )
     for candidate in found:
         distill_checks.intermediate(training, candidate.architecture, source)

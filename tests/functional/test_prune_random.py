@@ -19,7 +19,7 @@ def runs(commands: Commands, teacher: Teacher, pruned: Pruned) -> dict[str, dict
     steps = ["distill.max_steps=1", "distill.optim.warmup_steps=0", "distill.limit_val_batches=1"]
     asked = {
         "one step": ("prune", control),
-        "two steps": ("prune", [*control, "prune=depth", "prune.drop_layers=null", "prune.iterations=2"]),
+        "two steps": ("prune", [*control, "prune.num_layers=2", "prune.iterations=2"]),
         "distilled": ("distill", [*commands.data(), f"student={pruned.run_dir}", *steps]),
     }
     cases = []

@@ -112,10 +112,18 @@ def test_a_run_directory_that_cannot_be_made(tiny: Path) -> None:
     (tiny.parent / "file").write_text("in the way")
     (tiny.parent / "link").symlink_to("nowhere/at/all")
     before = sorted(tiny.parent.iterdir())
-    for bad in ("file", "file/below", "/proc/of-nobody/x", "x" * 300 + "/y", "d/" * 2500 + "e"):
+    ours = "cannot be made or written in ("
+    for bad, says in {
+        "file": ours,
+        "file/below": ours,
+        "/proc/of-nobody/x": ours,
+        "d/" * 2030 + "e": ours,  # short enough itself, too long from the root
+        "x" * 300 + "/y": "at most 255 bytes",
+        "d/" * 2500 + "e": "at most 4096 characters",
+    }.items():
         line = refusal(run(tiny, f"run_dir={bad}"))
         assert f"run_dir={bad[:20]}" in line
-        assert "cannot be made or written in (" in line
+        assert says in line
         assert len(line) < 400
     assert sorted(tiny.parent.iterdir()) == before
 

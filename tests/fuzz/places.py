@@ -57,7 +57,7 @@ class Places:
             "/dev/zero",
             "/dev/stdin",
             "/proc/self/mem",
-            "/nowhere/at/all",
+            "/proc/nowhere/at/all",  # not even root can make it
         ]
 
     def base(self, recipe: str, model: Path | None = None) -> list[str]:
