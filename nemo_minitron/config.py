@@ -6,6 +6,7 @@ with one line; `layout` has the trainer's part. What needs the model's sizes (ta
 """
 
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -343,7 +344,8 @@ def parse(schema: type[SchemaT], config: DictConfig) -> SchemaT:
     except (OmegaConfBaseException, ValueError, TypeError, ArithmeticError, RecursionError) as error:
         if isinstance(error, InputError):
             raise
-        key = getattr(error, "full_key", None)
+        told = re.search(r"full_key: (\S+)", str(error))
+        key = getattr(error, "full_key", None) or (told and told[1])
         reason = brief((str(error).splitlines() or [type(error).__name__])[0])
         raise InputError(f"{key}: {reason}" if key and key not in reason else reason) from None
     if result.prepared is not None and not {"RANK", "SLURM_PROCID"} & os.environ.keys():
@@ -353,6 +355,7 @@ def parse(schema: type[SchemaT], config: DictConfig) -> SchemaT:
     if result.cluster is not None:
         check_cluster(result.cluster, result.trainer)
     _check_together(result)
+    _check_cache(result.data)
     return result
 
 
@@ -378,6 +381,15 @@ def _check_together(recipe: Any) -> None:
             raise InputError(
                 f"{key}.lr={o.lr}, {key}.min_lr={o.min_lr}: the second must be at most the first"
             )
+
+
+def _check_cache(data: DataConfig) -> None:
+    """Whether caches can be written, of whose directory only the beginning may be there."""
+    place = cache_dir(data, "").absolute()
+    while not os.path.lexists(place):
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise InputError(f"data.cache_dir={data.cache_dir}: {place} is no directory that can be written to")
 
 
 def cache_dir(data: DataConfig, part: str) -> Path:
