@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nemo_minitron.cluster import ClusterConfig, check_cluster
 from nemo_minitron.errors import InputError
+from nemo_minitron.files import obstacle
 from nemo_minitron.layout import TrainerConfig, check_trainer
 from nemo_minitron.ranges import (
     AboveZero,
@@ -355,7 +356,10 @@ def parse(schema: type[SchemaT], config: DictConfig) -> SchemaT:
     if result.cluster is not None:
         check_cluster(result.cluster, result.trainer)
     _check_together(result)
-    _check_cache(result.data)
+    if (place := obstacle(cache_dir(result.data, ""))) is not None:
+        raise InputError(
+            f"data.cache_dir={result.data.cache_dir}: {place} is no directory that can be written to"
+        )
     return result
 
 
@@ -381,15 +385,6 @@ def _check_together(recipe: Any) -> None:
             raise InputError(
                 f"{key}.lr={o.lr}, {key}.min_lr={o.min_lr}: the second must be at most the first"
             )
-
-
-def _check_cache(data: DataConfig) -> None:
-    """Whether caches can be written, of whose directory only the beginning may be there."""
-    place = cache_dir(data, "").absolute()
-    while not os.path.lexists(place):
-        place = place.parent
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        raise InputError(f"data.cache_dir={data.cache_dir}: {place} is no directory that can be written to")
 
 
 def cache_dir(data: DataConfig, part: str) -> Path:

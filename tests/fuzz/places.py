@@ -57,7 +57,7 @@ class Places:
             "/dev/zero",
             "/dev/stdin",
             "/proc/self/mem",
-            "/nowhere/at/all",
+            f"{odd}/gone/at/all",
         ]
 
     def base(self, recipe: str, model: Path | None = None) -> list[str]:
