@@ -6,6 +6,7 @@ with one line; `layout` has the trainer's part. What needs the model's sizes (ta
 """
 
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -17,6 +18,7 @@ from nemo_minitron.cluster import ClusterConfig, check_cluster
 from nemo_minitron.data.beginning import check_bos
 from nemo_minitron.data.limits import check_limits
 from nemo_minitron.errors import InputError
+from nemo_minitron.files import obstacle
 from nemo_minitron.layout import TrainerConfig, check_trainer
 from nemo_minitron.ranges import (
     AboveZero,
@@ -352,7 +354,8 @@ def parse(schema: type[SchemaT], config: DictConfig) -> SchemaT:
     except (OmegaConfBaseException, ValueError, TypeError, ArithmeticError, RecursionError) as error:
         if isinstance(error, InputError):
             raise
-        key = getattr(error, "full_key", None)
+        told = re.search(r"full_key: (\S+)", str(error))
+        key = getattr(error, "full_key", None) or (told and told[1])
         reason = brief((str(error).splitlines() or [type(error).__name__])[0])
         raise InputError(f"{key}: {reason}" if key and key not in reason else reason) from None
     if result.prepared is not None and not {"RANK", "SLURM_PROCID"} & os.environ.keys():
@@ -362,6 +365,10 @@ def parse(schema: type[SchemaT], config: DictConfig) -> SchemaT:
     if result.cluster is not None:
         check_cluster(result.cluster, result.trainer)
     _check_together(result)
+    if (place := obstacle(cache_dir(result.data, ""))) is not None:
+        raise InputError(
+            f"data.cache_dir={result.data.cache_dir}: {place} is no directory that can be written to"
+        )
     return result
 
 

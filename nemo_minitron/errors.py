@@ -1,11 +1,31 @@
 """What a recipe's exit code tells: the exceptions behind 2, 1 and 75."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_LONGEST = 1000
+
 
 class InputError(ValueError):
     """Bad input: one line that names the value, the place and what would be legal.
 
-    Recipes turn it into that line on stderr and exit code 2, before a model is loaded or an artifact written.
+    Recipes turn it into that line on stderr and exit code 2, before a model is loaded or an artifact written. A longer
+    one than a terminal's page loses its middle: files of others hold values of any length.
     """
+
+    def __init__(self, line: str) -> None:
+        if len(line) > _LONGEST:
+            line = f"{line[: _LONGEST - 200]} ... {line[-150:]}"
+        super().__init__(line)
+
+
+@contextmanager
+def of_setting(key: str) -> Iterator[None]:
+    """Within it, a refusal of a file also names the setting that named the file."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{key}: {error}") from None
 
 
 class FailedRun(RuntimeError):

@@ -117,3 +117,12 @@ def check_tokenizer_files(directory: Path) -> None:
 def present(directory: Path, names: Iterable[str]) -> Iterator[Path]:
     """Those of some names that are there, as whatever: also a link that leads nowhere."""
     return (directory / name for name in names if os.path.lexists(directory / name))
+
+
+def obstacle(directory: Path) -> Path | None:
+    """What keeps a directory from being written to, or made: the last part of its path that is there; None if nothing
+    does."""
+    place = directory.absolute()
+    while not os.path.lexists(place):
+        place = place.parent
+    return None if place.is_dir() and os.access(place, os.W_OK) else place

@@ -158,6 +158,9 @@ def check_shape(schema: type, plain: dict[Any, Any], where: str = "") -> None:
     """
     for name, hint in typing.get_type_hints(schema).items():
         value, key = plain.get(name), f"{where}{name}"
+        # Python cannot make a float of it, and OmegaConf would not say where it stands.
+        huge = isinstance(value, int) and value.bit_length() > 1023
+        _expect(not huge, key, value, "a number of at most 308 digits")
         for kind in (hint, *typing.get_args(hint)):
             if value is None:
                 continue

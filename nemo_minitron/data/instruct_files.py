@@ -13,7 +13,7 @@ from nemo_minitron.data.chat_template import Fitted, fit_conversations, fit_pref
 from nemo_minitron.data.conversations import Conversation, Preference, read_preferences, write_jsonl
 from nemo_minitron.data.instruct.generate import InstructFiles, cached_instruct_set, prompt_key
 from nemo_minitron.data.tokenizer import load_tokenizer
-from nemo_minitron.errors import InputError
+from nemo_minitron.errors import InputError, of_setting
 from nemo_minitron.instruct_config import InstructDataConfig, InstructDataRecipe
 
 if TYPE_CHECKING:
@@ -48,10 +48,11 @@ def check(r: InstructDataRecipe) -> Prepared:
     if d.input is None:
         return Prepared({}, None, cached_instruct_set(cache_dir(r.data, "instruct"), r.seed, d.sizes))
     samples: _Samples
-    if d.kind == "preferences":
-        samples = read_preferences(d.input)
-    else:
-        samples = list(convert_file(d.input, d.shape))
+    with of_setting("instruct_data.input"):
+        if d.kind == "preferences":
+            samples = read_preferences(d.input)
+        else:
+            samples = list(convert_file(d.input, d.shape))
     fitted = None
     if d.tokenizer is not None:
         samples, fitted = _fit(samples, with_template(load_tokenizer(d.tokenizer), d.tokenizer), d)

@@ -52,6 +52,7 @@ def render(
     try:
         with _at_most(MOST_LINES):
             text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt)
+        text.encode()  # half of a surrogate pair is no text that a tokenizer takes
         if len(text) > _LONGEST:
             raise TooLong(f"it writes {len(text):,} characters, at most {_LONGEST:,} are taken")
     # It is the template's own program that fails: there is no exception that it could not raise.

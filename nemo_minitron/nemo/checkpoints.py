@@ -309,7 +309,10 @@ def table_of_contents(file: Path, where: str) -> Any:
     """
     try:
         with files.open_regular(file, _LARGEST_PICKLE) as opened:
-            return _NamesOnly(opened).load()
+            contents = _NamesOnly(opened).load()
+        if not isinstance(getattr(contents, "state_dict_metadata", None), dict):
+            raise TypeError(f"it holds a {type(contents).__name__}, no table of contents")
+        return contents
     except Exception as error:
         raise InputError(f"{where}: {file.name} is damaged or not safe to open ({_line(error)})") from None
 

@@ -13,7 +13,7 @@ from nemo_minitron.data.chat_template import with_template
 from nemo_minitron.data.conversations import write_jsonl
 from nemo_minitron.data.instruct import cached_instruct_set
 from nemo_minitron.data.tokenizer import load_tokenizer
-from nemo_minitron.errors import InputError
+from nemo_minitron.errors import InputError, of_setting
 from nemo_minitron.evaluation import instruct
 from nemo_minitron.instruct_config import EvaluateInstructRecipe, InstructEvalConfig
 from nemo_minitron.nemo.checkpoints import Source, find_source
@@ -52,7 +52,10 @@ def check(r: EvaluateInstructRecipe) -> Prepared:
             f"{source.architecture.vocab_size}"
         )
     file = _file(r, e)
-    items = instruct.load_items(file, tokenizer, context=source.seq_length, max_new_tokens=e.max_new_tokens)
+    with of_setting("instruct.file"):
+        items = instruct.load_items(
+            file, tokenizer, context=source.seq_length, max_new_tokens=e.max_new_tokens
+        )
     return Prepared(source, tokenizer, file, items)
 
 

@@ -11,7 +11,7 @@ from nemo_minitron import recipe
 from nemo_minitron.arch import WIDTH_AXES, Architecture
 from nemo_minitron.config import PruneConfig, PruneRecipe
 from nemo_minitron.data.prepare import PreparedData, prepare_data
-from nemo_minitron.errors import InputError
+from nemo_minitron.errors import InputError, of_setting
 from nemo_minitron.nemo import origin, scoring, stepwise
 from nemo_minitron.nemo.checkpoints import CHECKPOINT, Source, find_source
 from nemo_minitron.nemo.openings import check_source, check_vocabulary, converted
@@ -84,7 +84,8 @@ def load_questions(p: PruneConfig, source: Source, data: PreparedData) -> Any:
 
     if p.task_file is None:
         return None
-    return load_task(p.task_file, data.tokenizer, source.seq_length, beginning=data.indexed.beginning)
+    with of_setting("prune.task_file"):
+        return load_task(p.task_file, data.tokenizer, source.seq_length, beginning=data.indexed.beginning)
 
 
 def _target(p: PruneConfig, arch: Architecture) -> tuple[Architecture, list[int] | None]:

@@ -10,7 +10,7 @@ from typing import Any
 from nemo_minitron.arch import Architecture
 from nemo_minitron.config import PruneConfig, PruneRecipe
 from nemo_minitron.data.prepare import PreparedData
-from nemo_minitron.errors import InputError
+from nemo_minitron.errors import InputError, of_setting
 
 
 def check_importance(p: PruneConfig, arch: Architecture, sha256: str) -> Any:
@@ -24,7 +24,8 @@ def check_importance(p: PruneConfig, arch: Architecture, sha256: str) -> Any:
     from nemo_minitron.importance.scores import Scores
 
     if p.scores is not None:
-        scores = Scores.load(p.scores)
+        with of_setting("prune.scores"):
+            scores = Scores.load(p.scores)
         scores.check_matches(arch, sha256)
         return scores
     metrics = (*block_influence.METRICS, *depth_metrics.METRICS)

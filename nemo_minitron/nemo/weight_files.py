@@ -89,8 +89,9 @@ def _header(file: Path, where: str) -> dict[str, Tensor]:
             if not 2 <= length < _LARGEST_HEADER:
                 raise ValueError
             header = json.loads(opened.read(length))
-        header.pop("__metadata__", None)
-        if not header:
+        metadata = header.pop("__metadata__", None)
+        texts = {} if metadata is None else metadata.values()
+        if not header or not all(isinstance(text, str) for text in texts):
             raise ValueError
         tensors = {name: Tensor(entry["shape"], entry["dtype"], file) for name, entry in header.items()}
         end = _end(header)

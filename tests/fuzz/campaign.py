@@ -96,7 +96,10 @@ class Watch:
         )
         if (written or event in _CHANGES) and isinstance(args[0], str | bytes | os.PathLike):
             path = os.path.abspath(os.fsdecode(args[0]))
-            if not path.startswith((self.home, "/dev/null", "/proc/self", "/dev/shm")):
+            # Below a device or a file nothing can be made: that is an error to be told, not a change.
+            if os.path.isdir(os.path.dirname(path)) and not path.startswith(
+                (self.home, "/dev/null", "/proc/self", "/dev/shm")
+            ):
                 self.seen.append(f"{event} {path}")
 
     @contextlib.contextmanager
@@ -197,6 +200,8 @@ def names_of(given: list[str]) -> list[str]:
     for override in given:
         key, _, value = override.lstrip("+~").partition("=")
         found += [key, key.split(".")[-1], key.split(".")[0], value.strip("'")[:20]]
+        with contextlib.suppress(ValueError):
+            found.append(str(float(value)))  # as OmegaConf makes a text of it
     return found
 
 

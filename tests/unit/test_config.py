@@ -241,6 +241,8 @@ KEYS = {
     "prune.calibration_samples=0": ["prune.calibration_samples=0", "at least 1"],
     "prune.control_seeds=-1": ["prune.control_seeds=-1", "at least 0"],
     "seed=-1": ["seed=-1", "0"],
+    "data.cache_dir=/dev/null/x": ["data.cache_dir=/dev/null/x", "/dev/null is no directory"],
+    "prepared={a:1}": ["prepared", "launcher"],
     "seed=4294967296": ["seed=4294967296", "4294967295"],
 }
 

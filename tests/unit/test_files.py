@@ -82,3 +82,10 @@ def test_a_document_that_is_too_large_is_named(tmp_path: Path) -> None:
     corpus = files_corpus({"train": f"{tmp_path}/a.txt", "valid": f"{tmp_path}/b.txt"})
     with pytest.raises(InputError, match=r"a.txt: cannot be read .*one document a line"):
         list(corpus.splits["train"])
+
+
+def test_what_keeps_a_directory_from_being_made(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert files.obstacle(tmp_path / "a" / "b") is None
+    assert files.obstacle(tmp_path / "file" / "b") == tmp_path / "file"
+    assert files.obstacle(Path("/dev/null/b")) == Path("/dev/null")
