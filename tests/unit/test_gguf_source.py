@@ -279,6 +279,15 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
     "alignment": ({"general.alignment": 3}, ["general.alignment"]),
     "tokenizer": ({"tokenizer.ggml.model": "bert"}, ["tokenizer.ggml.model='bert'"]),
     "pre-tokenizer": ({"tokenizer.ggml.pre": "poro-chat"}, ["tokenizer.ggml.pre='poro-chat'", "smollm"]),
+    "long piece": (
+        {
+            "tokenizer.ggml.model": "llama",
+            "tokenizer.ggml.tokens": ["a" * 600, *map(str, range(339))],
+            "tokenizer.ggml.scores": [0.0] * 340,
+        },
+        ["600 characters"],
+    ),
+    "no scores": ({"tokenizer.ggml.model": "llama"}, ["lack tokenizer.ggml.scores"]),
     "no pre-tokenizer": ({"tokenizer.ggml.pre": None}, ["tokenizer.ggml.pre=None", "smollm"]),
     "no tokens": ({"tokenizer.ggml.tokens": None}, ["lack tokenizer.ggml.tokens"]),
     "too many tokens": ({"tokenizer.ggml.tokens": [str(i) for i in range(341)]}, ["341", "340 rows"]),
@@ -321,6 +330,25 @@ def test_weights_that_are_no_numbers_are_refused(
     file.write_bytes(data)
     with pytest.raises(InputError, match=r"blk\.1.*not finite|output.*not finite"):
         convert(file)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "damaged GGUF file"),
+        (b"GGUF", "the file ends within the version"),
+        (b"\x80\x04 a pickle", "does not begin with GGUF"),
+        (b"GGUF" + (1).to_bytes(4, "little"), "version 1; 2 and 3"),
+        (b"GGUF" + (3).to_bytes(4, "big"), "little-endian"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "git lfs pull"),
+    ],
+)
+def test_files_that_only_call_themselves_gguf_are_refused(
+    tmp_path: Path, convert: Any, content: bytes, message: str
+) -> None:
+    (tmp_path / "x.gguf").write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        convert(tmp_path / "x.gguf")
 
 
 def test_rope_factors_of_another_kind_are_refused(

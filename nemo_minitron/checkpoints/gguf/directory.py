@@ -12,6 +12,7 @@ from typing import Any
 
 from nemo_minitron.arch import Architecture
 from nemo_minitron.errors import InputError
+from nemo_minitron.untrusted_files import check_no_pointer, file_sha256
 
 # How a converted file is laid out; part of the cache's key.
 _FORMAT = 1
@@ -71,14 +72,11 @@ def to_huggingface(path: Path, cache: Path, where: str, architecture_of: Archite
 
 
 def _key(path: Path, where: str) -> str:
-    digest = hashlib.sha256(f"{_FORMAT}\n".encode())
     try:
-        with open(path, "rb") as opened:
-            while block := opened.read(1 << 20):
-                digest.update(block)
+        check_no_pointer(path, where)
+        return hashlib.sha256(f"{_FORMAT}\n{file_sha256(path)}".encode()).hexdigest()[:24]
     except OSError as error:
         raise InputError(f"{where}: cannot be read ({error.strerror})") from None
-    return digest.hexdigest()[:24]
 
 
 def _convert(path: Path, to: Path, where: str, architecture_of: ArchitectureOf) -> None:

@@ -16,6 +16,8 @@ from nemo_minitron.errors import InputError
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED, _BYTE = range(1, 7)
 _SPACE = "▁"
+# All splits of a piece are looked at. Gemma's longest has 31 characters.
+_LONGEST_PIECE = 512
 _PREFIX = "tokenizer.ggml."
 
 
@@ -204,6 +206,11 @@ def _sentencepiece(s: Settings, vocabulary: Vocabulary) -> dict[str, Any]:
     prefix = s.flag(_PREFIX + "add_space_prefix", True)
     if s.flag(_PREFIX + "remove_extra_whitespaces", False):
         raise s.refuse(_PREFIX + "remove_extra_whitespaces", True, "is not converted")
+    longest = max(len(text or "") for text in vocabulary.texts)
+    if longest > _LONGEST_PIECE:
+        raise InputError(
+            f"{s.where}: {_PREFIX}tokens holds a piece of {longest} characters, more than {_LONGEST_PIECE}"
+        )
     scores = s.numbers(_PREFIX + "scores", len(vocabulary.texts))
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
     back = {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "}
