@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from nemo_minitron.errors import InputError
 
 PRECISIONS = ("32", "bf16-mixed")
+CHECKPOINT_DTYPES = ("float32", "float16", "bfloat16")
 RECOMPUTED = ("selective", "full")
 
 
@@ -16,6 +17,8 @@ class TrainerConfig:
 
     `recompute_granularity`: activations that training forms again on the way back instead of keeping them: "selective",
     those of attention, or "full", those of whole layers (Megatron-core's names); null: none.
+    `checkpoint_dtype`: of the weights in the checkpoint that a recipe ends with; null: as they lie in the model that it
+    began with. What is computed in, and in what a training keeps its state, is `precision`'s matter.
     """
 
     tensor_model_parallel_size: int = 1
@@ -28,6 +31,7 @@ class TrainerConfig:
     num_nodes: int = 1
     precision: str = "32"
     recompute_granularity: str | None = None
+    checkpoint_dtype: str | None = None
     micro_batch_size: int = 8
     global_batch_size: int = 8
     max_steps: int = 0
@@ -91,6 +95,10 @@ def check_trainer(t: TrainerConfig) -> None:
         check_least(f"trainer.{key}", getattr(t, key), least)
     if t.precision not in PRECISIONS:
         raise InputError(f"trainer.precision={t.precision}: must be one of {', '.join(PRECISIONS)}")
+    if t.checkpoint_dtype not in (None, *CHECKPOINT_DTYPES):
+        raise InputError(
+            f"trainer.checkpoint_dtype={t.checkpoint_dtype}: must be one of {', '.join(CHECKPOINT_DTYPES)}, or null"
+        )
     if t.recompute_granularity not in (None, *RECOMPUTED):
         raise InputError(
             f"trainer.recompute_granularity={t.recompute_granularity}: must be one of {', '.join(RECOMPUTED)}, or null"
