@@ -17,6 +17,8 @@ class TrainerConfig:
 
     `recompute_granularity`: activations that training forms again on the way back instead of keeping them: "selective",
     those of attention, or "full", those of whole layers (Megatron-core's names); null: none.
+    `checkpoint_dtype`: of the weights in the checkpoint that a recipe ends with; null: as they lie in the model that it
+    began with. What is computed in, and in what a training keeps its state, is `precision`'s matter.
     """
 
     tensor_model_parallel_size: Positive = 1
@@ -29,6 +31,7 @@ class TrainerConfig:
     num_nodes: Positive = 1
     precision: Annotated[str, Choice("32", "bf16-mixed")] = "32"
     recompute_granularity: Annotated[str, Choice("selective", "full")] | None = None
+    checkpoint_dtype: Annotated[str, Choice("float32", "float16", "bfloat16")] | None = None
     micro_batch_size: Positive = 8
     global_batch_size: Positive = 8
     max_steps: Count = 0

@@ -45,7 +45,9 @@ def load_model(cls: Any, cfg: DictConfig, trainer: Any, source: Source) -> Any:
     return model
 
 
-def save_model(model: Any, source: Source, output: Path, *, tokenizer: Path) -> None:
+def save_model(
+    model: Any, source: Source, output: Path, *, tokenizer: Path, dtype: str | None = None
+) -> None:
     """Write an Aligner model as a NeMo 2 directory; every rank makes this call.
 
     Args:
@@ -53,8 +55,11 @@ def save_model(model: Any, source: Source, output: Path, *, tokenizer: Path) -> 
         source: what it was loaded from; the architecture is the same.
         output: replaced if it exists.
         tokenizer: a Hugging Face directory, with the chat template.
+        dtype: of the weights, in torch's word; None: the source's.
     """
     from megatron.core import dist_checkpointing
+
+    from nemo_minitron.nemo.saved_dtype import cast
 
     temporary = output.with_name(f".{output.name}.tmp")
     if recipe.rank() == 0:
@@ -66,6 +71,7 @@ def save_model(model: Any, source: Source, output: Path, *, tokenizer: Path) -> 
     parallel.barrier()
     (module,) = model.get_model_module_list()
     weights = module.sharded_state_dict(prefix="module.")
+    cast(weights, dtype or source.dtype)
     dist_checkpointing.save({**common, **weights}, str(temporary / "weights"))
     parallel.barrier()
     if recipe.rank() == 0:

@@ -120,7 +120,13 @@ def run_log(directory: Path, done: dict[str, Any] | None) -> runs.RunLog:
 def save_result(model: Any, prepared: checks.Prepared, directory: Path) -> None:
     """Leave a trained model as RUN/checkpoint; every rank makes this call."""
     lora.merge(model)
-    save_model(model, prepared.student, directory / CHECKPOINT, tokenizer=prepared.tokenizer)
+    save_model(
+        model,
+        prepared.student,
+        directory / CHECKPOINT,
+        tokenizer=prepared.tokenizer,
+        dtype=prepared.trainer.checkpoint_dtype,
+    )
 
 
 def lm_losses(r: Any, prepared: checks.Prepared, directory: Path) -> dict[str, float]:

@@ -102,9 +102,7 @@ def run(r: DistillRecipe, prepared: Prepared, directory: Path, *, who: str = "st
     """
     before = None if r.distill.from_scratch else _lm_loss(r, prepared, prepared.student, f"{who} before").nats
     trained = _train(r, prepared, directory)
-    after = _lm_loss(r, prepared, find_source(directory / CHECKPOINT), f"{who} after")
-    if not math.isfinite(after.nats):
-        raise FloatingPointError(f"step {r.distill.max_steps - 1}: after it the LM loss is {after.nats}")
+    after = _finish(r, prepared, directory, f"{who} after")
     d, t = r.distill, prepared.trainer
     return {
         "recipe": "distill",
@@ -152,6 +150,26 @@ def _lm_loss(r: DistillRecipe, prepared: Prepared, source: Source, label: str) -
 
     session = Session(source, r.trainer, seq_length=source.seq_length)
     return session.lm_loss(prepared.data, r.data, "valid", r.eval.samples, label)
+
+
+def _finish(r: DistillRecipe, prepared: Prepared, directory: Path, label: str) -> Any:
+    """The held-out loss of the student as it is then saved.
+
+    Raises:
+        FloatingPointError: it is not finite; nothing is saved.
+    """
+    from nemo_minitron.nemo import training
+    from nemo_minitron.nemo.session import Session
+
+    last = find_source(training.last_checkpoint(directory), "student")
+    dtype = r.trainer.checkpoint_dtype or prepared.student.dtype
+    session = Session(last, r.trainer, seq_length=last.seq_length)
+    session.round(dtype)
+    after = session.lm_loss(prepared.data, r.data, "valid", r.eval.samples, label)
+    if not math.isfinite(after.nats):
+        raise FloatingPointError(f"step {r.distill.max_steps - 1}: after it the LM loss is {after.nats}")
+    training.finish(session, directory, dtype)
+    return after
 
 
 def _train(r: DistillRecipe, prepared: Prepared, directory: Path) -> dict[str, Any]:

@@ -136,11 +136,15 @@ def _importer(source: "Source", dtype: str, assets: Path) -> Any:
         def apply(self, output: Path) -> Path:
             from nemo.lightning import teardown
 
+            from nemo_minitron.nemo.saved_dtype import saving_in
+
             theirs, model = load_huggingface(source, dtype), self.init()
             trainer = self.nemo_setup(model)
             with fused_names(model.module), untied(model.module):
                 self.convert_state(theirs, model)
-            self.nemo_save(output, trainer)
+            # float16 is converted and computed in float32, which holds it exactly, and need not lie so on the disk.
+            with saving_in(trainer, model, source.dtype, lossless=True):
+                self.nemo_save(output, trainer)
             teardown(trainer, model)
             return output
 
@@ -262,6 +266,7 @@ def export_checkpoint(source: "Source", output: Path) -> Path:
     Raises:
         InputError: a model that NeMo has no exporter for.
     """
+    import torch
     from nemo.collections.llm.gpt.model.base import torch_dtype_from_mcore_config
 
     from nemo_minitron.layout import TrainerConfig
@@ -285,6 +290,7 @@ def export_checkpoint(source: "Source", output: Path) -> Path:
             with fused_names(model.module), untied(model.module):
                 theirs = self.convert_state(model, theirs)
             theirs.tie_weights()  # where the config says so; the copies are equal
+            theirs.to(getattr(torch, source.dtype))
             theirs.save_pretrained(output)
             tokenizer.tokenizer.save_pretrained(output)
             return output

@@ -79,8 +79,9 @@ def run(recipe: PretrainRecipe, prepared: Prepared, directory: Path) -> dict[str
     from nemo_minitron.nemo.checkpoints import find_source
     from nemo_minitron.nemo.huggingface import export_checkpoint
 
-    source = find_source(_train(recipe, prepared, directory))
-    result = _measure(recipe, prepared, source)
+    last = find_source(_train(recipe, prepared, directory))
+    result = _measure(recipe, prepared, last, directory)
+    source = find_source(directory / CHECKPOINT)
     result["checkpoint"] = str((directory / CHECKPOINT).resolve())
     if recipe.export_dir:
         export = Path(recipe.export_dir)
@@ -113,12 +114,16 @@ def _train(recipe: PretrainRecipe, prepared: Prepared, directory: Path) -> Path:
     )
 
 
-def _measure(recipe: PretrainRecipe, prepared: Prepared, source: Any) -> dict[str, Any]:
+def _measure(recipe: PretrainRecipe, prepared: Prepared, last: Any, directory: Path) -> dict[str, Any]:
     """Loss on the held-out split beside what knows nothing (unigrams) and what knows no language (xz)."""
+    from nemo_minitron.nemo import training
     from nemo_minitron.nemo.session import Session
 
     data, t, d = prepared.data, recipe.trainer, recipe.data
-    loss = Session(source, t).lm_loss(data, d, "valid", recipe.eval.samples, "held-out loss")
+    session, dtype = Session(last, t), t.checkpoint_dtype or last.dtype
+    session.round(dtype)
+    loss = session.lm_loss(data, d, "valid", recipe.eval.samples, "held-out loss")
+    training.finish(session, directory, dtype)
     valid_tokens, valid_bytes = data.indexed.tokens["valid"], data.indexed.bytes["valid"]
     xz = compression_bits_per_byte(open_corpus(d))
     return {

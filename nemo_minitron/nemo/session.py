@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from nemo_minitron import recipe
 from nemo_minitron.arch import Architecture
 from nemo_minitron.config import DataConfig
@@ -18,6 +20,7 @@ from nemo_minitron.evaluation.multiple_choice import Task, accuracy_and_margin, 
 from nemo_minitron.layout import TrainerConfig
 from nemo_minitron.nemo import models, trainer
 from nemo_minitron.nemo.checkpoints import Source, weights_may_only_be_tensors
+from nemo_minitron.nemo.saved_dtype import saving_in
 from nemo_minitron.nemo.true_rows import cut_padding
 
 from nemo.collections.llm.inference.base import _setup_trainer_and_restore_model  # isort: skip
@@ -87,14 +90,25 @@ class Session:
         """One pass over a split in Megatron's shuffled, packed order."""
         return packed(data, d, split)
 
-    def save(self, directory: Path) -> None:
-        """Write a NeMo 2 checkpoint (weights and context), as NeMo's own connectors do; every rank makes this call."""
-        self.trainer.save_checkpoint(directory, weights_only=True)
-        if recipe.rank() == 0:
-            TrainerContext.from_trainer(self.trainer).io_dump(
-                ckpt_to_context_subdir(directory), yaml_attrs=["model"]
-            )
-            cut_padding(directory / "weights", self.architecture.vocab_size)
+    def round(self, dtype: str) -> None:
+        """Round the weights to what a checkpoint of this dtype (in torch's word) will hold; they keep their own."""
+        with torch.no_grad():
+            for parameter in self.model.parameters():
+                parameter.copy_(parameter.to(getattr(torch, dtype)))
+
+    def save(self, directory: Path, dtype: str | None = None) -> None:
+        """Write a NeMo 2 checkpoint (weights and context), as NeMo's own connectors do; every rank makes this call.
+
+        Args:
+            dtype: of the weights, in torch's word; None: that of the layout's `checkpoint_dtype`, else the source's.
+        """
+        with saving_in(self.trainer, self.model, dtype or self.layout.checkpoint_dtype or self.source.dtype):
+            self.trainer.save_checkpoint(directory, weights_only=True)
+            if recipe.rank() == 0:
+                TrainerContext.from_trainer(self.trainer).io_dump(
+                    ckpt_to_context_subdir(directory), yaml_attrs=["model"]
+                )
+                cut_padding(directory / "weights", self.architecture.vocab_size)
         self.trainer.strategy.barrier("saved")
 
 

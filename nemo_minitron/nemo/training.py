@@ -66,6 +66,27 @@ def _name_last(directory: Path, vocab_size: int) -> Path:
     return last
 
 
+def finish(session: Any, directory: Path, dtype: str) -> None:
+    """Leave what a training ends with, weights alone, as RUN/checkpoint; every rank makes this call.
+
+    The state that a resumed run needs (masters, optimizer) stays in RUN/nemo/checkpoints.
+
+    Args:
+        session: the last checkpoint, opened and rounded to the dtype.
+        directory: the run's.
+        dtype: of the weights, in torch's word.
+    """
+    final, link = directory / "nemo" / "final", directory / CHECKPOINT
+    temporary = recipe.fresh(final.with_name(".final.tmp"))
+    session.save(temporary, dtype)
+    if recipe.rank() == 0:
+        recipe.fresh(final)
+        os.replace(temporary, final)
+        recipe.fresh(link)
+        link.symlink_to(os.path.relpath(final, directory), target_is_directory=True)
+    parallel.barrier()
+
+
 def _train(model: Any, data: Any, trainer: Any, log: Any, resume: Any) -> None:
     """What `nemo.collections.llm.train` does with these arguments, of `nemo.lightning` alone: its module imports
     ModelOpt and a dozen more, 4 s on each rank. A checkpoint with ModelOpt's state is left to NeMo's."""

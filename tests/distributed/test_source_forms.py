@@ -91,6 +91,14 @@ FORMS: dict[str, tuple[Any, torch.dtype, str]] = {
 }
 
 
+def dtypes_of(checkpoint: Path) -> dict[str, str]:
+    """Of the weights of a NeMo 2 directory, by torch's own table of contents."""
+    from torch.distributed.checkpoint import FileSystemReader
+
+    contents = FileSystemReader(str(checkpoint / "weights")).read_metadata().state_dict_metadata
+    return {n: str(e.properties.dtype).split(".")[1] for n, e in contents.items() if hasattr(e, "size")}
+
+
 @dataclass(frozen=True)
 class Forms:
     """transformers' model, its tokens [n, s], and by name the directory and what came of it."""
@@ -143,17 +151,46 @@ def test_the_same_model(forms: Forms, name: str) -> None:
     torch.testing.assert_close(logits, forms.expected(rounding), rtol=1e-4, atol=1e-4)
     assert forms.sources[name].architecture == forms.sources["version 4"].architecture
     assert find_source(nemo).architecture == forms.sources["version 4"].architecture
-    assert forms.sources[name].dtype == dtype
+    assert forms.sources[name].dtype == find_source(nemo).dtype == dtype
+    assert set(dtypes_of(Path(nemo)).values()) == {dtype}
 
 
 def test_norms_that_are_wider_than_the_rest_stay_so(forms: Forms) -> None:
-    """Converted in float32, so that nothing is lost; the dtype that a student gets is still bfloat16."""
+    """Nothing is lost in the conversion; the dtype that a student gets is that of most weights."""
     nemo, logits = forms.found["mixed"]
     weights = {n: w if "norm" in n else w.bfloat16().float() for n, w in forms.model.named_parameters()}
     with torch.no_grad():
         expected = torch.func.functional_call(forms.model, weights, (forms.tokens,)).logits
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
-    assert (find_source(nemo).dtype, forms.sources["mixed"].dtype) == ("float32", "bfloat16")
+    assert find_source(nemo).dtype == forms.sources["mixed"].dtype == "bfloat16"
+    for weight, dtype in dtypes_of(Path(nemo)).items():
+        assert dtype == ("float32" if "norm" in weight else "bfloat16")
+
+
+def test_a_student_has_its_source_s_dtype_or_the_one_asked_for(
+    run_on_ranks: Any, forms: Forms, tmp_path: Path
+) -> None:
+    """Pruned in float32 on two ranks, saved and exported as float16: the weights are those of the source to the bit."""
+    from nemo_minitron.pruning import make_plan, resolve_target
+
+    source = forms.found["float16, output layer only"][0]
+    arch = find_source(source).architecture
+    target = resolve_target(arch, {"ffn_hidden_size": 20})
+    plan = make_plan(arch, target, importance="random", seed=3, source_sha256="")
+    student, other, sizes = tmp_path / "student", tmp_path / "other", {"tensor_model_parallel_size": 2}
+    run_on_ranks(2, sessions.pruned, source, str(student), plan, sizes, timeout=PATIENCE_S)
+    assert set(dtypes_of(student).values()) == {"float16"}
+    asked = {**sizes, "checkpoint_dtype": "bfloat16"}
+    run_on_ranks(2, sessions.saved_again, str(student), str(other), asked, timeout=PATIENCE_S)
+    assert set(dtypes_of(other).values()) == {"bfloat16"}
+    run_on_ranks(1, sessions.exported, str(student), str(tmp_path / "hf"), timeout=PATIENCE_S)
+    written = load_file(tmp_path / "hf" / "model.safetensors")
+    assert {w.dtype for w in written.values()} == {torch.float16}
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["torch_dtype"] == "float16"
+    name = "model.layers.1.mlp.up_proj.weight"
+    kept = plan.kept.ffn_hidden_size
+    assert kept is not None
+    assert torch.equal(written[name], forms.model.get_parameter(name)[kept[1]].half())
 
 
 def test_two_weights_that_should_be_one(forms: Forms) -> None:

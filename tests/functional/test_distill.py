@@ -95,15 +95,24 @@ def test_the_teacher_s_own_loss_is_told_first(distilled: Run, teacher: Teacher) 
 
 
 def test_nothing_of_the_teacher_is_in_the_student(distilled: Run, pruned: Pruned) -> None:
-    from torch.distributed.checkpoint import FileSystemReader
-
-    contents = FileSystemReader(str(distilled.run_dir / "checkpoint" / "weights")).read_metadata()
-    sizes = {
-        name: math.prod(e.size) for name, e in contents.state_dict_metadata.items() if hasattr(e, "size")
-    }
+    (state,) = (distilled.run_dir / "nemo" / "checkpoints").glob("*-last")
+    sizes = sizes_of(state)
     weights = {name: size for name, size in sizes.items() if not name.startswith("optimizer.")}
     moments = {name: size for name, size in sizes.items() if name.startswith("optimizer.state.exp_avg.")}
     assert sum(weights.values()) == sum(moments.values()) == pruned.result["params_after"]
+
+
+def test_the_checkpoint_is_the_weights_alone(distilled: Run, pruned: Pruned) -> None:
+    """The optimizer stays with the state that a resumed run needs."""
+    assert sum(sizes_of(distilled.run_dir / "checkpoint").values()) == pruned.result["params_after"]
+
+
+def sizes_of(checkpoint: Path) -> dict[str, int]:
+    """Elements by name, by torch's own table of contents."""
+    from torch.distributed.checkpoint import FileSystemReader
+
+    contents = FileSystemReader(str(checkpoint / "weights")).read_metadata().state_dict_metadata
+    return {name: math.prod(e.size) for name, e in contents.items() if hasattr(e, "size")}
 
 
 def nats(student: Any, teacher: Any, batch: dict[str, torch.Tensor]) -> tuple[float, float]:
