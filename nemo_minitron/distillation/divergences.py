@@ -128,7 +128,8 @@ class ReverseKL(_StudentWeighted):
 class JensenShannon(_StudentWeighted):
     """beta KL(p || m) + (1 - beta) KL(q || m); g = (1 - beta) log(q / m).
 
-    With d = log q - log p: log(m / p) = log(beta + (1 - beta) e^d), which is exact where p = q.
+    With d = log q - log p: log(m / p) = log(beta + (1 - beta) e^d), which is exact where p = q, and log(m / q) =
+    log(1 - beta + beta e^-d); their difference is d, but d - log(m / p) is noise where d is large.
     """
 
     def steps(self) -> Steps:
@@ -142,7 +143,9 @@ class JensenShannon(_StudentWeighted):
         log_m_p = torch.add(d, math.log1p(-beta), out=self._scratch.take(1, len(d)))
         torch.logaddexp(log_m_p, log_m_p.new_tensor(math.log(beta)), out=log_m_p)
         teacher_part = teacher.exp_().mul_(log_m_p).sum(1) / -z_teacher
-        torch.sub(d, log_m_p, out=teacher)
+        log_m_q = torch.sub(math.log(beta), d, out=d)
+        torch.logaddexp(log_m_q, log_m_q.new_tensor(math.log1p(-beta)), out=log_m_q)
+        torch.neg(log_m_q, out=teacher)
         student.exp_()
         student_part = torch.mul(student, teacher, out=work).sum(1) / z_student
         kl_teacher, kl_student = yield "sum", torch.stack((teacher_part, student_part))

@@ -12,6 +12,7 @@ from torch import Tensor
 from nemo_minitron import parallel
 from nemo_minitron.distillation.losses import LossSums, check_top_k, poison
 from nemo_minitron.distillation.settings import LossSettings
+from nemo_minitron.distillation.top_k import NEVER
 from nemo_minitron.distillation.vocabulary import VocabShard, vocab_shard
 from nemo_minitron.errors import InputError
 
@@ -86,49 +87,59 @@ def _divergence(student: _Side, teacher: _Side, settings: LossSettings, shard: V
     t = settings.temperature
     if settings.top_k is None:
         sides = (student.logits - student.peak) / t, (teacher.logits - teacher.peak) / t
-        loss = _of_parts(*sides, settings, reduce=True)
+        loss = _of_centred(*sides, settings)
     else:
-        loss = _of_parts(*_outcomes(student, teacher, settings, shard), settings, reduce=False)
+        sides = _outcomes(student.logits, teacher.logits, settings, shard)
+        loss = _of_log_probabilities(*(side.log_softmax(-1) for side in sides), settings).sum(-1)
     return loss * t**2
 
 
-def _of_parts(student: Tensor, teacher: Tensor, settings: LossSettings, reduce: bool) -> Tensor:
-    """From unnormalised log-probabilities [s, b, any], over all ranks' where `reduce`."""
-    total = _sum if reduce else lambda t: t.sum(-1)
-    log_z_student, log_z_teacher = total(student.exp()).log(), total(teacher.exp()).log()
+def _of_centred(student: Tensor, teacher: Tensor, settings: LossSettings) -> Tensor:
+    """[s, b] from logits / T of this rank's columns, of which all ranks' largest is 0."""
+    log_z_student, log_z_teacher = _sum(student.exp()).log(), _sum(teacher.exp()).log()
     if settings.divergence == "forward_kl":
-        cross = total(teacher.exp() * (teacher - student))
+        cross = _sum(teacher.exp() * (teacher - student))
         return cross / log_z_teacher.exp() - log_z_teacher + log_z_student
     if settings.divergence == "reverse_kl":
-        cross = total(student.exp() * (student - teacher))
+        cross = _sum(student.exp() * (student - teacher))
         return cross / log_z_student.exp() - log_z_student + log_z_teacher
-    if reduce:
-        log_z_student = parallel.copy_tp(log_z_student)
+    log_z_student = parallel.copy_tp(log_z_student)
     log_q, log_p = student - log_z_student[..., None], teacher - log_z_teacher[..., None]
+    return _sum(_of_log_probabilities(log_q, log_p, settings))
+
+
+def _of_log_probabilities(log_q: Tensor, log_p: Tensor, settings: LossSettings) -> Tensor:
+    """Each outcome's part of the divergence."""
+    if settings.divergence == "forward_kl":
+        return log_p.exp() * (log_p - log_q)
+    if settings.divergence == "reverse_kl":
+        return log_q.exp() * (log_q - log_p)
     beta = settings.beta
     log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
-    return total(beta * log_p.exp() * (log_p - log_m) + (1 - beta) * log_q.exp() * (log_q - log_m))
+    return beta * log_p.exp() * (log_p - log_m) + (1 - beta) * log_q.exp() * (log_q - log_m)
 
 
-def _outcomes(
-    student: _Side, teacher: _Side, settings: LossSettings, shard: VocabShard
-) -> tuple[Tensor, Tensor]:
-    """Unnormalised log-probabilities [s, b, k (+ 1)] of the teacher's k best tokens (and of all others)."""
+def _outcomes(student: Tensor, teacher: Tensor, settings: LossSettings, shard: VocabShard) -> list[Tensor]:
+    """Student's and teacher's logits / T [s, b, k (+ 1)] of the teacher's k best tokens (and of all others)."""
     assert settings.top_k is not None
-    columns, mine = _best(teacher.logits, settings.top_k, shard)
+    columns, mine = _best(teacher, settings.top_k, shard)
     found = []
-    for side in (student, teacher):
-        centred = (side.logits - side.peak) / settings.temperature
-        padded = torch.nn.functional.pad(
-            centred, (0, 1)
-        )  # a column to look at where another rank has the token
+    for logits in (student, teacher):
+        # A column to look at where another rank has the token.
+        padded = torch.nn.functional.pad(logits, (0, 1))
         picked = parallel.sum_tp(torch.where(mine, padded.gather(-1, columns), 0))
+        # By the largest of the outcomes, not of all logits: the k may lie so far below it that nothing of them is left.
+        # Before the division by T, which would round what is large.
+        peak = picked.detach().amax(-1, keepdim=True)
         if settings.tail:
-            others = centred.exp() * _not_at(columns, centred)
-            rest = _sum(others).clamp(min=torch.finfo(others.dtype).tiny).log()
-            picked = torch.cat((picked, rest[..., None]), dim=-1)
-        found.append(picked)
-    return found[0], found[1]
+            rest = logits.masked_fill(_is_at(columns, logits), NEVER)
+            rest_peak = _peak(rest)
+            peak = torch.maximum(peak, rest_peak)
+            log_sum = _sum(((rest - rest_peak) / settings.temperature).exp()).log()[..., None]
+            tail = (rest_peak - peak) / settings.temperature + log_sum
+        outcomes = (picked - peak) / settings.temperature
+        found.append(torch.cat((outcomes, tail), dim=-1) if settings.tail else outcomes)
+    return found
 
 
 def _best(teacher: Tensor, k: int, shard: VocabShard) -> tuple[Tensor, Tensor]:
@@ -144,10 +155,10 @@ def _best(teacher: Tensor, k: int, shard: VocabShard) -> tuple[Tensor, Tensor]:
     return beyond.gather(-1, places.where(mine, columns.shape[-1])), mine
 
 
-def _not_at(columns: Tensor, like: Tensor) -> Tensor:
-    """[s, b, v] with 0 at the given columns, 1 elsewhere; a column past the last marks nothing."""
-    keep = like.new_ones(*like.shape[:-1], like.shape[-1] + 1)
-    return keep.scatter_(-1, columns, 0)[..., :-1]
+def _is_at(columns: Tensor, like: Tensor) -> Tensor:
+    """[s, b, v], whether a column is among the given ones; one past the last marks nothing."""
+    marked = torch.zeros(*like.shape[:-1], like.shape[-1] + 1, dtype=torch.bool, device=like.device)
+    return marked.scatter_(-1, columns, True)[..., :-1]
 
 
 def _cross_entropy(student: _Side, labels: Tensor, shard: VocabShard) -> Tensor:

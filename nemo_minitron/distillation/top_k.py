@@ -70,9 +70,22 @@ class TopKDivergence:
             candidates = yield "gather", self._candidates(self.teacher)
             values, picked, indices = _best(candidates, self.settings.top_k or 0)
             self._locate(indices)
-        outcomes = torch.stack((picked, values)) / temperature
+        logits = torch.stack((picked, values))
+        # Before the division by T, which would round what is large.
+        shift, tails = logits.amax(2), None
         if self._tail:
-            tails = yield from self._tails()
+            peaks, sums = yield from self._tails()
+            sides = len(peaks)
+            # A cached tail is that of its values as they are.
+            shift = torch.cat(
+                (torch.maximum(shift[:sides], peaks), shift.new_zeros(2 - sides, shift.shape[1]))
+            )
+            tails = (peaks - shift[:sides]) / temperature + sums.log()
+            if isinstance(self.teacher, TopKRows):
+                assert self.teacher.tail is not None
+                tails = torch.cat((tails, self.teacher.tail.to(tails.dtype).clamp(min=NEVER)[None]))
+        outcomes = (logits - shift[:, :, None]) / temperature
+        if tails is not None:
             outcomes = torch.cat((outcomes, tails[:, :, None]), dim=2)
         self._solve(outcomes)
 
@@ -94,9 +107,9 @@ class TopKDivergence:
         self._mine = (columns >= 0) & (columns < self._shard.columns)
         self._columns = columns.where(self._mine, 0)
 
-    def _tails(self) -> Generator[Request, Tensor, Tensor]:
-        """Log-sum-exp of the other tokens' logits / T [2, n], student and teacher; leaves exp(logits / T - peak) of the
-        student's, 0 at the k tokens, in `student`."""
+    def _tails(self) -> Generator[Request, Tensor, tuple[Tensor, Tensor]]:
+        """The largest of the other tokens' logits and the sum of their exp((logits - largest) / T), each [sides, n]:
+        student's, and teacher's if it is logits; leaves the student's exponentials, 0 at the k tokens, in `student`."""
         temperature, gone = self.settings.temperature, torch.where(self._mine, NEVER, torch.inf)
         sides = [self.student] if isinstance(self.teacher, TopKRows) else [self.student, self.teacher]
         for logits in sides:
@@ -106,11 +119,7 @@ class TopKDivergence:
             logits.sub_(peak[:, None]).mul_(1 / temperature).exp_()
         sums = yield "sum", torch.stack([logits.sum(1) for logits in sides])
         self._z = sums[0]
-        tails = peaks / temperature + sums.log()
-        if isinstance(self.teacher, TopKRows):
-            assert self.teacher.tail is not None
-            tails = torch.cat((tails, self.teacher.tail.to(tails.dtype).clamp(min=NEVER)[None]))
-        return tails
+        return peaks, sums
 
     def _solve(self, outcomes: Tensor) -> None:
         student, teacher = outcomes
