@@ -327,7 +327,9 @@ def main() -> NoReturn:
     parser.add_argument("command", choices=["python", "clean"])
     parser.add_argument("--torch", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--torch-index", default="", help="take torch from this index")
-    parser.add_argument("--extras", default="dev,search,device", help="extras of pyproject.toml, comma-separated")
+    parser.add_argument(
+        "--extras", default="dev,search,device", help="extras of pyproject.toml, comma-separated"
+    )
     options = parser.parse_args()
     try:
         environment = Environment(

@@ -205,7 +205,9 @@ def prepared_tokenizer(a: AlignConfig, student: Source, d: DataConfig) -> Path:
             raise InputError(f"align.chat_template={a.chat_template}: cannot be read ({error})") from None
     with_template(tokenizer, f"align.chat_template={a.chat_template or 'null'}")
     settings = generation.gathered(student.tokenizer)
-    named = f"{tokenizer_sha256(tokenizer)}\n{tokenizer.chat_template}\n{json.dumps(settings, sort_keys=True)}"
+    named = (
+        f"{tokenizer_sha256(tokenizer)}\n{tokenizer.chat_template}\n{json.dumps(settings, sort_keys=True)}"
+    )
     key = hashlib.sha256(named.encode()).hexdigest()[:24]
     final = cache_dir(d, "tokenizers") / f"chat-{key}"
     if not (final / "tokenizer").is_dir():

@@ -61,7 +61,7 @@ class DistributedReader:
         """
         entry = self._entry(key)
         inside = len(begin) == len(size) == len(entry.size) and all(
-            0 <= b and b + s <= n for b, s, n in zip(begin, size, entry.size, strict=True)
+            b >= 0 and b + s <= n for b, s, n in zip(begin, size, entry.size, strict=True)
         )
         if not inside:
             raise InputError(
@@ -91,9 +91,7 @@ class _Into(DefaultLoadPlanner):
     def resolve_tensor(self, read_item: ReadItem) -> Tensor:
         """The part of the target that a stored chunk fills."""
         result = self.target
-        for axis, (begin, length) in enumerate(
-            zip(read_item.dest_offsets, read_item.lengths, strict=True)
-        ):
+        for axis, (begin, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
             result = result.narrow(axis, begin, length)
         return result
 

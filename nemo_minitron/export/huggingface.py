@@ -66,7 +66,9 @@ def dtype_of(name: str, weights: Weights) -> torch.dtype:
         return DTYPES[name]
     stored = weights.reader.dtype(EMBEDDING)
     if stored not in DTYPES.values():
-        raise InputError(f"export.dtype=source: the checkpoint holds {stored}; choose one of {', '.join(DTYPES)}")
+        raise InputError(
+            f"export.dtype=source: the checkpoint holds {stored}; choose one of {', '.join(DTYPES)}"
+        )
     return stored
 
 

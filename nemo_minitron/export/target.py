@@ -21,8 +21,10 @@ def bytes_of(key: str, size: str) -> int:
     text = str(size).strip().upper()
     unit = _UNITS.get(text[-2:], 1)
     number = text[:-2].strip() if unit > 1 else text
-    if not (number.isascii() and number.isdigit() and 0 < int(number[:19]) and len(number) < 16):
-        raise InputError(f"{key}={str(size)[:100]}: must be a number of bytes, or one of {', '.join(_UNITS)} as 5GB")
+    if not (number.isascii() and number.isdigit() and int(number[:19]) > 0 and len(number) < 16):
+        raise InputError(
+            f"{key}={str(size)[:100]}: must be a number of bytes, or one of {', '.join(_UNITS)} as 5GB"
+        )
     return int(number) * unit
 
 

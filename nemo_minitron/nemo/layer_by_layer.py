@@ -63,7 +63,9 @@ def logits(
 def _one_layer(source: Source, vocab_rows: int) -> Any:
     """Megatron's GPTModel of the family with one layer, its weights not yet set."""
     arch = source.architecture.replace(num_layers=1, vocab_size=vocab_rows)
-    model = models.to_model(models.to_config(arch, seq_length=source.seq_length), nemo_tokenizer(source.tokenizer))
+    model = models.to_model(
+        models.to_config(arch, seq_length=source.seq_length), nemo_tokenizer(source.tokenizer)
+    )
     made = trainer.trainer(TrainerConfig(), training=False)
     made.strategy.connect(model)
     model.trainer = made

@@ -26,7 +26,11 @@ class Exported:
 @pytest.fixture(scope="module")
 def exported(commands: Commands, pruned: Pruned) -> Exported:
     directory = commands.home / "exported"
-    settings = ["export.shard_size=100KB", "export.verify_tokens=64", f"run_dir={commands.home / 'export-run'}"]
+    settings = [
+        "export.shard_size=100KB",
+        "export.verify_tokens=64",
+        f"run_dir={commands.home / 'export-run'}",
+    ]
     ended = commands.run("export", f"source={pruned.run_dir}", f"to={directory}", *settings)
     return Exported(directory, ended, ended.result())
 
@@ -67,7 +71,9 @@ def test_the_result_says_how_it_was_checked(exported: Exported, pruned: Pruned) 
 def test_the_tokenizer_and_its_ids_come_along(teacher: Teacher, exported: Exported) -> None:
     from transformers import AutoTokenizer, GenerationConfig
 
-    before, after = (AutoTokenizer.from_pretrained(path) for path in (teacher.huggingface, exported.directory))
+    before, after = (
+        AutoTokenizer.from_pretrained(path) for path in (teacher.huggingface, exported.directory)
+    )
     text = "def f(x):\n    return x  # 12 é"
     assert after.encode(text) == before.encode(text)
     settings = GenerationConfig.from_pretrained(exported.directory)
@@ -75,7 +81,9 @@ def test_the_tokenizer_and_its_ids_come_along(teacher: Teacher, exported: Export
     assert exported.result["stop_token_ids"] == [before.eos_token_id]
 
 
-def test_half_precision_of_a_hugging_face_source(commands: Commands, teacher: Teacher, tmp_path: Path) -> None:
+def test_half_precision_of_a_hugging_face_source(
+    commands: Commands, teacher: Teacher, tmp_path: Path
+) -> None:
     """Ids, sampling and template of the source's author; the template's end marker is a stop token."""
     source, target = tmp_path / "source", tmp_path / "target"
     shutil.copytree(teacher.huggingface, source)
@@ -93,11 +101,15 @@ def test_half_precision_of_a_hugging_face_source(commands: Commands, teacher: Te
     result = commands.run("export", f"source={source}", f"to={target}", *settings).result()
     assert (result["dtype"], result["stop_token_ids"]) == ("bfloat16", [0, 5, 9, 1])
     assert result["verify_max_difference"] < 1e-4 * max(1, result["verify_largest_logit"])
-    generation, config = (json.loads((target / f"{n}.json").read_text()) for n in ("generation_config", "config"))
+    generation, config = (
+        json.loads((target / f"{n}.json").read_text()) for n in ("generation_config", "config")
+    )
     assert (generation["temperature"], generation["do_sample"]) == (0.6, True)
     assert config["eos_token_id"] == generation["eos_token_id"] == [0, 5, 9, 1]
     model, before = loaded(target), loaded(teacher.huggingface)
-    assert model.dtype == torch.bfloat16 or torch.equal(model.lm_head.weight, before.lm_head.weight.bfloat16())
+    assert model.dtype == torch.bfloat16 or torch.equal(
+        model.lm_head.weight, before.lm_head.weight.bfloat16()
+    )
     for name, weight in before.state_dict().items():
         assert torch.equal(model.state_dict()[name].float(), weight.bfloat16().float()), name
 

@@ -6,53 +6,32 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
-from torch import Tensor
 
-from nemo_minitron.arch import Architecture
 from nemo_minitron.errors import InputError
 from nemo_minitron.export import generation
-from nemo_minitron.export.distributed_reader import DistributedReader
 from nemo_minitron.export.safetensors_writer import INDEX, write_shards
 from nemo_minitron.export.target import bytes_of, check_target, under_another_name
 from nemo_minitron.export.tensors import Weights, parts
-
-ARCH = Architecture(
-    num_layers=2,
-    hidden_size=12,
-    ffn_hidden_size=10,
-    num_attention_heads=4,
-    num_query_groups=2,
-    kv_channels=5,
-    vocab_size=21,
-    model_type="llama",
-)
-FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "mistral": {},
-    "qwen2": {"add_qkv_bias": True},
-    "qwen3": {"qk_layernorm": True},
-    "gemma": {"share_embeddings_and_output_weights": True},
-    "nemotron": {"gated_linear_unit": False, "normalization": "LayerNorm"},
-}
+from nemo_minitron.nemo.families import FAMILIES
+from tests.stacked_weights import ARCH, of_family, saved, stacked
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_tensors_are_those_that_transformers_has(family: str) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    arch = ARCH.replace(model_type=family, **FAMILIES[family])
+    arch = of_family(family)
     config = AutoConfig.for_model(
         family,
         num_hidden_layers=2,
-        hidden_size=12,
-        intermediate_size=10,
+        hidden_size=24,
+        intermediate_size=20,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=5,
-        vocab_size=21,
-        tie_word_embeddings=arch.share_embeddings_and_output_weights,
+        head_dim=8,
+        vocab_size=64,
+        tie_word_embeddings=family == "gemma",
     )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -63,63 +42,44 @@ def test_the_tensors_are_those_that_transformers_has(family: str) -> None:
 # ---- a distributed checkpoint --------------------------------------------------------------------------------
 
 
-def saved(directory: Path, tensors: dict[str, Tensor]) -> DistributedReader:
-    dcp.save(tensors, checkpoint_id=directory, no_dist=True)
-    return DistributedReader(directory, dcp.FileSystemReader(directory).read_metadata())
-
-
 def test_a_box_of_a_tensor(tmp_path: Path) -> None:
     whole = torch.arange(4 * 6 * 5, dtype=torch.float32).view(4, 6, 5)
     reader = saved(tmp_path, {"a": whole, "b": whole.bfloat16()})
     assert torch.equal(reader.read("a", (2, 1, 0), (1, 3, 5)), whole[2:3, 1:4])
     assert reader.read("b", (0, 0, 0), (4, 6, 5)).dtype == torch.bfloat16
-    for begin, size in (((4, 0, 0), (1, 6, 5)), ((0, 0), (4, 6)), ((0, 4, 0), (1, 3, 5)), ((-1, 0, 0), (1, 1, 1))):
+    for begin, size in (
+        ((4, 0, 0), (1, 6, 5)),
+        ((0, 0), (4, 6)),
+        ((0, 4, 0), (1, 3, 5)),
+        ((-1, 0, 0), (1, 1, 1)),
+    ):
         with pytest.raises(InputError, match=r"a has shape \[4, 6, 5\]"):
             reader.read("a", begin, size)
     with pytest.raises(InputError, match="the weights lack c"):
         reader.read("c", (0,), (1,))
 
 
-def stacked(arch: Architecture, rows: int) -> dict[str, Tensor]:
-    """Random weights of a Llama under Megatron's names."""
-    torch.manual_seed(5)
-    a, layers = arch, arch.num_layers
-    qkv = a.query_size + 2 * a.key_value_size
-    shapes = {
-        "embedding.word_embeddings.weight": (rows, a.hidden_size),
-        "output_layer.weight": (rows, a.hidden_size),
-        "decoder.final_layernorm.weight": (a.hidden_size,),
-        "decoder.layers.self_attention.linear_qkv.layer_norm_weight": (layers, a.hidden_size),
-        "decoder.layers.self_attention.linear_qkv.weight": (layers, qkv, a.hidden_size),
-        "decoder.layers.self_attention.linear_proj.weight": (layers, a.hidden_size, a.query_size),
-        "decoder.layers.mlp.linear_fc1.layer_norm_weight": (layers, a.hidden_size),
-        "decoder.layers.mlp.linear_fc1.weight": (layers, 2 * a.ffn_hidden_size, a.hidden_size),
-        "decoder.layers.mlp.linear_fc2.weight": (layers, a.hidden_size, a.ffn_hidden_size),
-    }
-    return {f"module.{name}": torch.randn(shape) for name, shape in shapes.items()}
-
-
 def test_fused_rows_are_split_and_padding_is_left_out(tmp_path: Path) -> None:
-    tensors = stacked(ARCH, rows=32)
+    tensors = stacked(ARCH, rows=72)
     weights = Weights(ARCH, saved(tmp_path, tensors))
     weights.check()
     qkv = tensors["module.decoder.layers.self_attention.linear_qkv.weight"][1]
-    # By groups: two query heads, one key, one value, each of 5 channels.
-    heads = [qkv[i * 5 : i * 5 + 5] for i in range(8)]
+    # By groups: two query heads, one key, one value, each of 8 channels.
+    heads = [qkv[i * 8 : i * 8 + 8] for i in range(8)]
     for name, chosen in {"q": (0, 1, 4, 5), "k": (2, 6), "v": (3, 7)}.items():
         found = weights.read(f"model.layers.1.self_attn.{name}_proj.weight")
         assert torch.equal(found, torch.cat([heads[i] for i in chosen]))
     fc1 = tensors["module.decoder.layers.mlp.linear_fc1.weight"][0]
-    assert torch.equal(weights.read("model.layers.0.mlp.gate_proj.weight"), fc1[:10])
-    assert torch.equal(weights.read("model.layers.0.mlp.up_proj.weight"), fc1[10:])
+    assert torch.equal(weights.read("model.layers.0.mlp.gate_proj.weight"), fc1[:20])
+    assert torch.equal(weights.read("model.layers.0.mlp.up_proj.weight"), fc1[20:])
     head = tensors["module.output_layer.weight"]
-    assert torch.equal(weights.read("lm_head.weight"), head[:21])
+    assert torch.equal(weights.read("lm_head.weight"), head[:64])
 
 
-@pytest.mark.parametrize("size", [{"ffn_hidden_size": 9}, {"num_layers": 3}, {"vocab_size": 33}])
+@pytest.mark.parametrize("size", [{"ffn_hidden_size": 19}, {"num_layers": 3}, {"vocab_size": 73}])
 def test_weights_of_another_shape_are_refused(tmp_path: Path, size: dict[str, int]) -> None:
     with pytest.raises(InputError, match="by the configuration it has"):
-        Weights(ARCH.replace(**size), saved(tmp_path, stacked(ARCH, rows=32))).check()
+        Weights(ARCH.replace(**size), saved(tmp_path, stacked(ARCH, rows=72))).check()
 
 
 # ---- safetensors ---------------------------------------------------------------------------------------------
@@ -129,7 +89,9 @@ def test_weights_of_another_shape_are_refused(tmp_path: Path, size: dict[str, in
 @pytest.mark.parametrize("largest", [10**9, 150])
 def test_the_library_reads_what_is_written(tmp_path: Path, dtype: torch.dtype, largest: int) -> None:
     generator = torch.Generator().manual_seed(2)
-    tensors = {f"t{i}": torch.randn(shape, generator=generator) for i, shape in enumerate(((9,), (4, 7), (3, 1, 5)))}
+    tensors = {
+        f"t{i}": torch.randn(shape, generator=generator) for i, shape in enumerate(((9,), (4, 7), (3, 1, 5)))
+    }
     done: list[int] = []
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     files = write_shards(tmp_path, shapes, dtype, largest, tensors.__getitem__, done.append)
@@ -167,7 +129,12 @@ def written(directory: Path, **files: dict[str, Any]) -> Path:
 def test_the_source_s_stop_tokens_and_sampling_are_kept(tmp_path: Path) -> None:
     written(
         tmp_path,
-        generation_config={"eos_token_id": [0, 5, 9], "temperature": 0.6, "top_p": 0.9, "transformers_version": "1"},
+        generation_config={
+            "eos_token_id": [0, 5, 9],
+            "temperature": 0.6,
+            "top_p": 0.9,
+            "transformers_version": "1",
+        },
         config={"eos_token_id": 0, "pad_token_id": 1, "bos_token_id": 4},
     )
     found = generation.gathered(tmp_path)
@@ -191,7 +158,10 @@ def test_the_tokenizer_s_ids_stand_in(tmp_path: Path) -> None:
 
 
 def test_only_plain_settings_are_carried(tmp_path: Path) -> None:
-    written(tmp_path, generation_config={"cache_config": {"a": 1}, "x": ["code"], "do_sample": True, "eos_token_id": 3})
+    written(
+        tmp_path,
+        generation_config={"cache_config": {"a": 1}, "x": ["code"], "do_sample": True, "eos_token_id": 3},
+    )
     assert generation.gathered(tmp_path) == {"do_sample": True, "eos_token_id": 3}
 
 
@@ -246,15 +216,20 @@ def test_a_target_is_free_and_outside_the_source(tmp_path: Path) -> None:
         check_target(tmp_path / "file" / "x", source, size=1, overwrite=False)
 
 
+def _fail_halfway(target: Path) -> None:
+    with under_another_name(target) as place:
+        place.mkdir()
+        (place / "a").write_text("second")
+        raise OSError
+
+
 def test_a_failure_leaves_what_was_there(tmp_path: Path) -> None:
     target = tmp_path / "out"
     with under_another_name(target) as place:
         place.mkdir()
         (place / "a").write_text("first")
-    with pytest.raises(OSError), under_another_name(target) as place:
-        place.mkdir()
-        (place / "a").write_text("second")
-        raise OSError
+    with pytest.raises(OSError):
+        _fail_halfway(target)
     assert (target / "a").read_text() == "first"
     with under_another_name(target) as place:
         place.write_text("a file now")

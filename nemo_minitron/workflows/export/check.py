@@ -44,16 +44,16 @@ def check(r: ExportRecipe) -> Prepared:
     if r.format not in FORMATS:
         raise InputError(f"format={r.format}: must be one of {', '.join(FORMATS)}")
     if r.trainer.ranks > 1:
-        raise InputError(f"{r.trainer.ranks} ranks: export works in one process, whatever layout the source had")
+        raise InputError(
+            f"{r.trainer.ranks} ranks: export works in one process, whatever layout the source had"
+        )
     check_least("export.verify_tokens", r.export.verify_tokens, 2)
     shard_bytes = bytes_of("export.shard_size", r.export.shard_size)
     huggingface.check_dtype(r.export.dtype)
     to = r.to or Path(r.run_dir) / _NAMES[r.format]
     source = find_source(r.source)
     if source.architecture.model_type is None:
-        raise InputError(
-            f"source={r.source}: a plain GPTModel; format={r.format} has {', '.join(FAMILIES)}"
-        )
+        raise InputError(f"source={r.source}: a plain GPTModel; format={r.format} has {', '.join(FAMILIES)}")
     # The bytes of a value are known once the weights are open; the least are checked before a conversion.
     check_target(to, r.source, size=2 * source.architecture.parameters(), overwrite=r.overwrite)
     huggingface.generation_settings(source.tokenizer, source.architecture.vocab_size)
