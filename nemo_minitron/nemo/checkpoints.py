@@ -21,6 +21,8 @@ from typing import Any
 import yaml
 
 from nemo_minitron.arch import Architecture
+from nemo_minitron.checkpoints.gguf import is_gguf, to_huggingface
+from nemo_minitron.config import DataConfig, cache_dir
 from nemo_minitron.errors import InputError
 from nemo_minitron.nemo import families
 
@@ -82,13 +84,18 @@ def _sha256(file: Path) -> str:
 
 
 def find_source(path: str | Path, key: str = "source") -> Source:
-    """Recognise a run directory, a NeMo 2 directory or a Hugging Face directory, and check that it is whole.
+    """Recognise a run directory, a NeMo 2 or Hugging Face directory or a GGUF file, and check that it is whole.
+
+    A GGUF file becomes a Hugging Face directory in the cache first.
 
     Raises:
         InputError: nothing there, no checkpoint, half-written, or a model that is not supported.
     """
     directory = Path(path).expanduser()
     where = f"{key}={path}"
+    if is_gguf(directory):
+        cache = cache_dir(DataConfig(), "gguf")
+        return _huggingface(to_huggingface(directory, cache, where, families.architecture_of), where)
     if not directory.is_dir():
         raise InputError(f"{where}: no such directory")
     if (directory / CHECKPOINT).is_dir():
@@ -100,8 +107,8 @@ def find_source(path: str | Path, key: str = "source") -> Source:
     if (directory / "config.json").is_file():
         return _huggingface(directory, where)
     raise InputError(
-        f"{where}: no checkpoint here; legal are a run directory, a NeMo 2 directory (weights/, context/) and a "
-        "Hugging Face directory (config.json, *.safetensors)"
+        f"{where}: no checkpoint here; legal are a run directory, a NeMo 2 directory (weights/, context/), a "
+        "Hugging Face directory (config.json, *.safetensors) and a GGUF file"
     )
 
 

@@ -1,6 +1,7 @@
 """What is exported, opened by transformers 5 in an environment of its own: the same distributions as transformers 4."""
 
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -12,9 +13,11 @@ import torch
 from nemo_minitron.export import generation, huggingface
 from nemo_minitron.export.tensors import Weights
 from nemo_minitron.nemo.families import FAMILIES, config_of
-from tests.stacked_weights import of_family, saved, stacked, word_tokenizer
+from tests.stacked_weights import of_family, saved, stacked
 
 VERSION = "5.24.0"
+TOKENIZER = Path(__file__).resolve().parents[2] / "assets" / "demo-teacher"
+TEXT = "def f(x1):\n    return 12345  # don't é\n\n"
 # Told the directory, it says what was warned of, and writes the logits of tokens.pt.
 SCRIPT = """
 import sys, warnings, logging, torch, transformers
@@ -25,7 +28,8 @@ for directory in sys.argv[1:]:
     tokens = torch.load(directory + "/tokens.pt", weights_only=True)
     with torch.no_grad():
         torch.save(model.eval()(tokens).logits.float(), directory + "/logits.pt")
-    assert AutoTokenizer.from_pretrained(directory)("w3 w5")["input_ids"] == [3, 5]
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    assert tokenizer(TEXT, add_special_tokens=False)["input_ids"] == EXPECTED, type(tokenizer)
     assert GenerationConfig.from_pretrained(directory).eos_token_id == [0, 5]
     print(transformers.__version__, str(model.dtype))
 """
@@ -47,10 +51,13 @@ def newest(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def exported(directory: Path, name: str) -> Path:
     """A random model of a family, written as recipes/export.py writes it."""
-    arch = of_family(name)
+    arch = of_family(name, vocab_size=1024)
     if name == "llama":
         arch = arch.replace(rope_scaling_factor=32.0, rotary_base=500000.0, rope_original_context=16)
-    tokenizer = word_tokenizer(directory / "tokenizer", arch.vocab_size)
+    tokenizer = directory / "tokenizer"
+    tokenizer.mkdir(parents=True)
+    for file in TOKENIZER.glob("*token*.json"):
+        shutil.copy(file, tokenizer)
     generation.write({"eos_token_id": [0, 5]}, tokenizer)
     weights = Weights(arch, saved(directory / "weights", stacked(arch)))
     dtype = torch.bfloat16 if name == "mistral" else torch.float32
@@ -62,12 +69,14 @@ def exported(directory: Path, name: str) -> Path:
 
 @pytest.mark.slow
 def test_every_family(newest: Path, tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     directories = {name: exported(tmp_path / name, name) for name in FAMILIES}
-    tokens = torch.randint(64, (2, 32), generator=torch.Generator().manual_seed(4))
+    tokens = torch.randint(1024, (2, 32), generator=torch.Generator().manual_seed(4))
     for directory in directories.values():
         torch.save(tokens, directory / "tokens.pt")
+    expected_ids = AutoTokenizer.from_pretrained(TOKENIZER)(TEXT, add_special_tokens=False)["input_ids"]
+    script = f"TEXT, EXPECTED = {TEXT!r}, {expected_ids}\n{SCRIPT}"
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         [newest, "-c", SCRIPT, *directories.values()],
