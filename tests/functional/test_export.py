@@ -168,4 +168,4 @@ def test_refused(commands: Commands, teacher: Teacher, pruned: Pruned) -> None:
         for part in cases[name][1]:
             assert part in lines[-1], (name, lines)
     assert not (home / "bad-export" / "to").exists()
-    assert not (home / "bad-export" / "run").exists()
+    assert not (home / "bad-export" / "run" / "result.json").exists()

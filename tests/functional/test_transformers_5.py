@@ -79,7 +79,7 @@ def test_every_family(newest: Path, tmp_path: Path) -> None:
     script = f"TEXT, EXPECTED = {TEXT!r}, {expected_ids}\n{SCRIPT}"
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [newest, "-c", SCRIPT, *directories.values()],
+        [newest, "-c", script, *directories.values()],
         capture_output=True,
         text=True,
         env=environment,
