@@ -1,6 +1,7 @@
 """The architecture of a GPT as data: sizes, legality, parameter and FLOP counts. Imports nothing heavy."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +9,12 @@ from typing import Any
 from nemo_minitron.errors import InputError
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "squared_relu")
+# What is more is a mistake: a 32-bit index reaches no further.
+LARGEST_SIZE = 2**31 - 1
+_POSITIVE = (
+    *("layernorm_epsilon", "rotary_base", "rotary_percent", "rope_scaling_factor", "rope_low_freq_factor"),
+    *("rope_high_freq_factor", "rope_original_context"),
+)
 WIDTH_AXES = ("hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
 
 
@@ -52,8 +59,15 @@ class Architecture:
     def __post_init__(self) -> None:
         for name in ("num_layers", *WIDTH_AXES, "kv_channels", "vocab_size"):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise InputError(f"{name}={value!r}: must be a positive integer")
+            if type(value) is not int or not 1 <= value <= LARGEST_SIZE:
+                raise InputError(f"{name}={value!r:.60}: must be a positive integer")
+        for name in _POSITIVE:
+            value = getattr(self, name)
+            if value is not None and (type(value) not in (int, float) or not 0 < value < math.inf):
+                raise InputError(f"{name}={value!r:.60}: must be a positive, finite number")
+        for field in dataclasses.fields(self):
+            if field.type is bool and not isinstance(getattr(self, field.name), bool):
+                raise InputError(f"{field.name}={getattr(self, field.name)!r}: must be true or false")
         if self.num_attention_heads % self.num_query_groups:
             raise InputError(
                 f"num_attention_heads={self.num_attention_heads} is not divisible by "

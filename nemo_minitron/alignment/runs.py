@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_minitron.alignment.model_config import model_config, run_config
 from nemo_minitron.alignment.settings import AlignConfig
+from nemo_minitron.data.tokenizer import as_version_4
 from nemo_minitron.layout import TrainerConfig
 from nemo_minitron.nemo.checkpoints import Source
 
@@ -48,7 +49,7 @@ def aligner_config(
             "trainer": _trainer(t, a, key, max_epochs, cuda=cuda),
             "exp_manager": _exp_manager(directory, save_nemo=a.save_nemo),
             "model": {
-                **model_config(source.architecture, seq_length, tokenizer),
+                **model_config(source.architecture, seq_length, str(as_version_4(tokenizer))),
                 **run_config(t, cuda=cuda),
                 "seed": seed,
                 "answer_only_loss": True,

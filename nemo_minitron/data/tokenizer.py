@@ -1,12 +1,17 @@
 """Tokenizers: train a byte-level BPE, load one in Hugging Face format, and name one by its content."""
 
+import atexit
+import functools
 import hashlib
 import json
+import shutil
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.errors import InputError
+from nemo_minitron.untrusted_files import check_no_pointer, check_regular, read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -81,18 +86,18 @@ def load_tokenizer(path_or_id: str | Path) -> "PreTrainedTokenizerBase":
     Raises:
         InputError: it cannot be loaded, or it has no end-of-text token to end documents with.
     """
-    from transformers import AutoTokenizer
-
     name = str(path_or_id)
     is_directory = Path(name).is_dir()
     if not is_directory and (isinstance(path_or_id, Path) or name.startswith(("/", ".", "~"))):
         raise InputError(
             f"data.tokenizer={name}: no such directory; give a tokenizer's directory or a hub id"
         )
+    if is_directory:
+        _check_files(Path(name), f"data.tokenizer={name}")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            name, local_files_only=is_directory, trust_remote_code=False
-        )
+        tokenizer = _load(name, is_directory)
+    except InputError:
+        raise
     except Exception as error:  # `tokenizers` raises no narrower one for a broken file
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(f"data.tokenizer={name}: cannot be loaded ({reason[:200]})") from error
@@ -101,6 +106,60 @@ def load_tokenizer(path_or_id: str | Path) -> "PreTrainedTokenizerBase":
             f"data.tokenizer={name}: has no end-of-text token (eos_token), which ends each document"
         )
     return tokenizer
+
+
+def _check_files(directory: Path, where: str) -> None:
+    check_regular(directory, where)
+    for name in ("tokenizer.json", "tokenizer.model"):
+        if (directory / name).is_file():
+            check_no_pointer(directory / name, where)
+
+
+def _load(name: str, is_directory: bool) -> Any:
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    if not is_directory:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    if (changes := _changes_of_version_5(Path(name))) is None:
+        return AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False)
+    return PreTrainedTokenizerFast.from_pretrained(name, local_files_only=True, **changes)
+
+
+def _changes_of_version_5(directory: Path) -> dict[str, Any] | None:
+    """What to tell PreTrainedTokenizerFast of a tokenizer that transformers 5 saved; None where AutoTokenizer knows it.
+
+    transformers 5 has one class for all that a tokenizer.json says, TokenizersBackend, and keeps in the list
+    `extra_special_tokens` what was `additional_special_tokens`.
+    """
+    import transformers
+
+    if not (directory / "tokenizer_config.json").is_file() or not (directory / "tokenizer.json").is_file():
+        return None
+    config = read_json(directory / "tokenizer_config.json", f"data.tokenizer={directory}")
+    kind, extra = config.get("tokenizer_class"), config.get("extra_special_tokens")
+    unknown = isinstance(kind, str) and not (
+        hasattr(transformers, kind) or hasattr(transformers, f"{kind}Fast")
+    )
+    if "auto_map" in config or not (unknown or isinstance(extra, list)):
+        return None
+    if not isinstance(extra, list):
+        return {}
+    return {"extra_special_tokens": {}, "additional_special_tokens": extra}
+
+
+@functools.cache
+def as_version_4(directory: str | Path) -> Path:
+    """The tokenizer's directory in the form that AutoTokenizer of this transformers reads; NeMo takes no other.
+
+    Returns:
+        The directory itself, or a copy that lives as long as this process.
+    """
+    if not Path(directory).is_dir() or _changes_of_version_5(Path(directory)) is None:
+        return Path(directory)
+    copy = tempfile.mkdtemp(prefix="nemo_minitron-tokenizer-")
+    atexit.register(shutil.rmtree, copy, ignore_errors=True)
+    load_tokenizer(directory).save_pretrained(copy)
+    return Path(copy)
 
 
 def tokenizer_sha256(tokenizer: "PreTrainedTokenizerBase") -> str:

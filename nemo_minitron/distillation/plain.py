@@ -89,8 +89,8 @@ def _divergence(student: _Side, teacher: _Side, settings: LossSettings, shard: V
         sides = (student.logits - student.peak) / t, (teacher.logits - teacher.peak) / t
         loss = _of_centred(*sides, settings)
     else:
-        sides = _outcomes(student.logits, teacher.logits, settings, shard)
-        loss = _of_log_probabilities(*(side.log_softmax(-1) for side in sides), settings).sum(-1)
+        log_q, log_p = (x.log_softmax(-1) for x in _outcomes(student.logits, teacher.logits, settings, shard))
+        loss = _of_log_probabilities(log_q, log_p, settings).sum(-1)
     return loss * t**2
 
 

@@ -7,11 +7,14 @@ may name (`weights_may_only_be_tensors`).
 
 import dataclasses
 import enum
+import functools
 import hashlib
-import json
+import math
 import os
 import pickle
+import sys
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +27,11 @@ from nemo_minitron.arch import Architecture
 from nemo_minitron.checkpoints.gguf import is_gguf, to_huggingface
 from nemo_minitron.config import DataConfig, cache_dir
 from nemo_minitron.errors import InputError
-from nemo_minitron.nemo import families
+from nemo_minitron.nemo import families, foreign
+from nemo_minitron.nemo.config_keys import check_keys
+from nemo_minitron.nemo.config_values import short
+from nemo_minitron.nemo.weight_files import check_tensors, dtype_of, read_headers
+from nemo_minitron.untrusted_files import check_regular, file_sha256, read_json
 
 CHECKPOINT = "checkpoint"
 _ACTIVATIONS = {
@@ -35,6 +42,18 @@ _ACTIVATIONS = {
     "nemo.collections.llm.fn.activation.squared_relu": "squared_relu",
     "nemo.collections.llm.fn.activation.openai_gelu": "gelu_tanh",
 }
+# What a NeMo config may ask of Megatron-core's model and `models.to_config` does not pass on.
+_NOT_BUILT = (
+    *("seq_len_interpolation_factor", "rotary_interleaved", "multi_latent_attention", "mtp_num_layers"),
+    *(
+        "attn_logit_softcapping",
+        "final_logit_softcapping",
+        "softmax_scale",
+        "no_rope_freq",
+        "attention_output_gate",
+    ),
+    *("apply_residual_connection_post_layernorm", "is_hybrid_model"),
+)
 _EMBEDDING = "module.embedding.word_embeddings.weight"
 # What the table of contents of a distributed checkpoint names: dataclasses and enums of these packages, and
 _PICKLED_CLASSES_OF = ("torch.distributed.checkpoint.", "megatron.core.dist_checkpointing.")
@@ -54,6 +73,7 @@ class Source:
     """A checkpoint as found on disk.
 
     `kind`: "huggingface" or "nemo". `seq_length`: the context it was made for, in tokens. `tokenizer`: a directory.
+    `dtype`: that of most of the weights on disk, in torch's word. `files`: a Hugging Face directory's weight files.
     """
 
     path: Path
@@ -61,26 +81,19 @@ class Source:
     architecture: Architecture
     seq_length: int
     tokenizer: Path
+    dtype: str = "float32"
+    files: tuple[Path, ...] = ()
 
     def sha256(self) -> str:
         """Identity of the weights: hash over the names and bytes of the weight files and the configuration."""
         if self.kind == "huggingface":
-            files = [self.path / "config.json", *sorted(self.path.glob("*.safetensors"))]
+            files = [self.path / "config.json", *self.files]
         else:
             files = [self.path / "context" / "model.yaml", *sorted((self.path / "weights").iterdir())]
         total = hashlib.sha256()
         for file in files:
-            total.update(f"{file.name}\0{_sha256(file)}\n".encode())
+            total.update(f"{file.name}\0{file_sha256(file)}\n".encode())
         return total.hexdigest()
-
-
-def _sha256(file: Path) -> str:
-    # hashlib.file_digest came with Python 3.11.
-    digest = hashlib.sha256()
-    with open(file, "rb") as opened:
-        while block := opened.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def find_source(path: str | Path, key: str = "source") -> Source:
@@ -97,7 +110,7 @@ def find_source(path: str | Path, key: str = "source") -> Source:
         cache = cache_dir(DataConfig(), "gguf")
         return _huggingface(to_huggingface(directory, cache, where, families.architecture_of), where)
     if not directory.is_dir():
-        raise InputError(f"{where}: no such directory")
+        raise InputError(f"{where}: {foreign.of_no_directory(directory)}")
     if (directory / CHECKPOINT).is_dir():
         directory = directory / CHECKPOINT
         if not (Path(path) / "result.json").is_file():
@@ -106,61 +119,35 @@ def find_source(path: str | Path, key: str = "source") -> Source:
         return _nemo(directory.resolve(), where)
     if (directory / "config.json").is_file():
         return _huggingface(directory, where)
-    raise InputError(
-        f"{where}: no checkpoint here; legal are a run directory, a NeMo 2 directory (weights/, context/), a "
-        "Hugging Face directory (config.json, *.safetensors) and a GGUF file"
-    )
+    raise InputError(f"{where}: {foreign.of_directory(directory)}")
 
 
 def _huggingface(directory: Path, where: str) -> Source:
-    from nemo_minitron.nemo.huggingface import check_shapes
-
-    config = _read_json(directory / "config.json", where)
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        names = _indexed(_read_json(index, where), where)
-    else:
-        names = ["model.safetensors"]
-    shapes: dict[str, Any] = {}
-    for name in names:
-        if Path(name).name != name or not name.endswith(".safetensors"):
-            raise InputError(
-                f"{where}: weight file {name!r} is not a plain *.safetensors name in the directory"
-            )
-        held = _safetensors_shapes(directory / name)
-        if held is None:
-            raise InputError(f"{where}: {name} is missing or half-written (only safetensors are read)")
-        shapes |= held
+    check_regular(directory, where)
+    config = read_json(directory / "config.json", where)
+    architecture = families.architecture_of(config, where)
+    tensors = read_headers(directory, where)
     if not (directory / "tokenizer_config.json").is_file():
         raise InputError(f"{where}: no tokenizer (tokenizer_config.json)")
-    architecture = families.architecture_of(config, where)
-    check_shapes(architecture, shapes, where)
-    return Source(directory, "huggingface", architecture, families.context_of(config, where), directory)
+    check_tensors(architecture, tensors, where)
+    context = families.context_of(config, where)
+    _tell_of_unread_keys(check_keys(config, where), where)
+    files = tuple(sorted({tensor.file for tensor in tensors.values()}))
+    return Source(directory, "huggingface", architecture, context, directory, dtype_of(tensors), files)
 
 
-def _indexed(index: dict[str, Any], where: str) -> list[str]:
-    """The files that an index of weights names."""
-    weight_map = index.get("weight_map")
-    names = list(weight_map.values()) if isinstance(weight_map, dict) else []
-    if not names or not all(isinstance(name, str) for name in names):
-        raise InputError(f"{where}: model.safetensors.index.json names no weight files (weight_map)")
-    return sorted(set(names))
+@functools.cache
+def _said(line: str) -> None:
+    """Once a process."""
+    print(line, file=sys.stderr, flush=True)
 
 
-def _safetensors_shapes(file: Path) -> dict[str, Any] | None:
-    """Shapes by name, if the header is readable and the data that it promises is there."""
-    try:
-        with open(file, "rb") as opened:
-            length = int.from_bytes(opened.read(8), "little")
-            if not 2 <= length < 100 << 20:
-                return None
-            header = json.loads(opened.read(length))
-        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        end = max(entry["data_offsets"][1] for entry in entries.values())
-        whole = file.stat().st_size == 8 + length + end
-        return {name: entry["shape"] for name, entry in entries.items()} if whole else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
-        return None
+def _tell_of_unread_keys(keys: list[str], where: str) -> None:
+    from nemo_minitron import recipe
+
+    if keys and recipe.rank() == 0:
+        more = f" and {len(keys) - 20} more" if len(keys) > 20 else ""
+        _said(f"{where}: config.json: not read: {', '.join(key[:60] for key in keys[:20])}{more}")
 
 
 def is_unfinished(directory: Path) -> bool:
@@ -170,6 +157,9 @@ def is_unfinished(directory: Path) -> bool:
 
 def _nemo(directory: Path, where: str) -> Source:
     weights, context = directory / "weights", directory / "context"
+    for part in (weights, context, *(p for p in context.glob("*") if p.is_dir())):
+        if part.is_dir():
+            check_regular(part, where)
     needed = [weights / "metadata.json", weights / "common.pt", weights / ".metadata", context / "model.yaml"]
     if missing := [file.relative_to(directory) for file in needed if not file.is_file()]:
         raise InputError(f"{where}: half-written or no NeMo 2 checkpoint: {missing[0]} is missing")
@@ -177,7 +167,7 @@ def _nemo(directory: Path, where: str) -> Source:
         raise InputError(f"{where}: half-written: NeMo left it marked as unfinished")
     if (weights / "modelopt_state").exists():
         raise InputError(f"{where}: holds a ModelOpt state, which is a pickle; it is not loaded")
-    backend = _read_json(weights / "metadata.json", where).get("sharded_backend")
+    backend = read_json(weights / "metadata.json", where).get("sharded_backend")
     if backend != "torch_dist":
         raise InputError(f"{where}: metadata.json: sharded_backend {backend!r}: only 'torch_dist' is read")
     contents = _check_pickle(weights / ".metadata", where)
@@ -188,9 +178,11 @@ def _nemo(directory: Path, where: str) -> Source:
         config, family = model["config"], families.of_nemo_model(model["_target_"], where)
         if config["vocab_size"] is None:  # NeMo then pads the tokenizer's, and only the weights tell how far
             config["vocab_size"] = contents.state_dict_metadata[_EMBEDDING].size[0]
-        architecture, seq_length = _architecture(config, family, where), int(config["seq_length"])
+        architecture, seq_length = _architecture(config, family, where), config["seq_length"]
         if config.get("window_size"):  # converted as full attention, see `families.context_of`
             seq_length = min(seq_length, config["window_size"][0])
+        if type(seq_length) is not int or seq_length < 1:
+            raise ValueError(f"seq_length {seq_length!r} is not a positive integer")
     except InputError:
         raise
     except (
@@ -206,7 +198,17 @@ def _nemo(directory: Path, where: str) -> Source:
         raise InputError(
             f"{where}: context/model.yaml cannot be read ({type(error).__name__}: {_line(error)})"
         ) from None
-    return Source(directory, "nemo", architecture, seq_length, _tokenizer_in(context, where))
+    tokenizer, dtype = _tokenizer_in(context, where), _dtype(contents.state_dict_metadata)
+    return Source(directory, "nemo", architecture, seq_length, tokenizer, dtype)
+
+
+def _dtype(contents: dict[str, Any]) -> str:
+    """The dtype that most of the weights have, in torch's word; a step of a training also holds its optimizer."""
+    elements: Counter[str] = Counter()
+    for name, entry in contents.items():
+        if name.startswith("module.") and hasattr(entry, "size"):
+            elements[str(entry.properties.dtype).removeprefix("torch.")] += math.prod(entry.size)
+    return elements.most_common(1)[0][0] if elements else "float32"
 
 
 def contents(source: Source) -> Any:
@@ -237,8 +239,11 @@ def _architecture(config: dict[str, Any], family: str | None, where: str) -> Arc
     activation = _ACTIVATIONS.get((config.get("activation_func") or {}).get("_target_", ""))
     if activation is None:
         raise InputError(f"{where}: activation_func {config.get('activation_func')!r} is not supported")
+    for name in _NOT_BUILT:
+        if config.get(name):
+            raise InputError(f"{where}: context/model.yaml: {name}={short(config[name])} is not supported")
     learned = config["position_embedding_type"] == "learned_absolute"
-    return Architecture(
+    fields = dict(
         num_layers=config["num_layers"],
         hidden_size=config["hidden_size"],
         ffn_hidden_size=config["ffn_hidden_size"],
@@ -262,6 +267,10 @@ def _architecture(config: dict[str, Any], family: str | None, where: str) -> Arc
         qk_layernorm=config["qk_layernorm"],
         model_type=family,
     )
+    try:
+        return Architecture(**fields)
+    except InputError as error:
+        raise InputError(f"{where}: context/model.yaml: {error}") from None
 
 
 def _rope_scaling(config: dict[str, Any]) -> dict[str, Any]:
@@ -278,16 +287,6 @@ def _tokenizer_in(context: Path, where: str) -> Path:
     if not found:
         raise InputError(f"{where}: no Hugging Face tokenizer in context/")
     return found[0]
-
-
-def _read_json(file: Path, where: str) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{where}: {file.name} cannot be read ({error})") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{where}: {file.name} is not a JSON object")
-    return value
 
 
 class _NamesOnly(pickle.Unpickler):

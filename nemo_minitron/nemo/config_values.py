@@ -3,10 +3,8 @@
 import math
 from typing import Any
 
+from nemo_minitron.arch import LARGEST_SIZE
 from nemo_minitron.errors import InputError
-
-# The largest size that is not taken for a mistake: what a 32-bit index reaches.
-LARGEST = 2**31 - 1
 
 
 def positive_integer(value: Any, name: str, where: str) -> int:
@@ -15,7 +13,7 @@ def positive_integer(value: Any, name: str, where: str) -> int:
     Raises:
         InputError: no integer (booleans are none), below 1, or larger than any model's.
     """
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= LARGEST:
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= LARGEST_SIZE:
         raise InputError(f"{where}: config.json: {name}={short(value)}: must be a positive integer")
     return value
 

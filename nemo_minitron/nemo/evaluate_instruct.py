@@ -114,10 +114,10 @@ def load_model(source: Source, scratch: Path) -> Any:
     from nemo_minitron.nemo.huggingface import export_checkpoint, load_huggingface
 
     if source.kind == "huggingface":
-        model = load_huggingface(source.path)
+        model = load_huggingface(source)
     else:
         with tempfile.TemporaryDirectory(dir=scratch, prefix=".huggingface-") as exported:
-            model = load_huggingface(export_checkpoint(source, Path(exported)))
+            model = load_huggingface(find_source(export_checkpoint(source, Path(exported))))
     return model.cuda() if torch.cuda.is_available() else model.float()
 
 

@@ -13,6 +13,10 @@ from typing import Any
 from nemo_minitron.arch import Architecture
 from nemo_minitron.errors import InputError
 from nemo_minitron.nemo import rope
+from nemo_minitron.nemo.config_keys import check_keys
+from nemo_minitron.nemo.config_values import positive_integer, positive_number, short
+
+GEMMA_ACTIVATION = "gelu_pytorch_tanh"
 
 
 @dataclass(frozen=True)
@@ -68,13 +72,13 @@ FAMILIES = {
         "GemmaConfig",
         "GemmaModel",
         "Gemma",
-        activations={"gelu_pytorch_tanh": "gelu_tanh"},
+        activations={GEMMA_ACTIVATION: "gelu_tanh", "gelu": "gelu_tanh"},
         fixed={"layernorm_zero_centered_gamma": True},
         defaults={
             "num_key_value_heads": 16,
             "head_dim": 256,
             "tie_word_embeddings": True,
-            "hidden_act": "gelu_pytorch_tanh",
+            "hidden_act": GEMMA_ACTIVATION,
         },
     ),
     "nemotron": Family(
@@ -131,71 +135,112 @@ def architecture_of(config: Mapping[str, Any], where: str) -> Architecture:
     """The architecture that a Hugging Face config.json states.
 
     Raises:
-        InputError: another model type, a missing size, something that NeMo's converted model would not honour.
+        InputError: another model type, a missing size, a number out of its range, something that NeMo's converted
+            model would not honour.
     """
     name = config.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
-        raise InputError(f"{where}: model_type {name!r} is not converted; those are {', '.join(FAMILIES)}")
-    family = FAMILIES[name]
-    values = {**_DEFAULTS, **family.defaults, **config}
-    if values["hidden_act"] not in list(family.activations):
         raise InputError(
-            f"{where}: hidden_act {values['hidden_act']!r}: for {name} only "
-            f"{', '.join(family.activations)} is converted"
+            f"{where}: model_type {short(name)} is not converted; those are {', '.join(FAMILIES)}"
         )
-    if config.get("attention_bias") or config.get("mlp_bias"):
-        raise InputError(f"{where}: attention_bias and mlp_bias of a {name} model are not converted")
+    family = FAMILIES[name]
+    check_keys(config, where)
+    values = {**_DEFAULTS, **family.defaults, **config}
     try:
-        return Architecture(**_sizes(values, family), **_rest(values, name, where), **family.fixed)
+        return Architecture(**_sizes(values, family, where), **_rest(values, name, where), **family.fixed)
     except KeyError as error:
         raise InputError(f"{where}: config.json lacks {error}") from None
-    except InputError:
-        raise
-    except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
-        raise InputError(f"{where}: config.json holds a value of the wrong kind ({error})") from None
 
 
-def _sizes(values: Mapping[str, Any], family: Family) -> dict[str, Any]:
-    heads, hidden = values["num_attention_heads"], values["hidden_size"]
+def _sizes(values: Mapping[str, Any], family: Family, where: str) -> dict[str, Any]:
+    def size(key: str) -> int:
+        return positive_integer(values[key], key, where)
+
+    heads, hidden = size("num_attention_heads"), size("hidden_size")
+    derived = "head_dim" not in family.defaults and values["head_dim"] is None
+    if derived and hidden < heads:
+        raise InputError(
+            f"{where}: config.json: hidden_size={hidden}: must be at least num_attention_heads={heads}"
+        )
     return {
-        "num_layers": values["num_hidden_layers"],
+        "num_layers": size("num_hidden_layers"),
         "hidden_size": hidden,
-        "ffn_hidden_size": values["intermediate_size"],
+        "ffn_hidden_size": size("intermediate_size"),
         "num_attention_heads": heads,
-        "num_query_groups": values["num_key_value_heads"] or heads,
-        "kv_channels": values["head_dim"] or hidden // heads,
-        "vocab_size": values["vocab_size"],
-        "layernorm_epsilon": float(values[family.epsilon]),
+        "num_query_groups": heads if values["num_key_value_heads"] is None else size("num_key_value_heads"),
+        "kv_channels": hidden // heads if derived else size("head_dim"),
+        "vocab_size": size("vocab_size"),
+        "layernorm_epsilon": positive_number(values[family.epsilon], family.epsilon, where),
     }
 
 
 def _rest(values: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
+    tied = values["tie_word_embeddings"]
+    if not isinstance(tied, bool):
+        raise InputError(f"{where}: config.json: tie_word_embeddings={short(tied)}: must be true or false")
     return {
-        "activation": FAMILIES[name].activations[values["hidden_act"]],
-        "share_embeddings_and_output_weights": bool(values["tie_word_embeddings"]),
+        "activation": _activation(values, name, where),
+        "share_embeddings_and_output_weights": tied,
         **rope.rope_of(values, where),
         "model_type": name,
     }
+
+
+def _activation(values: Mapping[str, Any], name: str, where: str) -> str:
+    """Gemma has two keys: `hidden_act` is "gelu" in what was published first and meant the tanh approximation already
+    (huggingface/transformers#29402); `hidden_activation` came with that correction and went again."""
+    known = FAMILIES[name].activations
+    keys = ("hidden_act", "hidden_activation") if name == "gemma" else ("hidden_act",)
+    for key in keys:
+        value = values.get(key)
+        if key == "hidden_activation" and value in (None, GEMMA_ACTIVATION):
+            continue
+        if key == "hidden_activation" or not isinstance(value, str) or value not in known:
+            legal = GEMMA_ACTIVATION if key == "hidden_activation" else ", ".join(known)
+            raise InputError(f"{where}: {key} {short(value)}: for {name} only {legal} is converted")
+    return known[values["hidden_act"]]
 
 
 def context_of(config: Mapping[str, Any], where: str) -> int:
     """The context in tokens that a config.json of a known family allows.
 
     Sliding-window attention is full attention up to the window's length and is converted as such, so the window bounds
-    the context.
+    the context, whatever layers have it.
 
     Raises:
-        InputError: no positive integer.
+        InputError: no positive integer, or layer types other than full and sliding attention.
     """
     values = {**FAMILIES[config["model_type"]].defaults, **config}
-    found = {"max_position_embeddings": config.get("max_position_embeddings")}
-    always = config["model_type"] == "mistral"
-    if (always or config.get("use_sliding_window")) and values.get("sliding_window") is not None:
-        found["sliding_window"] = values["sliding_window"]
-    for name, value in found.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise InputError(f"{where}: config.json: {name}={value!r}: must be a positive integer")
-    return min(found.values())
+    context = positive_integer(config.get("max_position_embeddings"), "max_position_embeddings", where)
+    slides = _slides(values, where)
+    flag = values.get("use_sliding_window")
+    if flag is not None and not isinstance(flag, bool):
+        raise InputError(f"{where}: config.json: use_sliding_window={short(flag)}: must be true or false")
+    # transformers gives all layers of a Mistral model the window; 4.51.3's mask gives it to all of a Qwen model.
+    if config["model_type"] == "mistral" or flag or slides:
+        window = values.get("sliding_window")
+        if window is None and slides:
+            raise InputError(
+                f"{where}: config.json: layer_types names sliding_attention, but sliding_window is null"
+            )
+        return context if window is None else min(context, positive_integer(window, "sliding_window", where))
+    return context
+
+
+def _slides(values: Mapping[str, Any], where: str) -> bool:
+    """Whether `layer_types` gives a layer a window."""
+    types, layers = values.get("layer_types"), values["num_hidden_layers"]
+    if types is None:
+        return False
+    if not isinstance(types, list) or len(types) != layers:
+        raise InputError(f"{where}: config.json: layer_types={short(types)}: must list {layers} layers")
+    for kind in types:
+        if kind not in ("full_attention", "sliding_attention"):
+            raise InputError(
+                f"{where}: config.json: layer_types: {short(kind)} is not converted; full_attention and "
+                "sliding_attention are"
+            )
+    return "sliding_attention" in types
 
 
 def config_of(architecture: Architecture, context: int) -> dict[str, Any]:
@@ -221,6 +266,8 @@ def config_of(architecture: Architecture, context: int) -> dict[str, Any]:
         "tie_word_embeddings": a.share_embeddings_and_output_weights,
         "hidden_act": next(theirs for theirs, ours in family.activations.items() if ours == a.activation),
     }
+    if a.model_type == "gemma":
+        values["hidden_activation"] = values["hidden_act"]
     if "sliding_window" in family.defaults:
         values["sliding_window"] = None
     return values | rope.config_of(a)

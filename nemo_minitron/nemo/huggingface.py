@@ -6,7 +6,6 @@ checkpoint (NeMo's pass trust_remote_code=True), and the names of the layer spec
 """
 
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -14,61 +13,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_minitron.arch import Architecture
+from nemo_minitron.data.tokenizer import load_tokenizer
 from nemo_minitron.errors import InputError
 from nemo_minitron.export import generation
 from nemo_minitron.export.distributed_reader import DistributedReader
 from nemo_minitron.export.huggingface import SHARD_BYTES, SOURCE_DTYPE, Model, dtype_of, write
 from nemo_minitron.export.tensors import Weights
 from nemo_minitron.nemo.families import FAMILIES, config_of
+from nemo_minitron.nemo.weight_files import EMBEDDING, HEAD, read_headers
+from nemo_minitron.untrusted_files import file_sha256, read_json
 
 if TYPE_CHECKING:
     from nemo_minitron.nemo.checkpoints import Source
 
 # How a converted checkpoint is laid out; part of the cache's key.
-_FORMAT = 3
-
-
-def check_shapes(arch: Architecture, shapes: dict[str, Any], where: str) -> None:
-    """Whether the weights are those that the config states: transformers would draw what is missing at random.
-
-    Args:
-        shapes: by name, of all weight files.
-
-    Raises:
-        InputError: a weight is missing or has another shape.
-    """
-    for name, shape in _shapes(arch):
-        if name not in shapes:
-            raise InputError(f"{where}: the weight files lack {name}, which config.json asks for")
-        if shapes[name] != shape:
-            raise InputError(f"{where}: {name} has shape {shapes[name]}, by config.json it has {shape}")
-
-
-def _shapes(a: Architecture) -> Iterator[tuple[str, list[int]]]:
-    h, queries, keys = (
-        a.hidden_size,
-        a.num_attention_heads * a.kv_channels,
-        a.num_query_groups * a.kv_channels,
-    )
-    yield "model.embed_tokens.weight", [a.vocab_size, h]
-    if not a.share_embeddings_and_output_weights:
-        yield "lm_head.weight", [a.vocab_size, h]
-    yield "model.norm.weight", [h]
-    layer = {
-        "input_layernorm": [h],
-        "self_attn.q_proj": [queries, h],
-        "self_attn.k_proj": [keys, h],
-        "self_attn.v_proj": [keys, h],
-        "self_attn.o_proj": [h, queries],
-        "post_attention_layernorm": [h],
-        **({"mlp.gate_proj": [a.ffn_hidden_size, h]} if a.gated_linear_unit else {}),
-        "mlp.up_proj": [a.ffn_hidden_size, h],
-        "mlp.down_proj": [h, a.ffn_hidden_size],
-    }
-    for number in range(a.num_layers):
-        for name, shape in layer.items():
-            yield f"model.layers.{number}.{name}.weight", shape
+_FORMAT = 4
 
 
 @contextmanager
@@ -117,8 +76,7 @@ def untied(module: Any) -> Iterator[None]:
 
 def import_checkpoint(source: "Source", cache: Path) -> Path:
     """Convert a Hugging Face directory to a NeMo 2 directory once; a cached, single-process step."""
-    carried = json.dumps(generation.gathered(source.path), sort_keys=True)
-    key = hashlib.sha256(f"{_FORMAT}\n{source.sha256()}\n{carried}".encode()).hexdigest()[:24]
+    key = hashlib.sha256(f"{_FORMAT}\n{source.sha256()}\n{_beside(source)}".encode()).hexdigest()[:24]
     final = cache / key
     if (final / "done").is_file():
         return final / "nemo"
@@ -126,9 +84,8 @@ def import_checkpoint(source: "Source", cache: Path) -> Path:
     temporary = cache / f".{key}.{os.getpid()}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    precision = "bf16" if _dtype(source.path) == "bfloat16" else "32"
     try:
-        _importer(source, precision, temporary / "tokenizer").apply(temporary / "nemo")
+        _importer(source, _import_dtype(source), temporary / "tokenizer").apply(temporary / "nemo")
         shutil.rmtree(temporary / "tokenizer")
         (temporary / "done").touch()
         os.replace(temporary, final)
@@ -141,8 +98,24 @@ def import_checkpoint(source: "Source", cache: Path) -> Path:
     return final / "nemo"
 
 
-def _importer(source: "Source", precision: str, assets: Path) -> Any:
-    """NeMo's importer for the source's family; `assets`: where the tokenizer's files are gathered."""
+def _beside(source: "Source") -> str:
+    """Identity of what a conversion takes over beside the weights: tokenizer, chat templates, generation settings."""
+    total = hashlib.sha256()
+    for file in sorted(source.path.rglob("*")):
+        kept = file.suffix in (".json", ".txt", ".model", ".jinja", ".tiktoken") and file.is_file()
+        if kept and file.parent.name in (source.path.name, "additional_chat_templates"):
+            total.update(f"{file.name}\0{file_sha256(file)}\n".encode())
+    return total.hexdigest()
+
+
+def _importer(source: "Source", dtype: str, assets: Path) -> Any:
+    """NeMo's importer for the source's family.
+
+    Args:
+        source: of kind "huggingface".
+        dtype: of the converted weights, "float32" or "bfloat16".
+        assets: where the tokenizer's files are gathered.
+    """
     from nemo_minitron.nemo import models
     from nemo_minitron.nemo.session import nemo_tokenizer
 
@@ -154,7 +127,9 @@ def _importer(source: "Source", precision: str, assets: Path) -> Any:
 
         config = property(
             lambda self: models.to_config(
-                source.architecture, seq_length=source.seq_length, precision=precision
+                source.architecture,
+                seq_length=source.seq_length,
+                precision="bf16" if dtype == "bfloat16" else "32",
             )
         )
         tokenizer = property(lambda self: nemo_tokenizer(_tokenizer_files(source.path, assets)))
@@ -165,7 +140,7 @@ def _importer(source: "Source", precision: str, assets: Path) -> Any:
         def apply(self, output: Path) -> Path:
             from nemo.lightning import teardown
 
-            theirs, model = load_huggingface(source.path), self.init()
+            theirs, model = load_huggingface(source, dtype), self.init()
             trainer = self.nemo_setup(model)
             with fused_names(model.module), untied(model.module):
                 self.convert_state(theirs, model)
@@ -190,44 +165,109 @@ def _connector(source: "Source", kind: str) -> Any:
     return models.nemo_class(model_type, f"HF{FAMILIES[model_type].connector}{kind}")
 
 
-def load_huggingface(directory: Path) -> Any:
+def load_huggingface(source: "Source", dtype: str | None = None) -> Any:
     """transformers' model of a Hugging Face directory, with all of its weights and nothing but them.
 
+    The model is built from what this project read in config.json, not by transformers' own reading of it: 4.51.3 takes
+    no rotary base from the form that transformers 5 writes.
+
+    Args:
+        source: of kind "huggingface".
+        dtype: of the parameters, in torch's word; None: that of most of the weights on disk.
+
     Raises:
-        InputError: the weights do not fit the config.
+        InputError: two weights that are to be one differ, or generation_config.json is invalid.
     """
+    import torch
+
+    assert source.kind == "huggingface", source
+    model = _empty(_model_config(source), getattr(torch, dtype or source.dtype))
+    model.tie_weights()
+    _fill(model.state_dict(), source)
+    if (file := source.path / "generation_config.json").is_file():
+        model.generation_config = _generation_config(file, f"source={source.path}")
+    return model.eval()
+
+
+def _empty(config: Any, dtype: Any) -> Any:
     from transformers import AutoModelForCausalLM
+    from transformers.modeling_utils import no_init_weights
+
+    with no_init_weights():
+        return AutoModelForCausalLM.from_config(config, torch_dtype=dtype)
+
+
+def _fill(weights: dict[str, Any], source: "Source") -> None:
+    """Copy the files' tensors into `weights`, one at a time, each cast to the parameter's dtype."""
+    import torch
+    from safetensors import safe_open
+
+    tensors = read_headers(source.path, f"source={source.path}")
+    if source.architecture.share_embeddings_and_output_weights and {EMBEDDING, HEAD} <= tensors.keys():
+        _check_tied(*(tensors.pop(name).file for name in (EMBEDDING, HEAD)), weights[EMBEDDING], source)
+    for file in source.files:
+        names = [name for name, tensor in tensors.items() if tensor.file == file]
+        with torch.no_grad(), safe_open(file, framework="pt") as opened:
+            for name in names:
+                if not name.endswith("rotary_emb.inv_freq"):
+                    weights[name].copy_(opened.get_tensor(name))
+
+
+def _check_tied(embedding: Path, head: Path, weight: Any, source: "Source") -> None:
+    """Fill a tied weight [v, h] that the files hold twice, once they agree.
+
+    Raises:
+        InputError: they do not; transformers would drop one of them without a word.
+    """
+    import torch
+    from safetensors import safe_open
+
+    with torch.no_grad(), safe_open(embedding, framework="pt") as one, safe_open(head, framework="pt") as two:
+        first = one.get_tensor(EMBEDDING)
+        if not torch.equal(first.float(), two.get_tensor(HEAD).float()):
+            raise InputError(
+                f"source={source.path}: tie_word_embeddings is true, but {HEAD} differs from {EMBEDDING}; set "
+                "tie_word_embeddings to false in config.json if both are meant"
+            )
+        weight.copy_(first)
+
+
+def _model_config(source: "Source") -> Any:
+    """transformers' config of a Hugging Face directory, from its architecture and its ids for generation."""
+    from transformers import AutoConfig
+
+    said = read_json(source.path / "config.json", f"source={source.path}")
+    ids = {key: said.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    arch = source.architecture
+    return AutoConfig.for_model(arch.model_type, **ids, **config_of(arch, source.seq_length))
+
+
+def _generation_config(file: Path, where: str) -> Any:
+    from transformers import GenerationConfig
 
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(
-            str(directory), torch_dtype="auto", use_safetensors=True, output_loading_info=True
-        )
-    except (RuntimeError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(f"{directory}: the weights do not fit config.json ({reason})") from None
-    # Rotary frequencies were once saved, and are computed now.
-    unknown = [name for name in found["unexpected_keys"] if not name.endswith("rotary_emb.inv_freq")]
-    for names, what in (
-        (found["missing_keys"], "lack"),
-        (unknown, "hold a tensor that config.json does not:"),
-    ):
-        if names:
-            raise InputError(f"{directory}: the weights {what} {sorted(names)[0]}")
-    return model
+        return GenerationConfig.from_dict(read_json(file, where))
+    except (TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{where}: {file.name} is not valid ({_one_line(error)})") from None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def _tokenizer_files(directory: Path, to: Path) -> Path:
-    from transformers import AutoTokenizer
-
+    """The source's tokenizer as this version of transformers writes it, template included."""
     if not to.is_dir():
-        AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False).save_pretrained(str(to))
+        load_tokenizer(directory).save_pretrained(str(to))
         # NeMo copies the tokenizer's directory into the context of each checkpoint that comes of this one.
         generation.write(generation.gathered(directory), to)
     return to
 
 
-def _dtype(directory: Path) -> str:
-    return str(json.loads((directory / "config.json").read_text()).get("torch_dtype", "float32"))
+def _import_dtype(source: "Source") -> str:
+    """What loses nothing: float32 but for weights that are bfloat16 altogether."""
+    dtypes = {tensor.dtype for tensor in read_headers(source.path, f"source={source.path}").values()}
+    return "bfloat16" if dtypes == {"BF16"} else "float32"
 
 
 def export_model(source: "Source", dtype: str = SOURCE_DTYPE) -> Model:

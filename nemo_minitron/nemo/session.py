@@ -11,6 +11,7 @@ from nemo_minitron.arch import Architecture
 from nemo_minitron.config import DataConfig
 from nemo_minitron.data.datasets import gpt_dataset
 from nemo_minitron.data.prepare import PreparedData
+from nemo_minitron.data.tokenizer import as_version_4
 from nemo_minitron.evaluation.lm_loss import LMLoss, lm_loss
 from nemo_minitron.evaluation.multiple_choice import Task, accuracy_and_margin, choice_losses
 from nemo_minitron.layout import TrainerConfig
@@ -28,7 +29,7 @@ def nemo_tokenizer(directory: str | Path) -> Any:
     """NeMo's wrapper of a Hugging Face tokenizer; no remote code."""
     from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
 
-    return AutoTokenizer(str(directory), trust_remote_code=False)
+    return AutoTokenizer(str(as_version_4(directory)), trust_remote_code=False)
 
 
 class Session:

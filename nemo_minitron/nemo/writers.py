@@ -11,7 +11,9 @@ from typing import Any, Protocol
 import torch
 
 from nemo_minitron.config import SynthesizeRecipe, cache_dir
-from nemo_minitron.nemo.checkpoints import Source
+from nemo_minitron.data.tokenizer import load_tokenizer
+from nemo_minitron.nemo.checkpoints import Source, find_source
+from nemo_minitron.nemo.huggingface import load_huggingface
 from nemo_minitron.nemo.openings import converted
 from nemo_minitron.synthesis.settings import MEGATRON, SynthesizeConfig
 
@@ -48,15 +50,10 @@ class HuggingFaceWriter:
     """
 
     def __init__(self, directory: Path, settings: SynthesizeConfig) -> None:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
         self.settings = settings
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.eos = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False).eos_token_id
-        model = AutoModelForCausalLM.from_pretrained(
-            str(directory), torch_dtype="auto", use_safetensors=True, trust_remote_code=False
-        )
-        self.model = model.eval().to(self.device)
+        self.eos = load_tokenizer(directory).eos_token_id
+        self.model = load_huggingface(find_source(directory, "teacher")).to(self.device)
 
     @torch.inference_mode()
     def write(self, prompts: list[list[int]], seed: int) -> list[tuple[list[int], bool, float]]:

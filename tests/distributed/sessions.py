@@ -102,6 +102,21 @@ def logits_layer_by_layer(checkpoint: str, tokens: Tensor) -> Tensor:
         return logits(source, reader, tokens, vocab_rows=source.architecture.vocab_size)
 
 
+def logits_of_forms(sources: list[str], cache: str, tokens: Tensor) -> list[Any]:
+    """Of each Hugging Face directory: its NeMo 2 form and that one's logits [n, s, v]; a refusal's message instead."""
+    from nemo_minitron.errors import InputError
+
+    found: list[Any] = []
+    for source in sources:
+        try:
+            nemo = imported(source, cache)
+        except InputError as error:
+            found.append(str(error))
+        else:
+            found.append((nemo, logits_of(nemo, tokens)))
+    return found
+
+
 def saved_again(checkpoint: str, output: str, sizes: dict[str, Any]) -> None:
     """Opens a checkpoint under a layout and saves it from there."""
     session = open_session(checkpoint, **sizes)

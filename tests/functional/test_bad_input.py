@@ -209,7 +209,7 @@ CASES: dict[str, Case] = {
     ),
     "no evaluation": Case(["eval.samples=0"], ["eval.samples=0", "at least 1"]),
     "source missing": Case(["source=/nowhere/at/all"], ["source=/nowhere/at/all", "no such directory"]),
-    "source a file": Case(a_file, ["source=", "no such directory"]),
+    "source a file": Case(a_file, ["source=", "a file, no directory"]),
     "source empty": Case(empty_directory, ["no checkpoint here", "config.json"]),
     "half-written weights": Case(half_written_weights, ["model.safetensors", "half-written"]),
     "no weights": Case(no_weights, ["model.safetensors", "missing"]),

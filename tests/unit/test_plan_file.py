@@ -109,10 +109,13 @@ def drop(*path: Any) -> Callable[[dict], None]:
         (put("target", "kv_channels", 2), r"kv_channels=2: pruning keeps the source's 4"),
         (
             put("source", "gated_linear_unit", "false"),
-            r"source.gated_linear_unit: 'false' is of the wrong type",
+            r"source: gated_linear_unit='false': must be true or false",
         ),
         (put("source", "model_type", 3), r"source.model_type: 3 is of the wrong type"),
-        (put("source", "layernorm_epsilon", True), r"source.layernorm_epsilon: True is of the wrong type"),
+        (
+            put("source", "layernorm_epsilon", True),
+            r"source: layernorm_epsilon=True: must be a positive, finite number",
+        ),
         (put("source", None), r"source: must be an object"),
         (put("kept", "hidden_size", None), r"kept.hidden_size: null leaves the axis alone, but .* 4 of 8"),
         (put("kept", "hidden_size", [0, 1, 2]), r"kept.hidden_size: must list the 4 indices .* lists 3"),
