@@ -1,10 +1,12 @@
 """The schema of `recipes/export.py`; `config.parse` checks it."""
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
 from omegaconf import MISSING
 
 from nemo_minitron.config import CommonConfig
+from nemo_minitron.ranges import Choice, PathName, Range
 
 
 @dataclass
@@ -16,9 +18,9 @@ class ExportConfig:
     model's logits.
     """
 
-    dtype: str = "source"
+    dtype: Annotated[str, Choice("source", "float32", "bfloat16", "float16")] = "source"
     shard_size: str = "5GB"
-    verify_tokens: int = 256
+    verify_tokens: Annotated[int, Range(least=2)] = 256
 
 
 @dataclass
@@ -27,7 +29,7 @@ class ExportRecipe(CommonConfig):
     null: in the run directory.
     """
 
-    source: str = MISSING
-    format: str = "hf"
-    to: str | None = None
+    source: PathName = MISSING
+    format: Annotated[str, Choice("hf")] = "hf"
+    to: PathName | None = None
     export: ExportConfig = field(default_factory=ExportConfig)

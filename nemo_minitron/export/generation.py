@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.errors import InputError
+from nemo_minitron.untrusted_files import read_json
 
 FILE = "generation_config.json"
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -51,15 +52,7 @@ def write(settings: Mapping[str, Any], directory: Path) -> None:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{file}: cannot be read ({str(error)[:200]})") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{file}: is not a JSON object")
-    return value
+    return read_json(file, str(file.parent)) if file.exists() else {}
 
 
 def _is_plain(value: Any) -> bool:

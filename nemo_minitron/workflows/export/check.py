@@ -8,9 +8,7 @@ from nemo_minitron.errors import InputError
 from nemo_minitron.export import huggingface
 from nemo_minitron.export.target import bytes_of, check_target
 from nemo_minitron.export_config import ExportRecipe
-from nemo_minitron.layout import check_least
 
-FORMATS = ("hf",)
 # Where the export lies in a run directory if `to` does not say.
 _NAMES = {"hf": "huggingface"}
 
@@ -41,15 +39,11 @@ def check(r: ExportRecipe) -> Prepared:
     from nemo_minitron.nemo.huggingface import export_model
     from nemo_minitron.nemo.openings import converted
 
-    if r.format not in FORMATS:
-        raise InputError(f"format={r.format}: must be one of {', '.join(FORMATS)}")
     if r.trainer.ranks > 1:
         raise InputError(
             f"{r.trainer.ranks} ranks: export works in one process, whatever layout the source had"
         )
-    check_least("export.verify_tokens", r.export.verify_tokens, 2)
     shard_bytes = bytes_of("export.shard_size", r.export.shard_size)
-    huggingface.check_dtype(r.export.dtype)
     to = r.to or Path(r.run_dir) / _NAMES[r.format]
     source = find_source(r.source)
     if source.architecture.model_type is None:
