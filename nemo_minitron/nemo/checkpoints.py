@@ -219,7 +219,7 @@ def contents(source: Source) -> Any:
     Raises:
         InputError: damaged, or not safe to open.
     """
-    return _check_pickle(source.path / "weights" / ".metadata", str(source.path))
+    return table_of_contents(source.path / "weights" / ".metadata", str(source.path))
 
 
 def _check_expanded(value: Any, limit: int = 100_000) -> None:
