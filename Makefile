@@ -3,7 +3,7 @@
 #          ARGS='...' is added to pytest's, or to the demo's, command line; WORKERS=N for the tests'
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup python demo real-model test test-slow check format clean-env
+.PHONY: help setup python demo real-model test test-slow test-full check format clean-env
 
 TORCH ?= auto
 TORCH_INDEX ?=
@@ -11,6 +11,7 @@ EXTRAS ?= dev,search,device
 ARGS ?=
 # Processes that share the tests' files between them.
 WORKERS ?= 2
+FUZZ ?= --overrides 10000 --files 500
 
 # The package is taken from this clone, never from the environment.
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
@@ -47,6 +48,11 @@ test-slow:  ## the long tests
 	    done; \
 	    if [ $$none = 2 ] && grep -rqE 'mark\.slow' tests --include='*.py'; then \
 	        echo "no slow test was selected" >&2; exit 5; fi; exit $$first; }
+
+# A seed of its own each time; --seed N among ARGS repeats one. docs/testing.md says when it was last run.
+test-full:  ## long campaigns of random settings and damaged files (FUZZ='--overrides N --files N')
+	@$(WITH_PY) home=$$(mktemp -d) && { "$$PY" -m tests.fuzz.campaign $(FUZZ) --seed "$$RANDOM" $(ARGS) --home "$$home"; \
+	    code=$$?; rm -rf "$$home"; exit $$code; }
 
 check:  ## lint, format, types, spelling, shell scripts, the Dockerfile
 	@$(WITH_PY) "$$PY" -m ruff check . && "$$PY" -m ruff format --check . && "$$PY" -m mypy \

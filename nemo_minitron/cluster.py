@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nemo_minitron.errors import InputError
-from nemo_minitron.layout import TrainerConfig, check_least
+from nemo_minitron.layout import TrainerConfig
+from nemo_minitron.ranges import Count, Positive
 
 # sbatch's --time: minutes, minutes:seconds, hours:minutes:seconds, days-hours, and so on.
 _TIME = re.compile(r"\d+|\d+:\d+(:\d+)?|\d+-\d+(:\d+){0,2}")
@@ -31,12 +32,12 @@ class ClusterConfig:
     account: str | None = None
     qos: str | None = None
     time: str | None = None
-    gpus_per_node: int = 8
-    cpus_per_task: int | None = None
+    gpus_per_node: Count = 8
+    cpus_per_task: Positive | None = None
     mem: str | None = None
-    signal_s: int = 300
+    signal_s: Positive = 300
     requeue: bool = True
-    array_parallel: int | None = None
+    array_parallel: Positive | None = None
     container_image: str | None = None
     container_mounts: list[str] = field(default_factory=list)
     python: str | None = None
@@ -52,11 +53,6 @@ def check_cluster(c: ClusterConfig, t: TrainerConfig) -> None:
     Raises:
         InputError: names the key, its value and what would be legal.
     """
-    check_least("cluster.gpus_per_node", c.gpus_per_node, 0)
-    check_least("cluster.signal_s", c.signal_s, 1)
-    for key in ("cpus_per_task", "array_parallel"):
-        if getattr(c, key) is not None:
-            check_least(f"cluster.{key}", getattr(c, key), 1)
     _check_nodes(c, t)
     _check_time(c)
     for key, text in _lines(c):

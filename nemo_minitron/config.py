@@ -8,32 +8,54 @@ with one line; `layout` has the trainer's part. What needs the model's sizes (ta
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_minitron.cluster import ClusterConfig, check_cluster
-from nemo_minitron.data.beginning import check_bos
 from nemo_minitron.data.limits import check_limits
 from nemo_minitron.errors import InputError
-from nemo_minitron.layout import TrainerConfig, check_least, check_trainer
+from nemo_minitron.layout import TrainerConfig, check_trainer
+from nemo_minitron.ranges import (
+    AboveZero,
+    Beginning,
+    Choice,
+    Count,
+    Files,
+    LayerMap,
+    Layers,
+    LayersOrLate,
+    NamedChoices,
+    NamedValues,
+    NotNegative,
+    PathName,
+    Positive,
+    Range,
+    Seed,
+    Size,
+    brief,
+    check_ranges,
+    check_shape,
+)
 from nemo_minitron.synthesis.settings import SynthesizeConfig
 
 SchemaT = TypeVar("SchemaT")
+Width = Annotated[int, Range(least=1, most=1_000_000)]
+Statistic = Annotated[str, Choice("mean", "l2", "var")]
 
 
 @dataclass
 class OptimConfig:
     """Megatron-core's Adam under warm-up and cosine decay from `lr` to `min_lr`; `warmup_steps` are optimizer steps."""
 
-    lr: float = 1e-4
-    min_lr: float = 1e-5
-    warmup_steps: int = 40
-    weight_decay: float = 0.1
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.95
-    clip_grad: float = 1.0
+    lr: AboveZero = 1e-4
+    min_lr: NotNegative = 1e-5
+    warmup_steps: Count = 40
+    weight_decay: NotNegative = 0.1
+    adam_beta1: Annotated[float, Range(least=0, below=1)] = 0.9
+    adam_beta2: Annotated[float, Range(least=0, below=1)] = 0.95
+    clip_grad: NotNegative = 1.0
     use_distributed_optimizer: bool = False
 
 
@@ -49,19 +71,19 @@ class DataConfig:
     """
 
     name: str = "stdlib"
-    seq_length: int = 512
-    tokenizer: str | None = None
-    vocab_size: int = 1024
-    cache_dir: str | None = None
-    bos: Any = "auto"
+    seq_length: Annotated[int, Range(least=2)] = 512
+    tokenizer: PathName | None = None
+    vocab_size: Annotated[int, Range(least=1, most=10_000_000)] = 1024
+    cache_dir: PathName | None = None
+    bos: Beginning = "auto"
     reset_attention_mask: bool = False
     reset_position_ids: bool = False
-    seed: int = 1234
-    train: Any = None
-    valid: Any = None
+    seed: Seed = 1234
+    train: Files = None
+    valid: Files = None
     text_key: str | None = None
-    valid_fraction: float | None = None
-    path: str | None = None
+    valid_fraction: Annotated[float, Range(above=0, below=1)] | None = None
+    path: PathName | None = None
     config: str | None = None
     revision: str | None = None
     train_split: str | None = None
@@ -72,15 +94,15 @@ class DataConfig:
 class ModelConfig:
     """The architecture that `recipes/pretrain.py` trains from scratch: Llama, in Megatron-core's names."""
 
-    num_layers: int = MISSING
-    hidden_size: int = MISSING
-    ffn_hidden_size: int = MISSING
-    num_attention_heads: int = MISSING
-    num_query_groups: int = MISSING
-    kv_channels: int = MISSING
+    num_layers: Annotated[int, Range(least=1, most=10_000)] = MISSING
+    hidden_size: Width = MISSING
+    ffn_hidden_size: Width = MISSING
+    num_attention_heads: Width = MISSING
+    num_query_groups: Width = MISSING
+    kv_channels: Width = MISSING
     share_embeddings_and_output_weights: bool = False
-    rotary_base: float = 10000.0
-    init_method_std: float = 0.02
+    rotary_base: AboveZero = 10000.0
+    init_method_std: AboveZero = 0.02
 
 
 @dataclass
@@ -99,29 +121,29 @@ class PruneConfig:
     how many times the same sizes are also pruned at random, for comparison.
     """
 
-    hidden_size: Any = None
-    ffn_hidden_size: Any = None
-    num_attention_heads: Any = None
-    num_query_groups: Any = None
-    num_layers: Any = None
-    keep_layers: Any = None
-    drop_layers: Any = None
-    layer_metric: str = "block_influence"
-    task_file: str | None = None
+    hidden_size: Size = None
+    ffn_hidden_size: Size = None
+    num_attention_heads: Size = None
+    num_query_groups: Size = None
+    num_layers: Size = None
+    keep_layers: Layers = None
+    drop_layers: LayersOrLate = None
+    layer_metric: str = "block_influence"  # or whatever prune.scores has
+    task_file: PathName | None = None
     task_normalize: bool = False
     contiguous: bool = False
-    protect_first: int = 0
-    protect_last: int = 0
-    importance: str = "activation"
-    seed: int = 0
-    batch: str = "l2"
-    sequence: str = "mean"
+    protect_first: Count = 0
+    protect_last: Count = 0
+    importance: Annotated[str, Choice("activation", "random")] = "activation"
+    seed: Seed = 0
+    batch: Statistic = "l2"
+    sequence: Statistic = "mean"
     include_final_norm: bool = True
     head_residual: bool = False
-    calibration_samples: int = 128
-    scores: str | None = None
-    iterations: int = 1
-    control_seeds: int = 0
+    calibration_samples: Positive = 128
+    scores: PathName | None = None
+    iterations: Positive = 1
+    control_seeds: Count = 0
 
 
 @dataclass
@@ -138,17 +160,17 @@ class SearchConfig:
     `distill_candidates`: only so many, the best after pruning; null: all.
     """
 
-    budget: Any = None
-    slack: float = 0.05
-    context: int = 4096
-    sequences: int = 1
-    bytes_per_value: int = 2
-    grid: Any = None
-    method: str = "grid"
-    max_candidates: int = 20
-    trials: int = 20
-    distill_steps: int = 0
-    distill_candidates: int | None = None
+    budget: NamedValues = None
+    slack: Annotated[float, Range(above=0, most=1)] = 0.05
+    context: Positive = 4096
+    sequences: Positive = 1
+    bytes_per_value: Annotated[int, Range(least=1, most=8)] = 2
+    grid: NamedChoices = None
+    method: Annotated[str, Choice("grid", "optuna")] = "grid"
+    max_candidates: Positive = 20
+    trials: Positive = 20
+    distill_steps: Count = 0
+    distill_candidates: Positive | None = None
 
 
 @dataclass
@@ -160,12 +182,12 @@ class IntermediateConfig:
     one "shared" or one for "each" state; null: one where the widths differ.
     """
 
-    layers: Any = None
+    layers: LayerMap = None
     embedding: bool = False
-    at: str = "output"
-    distance: str = "cosine"
-    alpha: float | None = None
-    projection: str | None = None
+    at: Annotated[str, Choice("output", "norm")] = "output"
+    distance: Annotated[str, Choice("cosine", "mse")] = "cosine"
+    alpha: AboveZero | None = None
+    projection: Annotated[str, Choice("shared", "each")] | None = None
 
 
 @dataclass
@@ -179,18 +201,18 @@ class DistillConfig:
     `sdg` and the rest of the corpus.
     """
 
-    loss: str = "forward_kl"
-    temperature: float = 1.0
-    beta: float = 0.5
-    top_k: int | None = None
+    loss: Annotated[str, Choice("forward_kl", "reverse_kl", "jensen_shannon", "cross_entropy")] = "forward_kl"
+    temperature: Annotated[float, Range(above=0, most=1000)] = 1.0
+    beta: Annotated[float, Range(above=0, below=1)] = 0.5
+    top_k: Positive | None = None
     tail: bool = True
-    ce_weight: float = 0.0
+    ce_weight: NotNegative = 0.0
     from_scratch: bool = False
-    sdg_weight: float = 0.0
-    max_steps: int = MISSING
-    global_batch_size: int = MISSING
-    val_check_interval: int = 0
-    limit_val_batches: int = 8
+    sdg_weight: Annotated[float, Range(least=0, most=1)] = 0.0
+    max_steps: Positive = MISSING
+    global_batch_size: Positive = MISSING
+    val_check_interval: Count = 0
+    limit_val_batches: Positive = 8
     optim: OptimConfig = field(default_factory=OptimConfig)
     intermediate: IntermediateConfig = field(default_factory=IntermediateConfig)
 
@@ -203,17 +225,17 @@ class CacheConfig:
     reads. `shard_mib`: MiB of a shard, which is what a killed run has to do again.
     """
 
-    form: str = "hidden"
-    train_samples: int | None = None
-    valid_samples: int | None = None
-    shard_mib: int = 256
+    form: Annotated[str, Choice("hidden", "top_k")] = "hidden"
+    train_samples: Positive | None = None
+    valid_samples: Positive | None = None
+    shard_mib: Annotated[int, Range(least=1, most=1_048_576)] = 256
 
 
 @dataclass
 class EvalConfig:
     """`samples`: packed held-out sequences for the LM loss; null: one whole pass over the valid split."""
 
-    samples: int | None = 64
+    samples: Positive | None = 64
 
 
 @dataclass
@@ -224,9 +246,9 @@ class CommonConfig:
     for launchers/slurm.sh; ranks have none.
     """
 
-    run_dir: str = MISSING
+    run_dir: PathName = MISSING
     overwrite: bool = False
-    seed: int = 1234
+    seed: Seed = 1234
     data: DataConfig = field(default_factory=DataConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     model: Any = None
@@ -241,7 +263,7 @@ class CommonConfig:
     source: Any = None
     student: Any = None
     teacher: Any = None
-    teacher_cache: str | None = None
+    teacher_cache: PathName | None = None
     sdg: Any = None
     prepared: Any = None
     cluster: ClusterConfig | None = None
@@ -253,14 +275,14 @@ class PretrainRecipe(CommonConfig):
 
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
-    export_dir: str | None = None
+    export_dir: PathName | None = None
 
 
 @dataclass
 class PruneRecipe(CommonConfig):
     """`recipes/prune.py`. `source`: a Hugging Face directory, a NeMo 2 directory, or a run directory that holds one."""
 
-    source: str = MISSING
+    source: PathName = MISSING
     prune: PruneConfig = field(default_factory=PruneConfig)
 
 
@@ -282,10 +304,10 @@ class DistillRecipe(CommonConfig):
     `sdg`: a run directory of `recipes/synthesize.py`, for the teacher's text.
     """
 
-    student: str = MISSING
-    teacher: str | None = None
+    student: PathName = MISSING
+    teacher: PathName | None = None
     verify_cache: bool = True
-    sdg: str | None = None
+    sdg: PathName | None = None
     distill: DistillConfig = field(default_factory=DistillConfig)
 
 
@@ -293,7 +315,7 @@ class DistillRecipe(CommonConfig):
 class CacheTeacherRecipe(CommonConfig):
     """`recipes/cache_teacher.py`. `distill`: of the runs that will read the cache: how many sequences, which loss."""
 
-    teacher: str = MISSING
+    teacher: PathName = MISSING
     distill: DistillConfig = field(default_factory=DistillConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
 
@@ -302,7 +324,7 @@ class CacheTeacherRecipe(CommonConfig):
 class CorrectTeacherRecipe(CommonConfig):
     """`recipes/correct_teacher.py`. `distill`: the schedule, with `loss: cross_entropy`."""
 
-    teacher: str = MISSING
+    teacher: PathName = MISSING
     distill: DistillConfig = field(default_factory=DistillConfig)
 
 
@@ -310,7 +332,7 @@ class CorrectTeacherRecipe(CommonConfig):
 class SynthesizeRecipe(CommonConfig):
     """`recipes/synthesize.py`. `teacher`: who writes; `data`: whose openings it goes on with unless it has prompts."""
 
-    teacher: str = MISSING
+    teacher: PathName = MISSING
     synthesize: SynthesizeConfig = field(default_factory=SynthesizeConfig)
 
 
@@ -318,48 +340,53 @@ def parse(schema: type[SchemaT], config: DictConfig) -> SchemaT:
     """Merge a composed configuration into a schema and check it.
 
     Raises:
-        InputError: an unknown key, a missing or wrongly typed value, an impossible layout or batch.
+        InputError: an unknown key, a missing or wrongly typed value, one outside its range, an impossible layout or
+            batch.
     """
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(schema), _without_nulls(config))
+        plain = _without_nulls(config)
+        check_shape(schema, plain)
+        merged = OmegaConf.merge(OmegaConf.structured(schema), plain)
         result: Any = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, ValueError, TypeError, ArithmeticError, RecursionError) as error:
+        if isinstance(error, InputError):
+            raise
         key = getattr(error, "full_key", None)
-        reason = str(error).splitlines()[0]
+        reason = brief((str(error).splitlines() or [type(error).__name__])[0])
         raise InputError(f"{key}: {reason}" if key and key not in reason else reason) from None
+    if result.prepared is not None and not {"RANK", "SLURM_PROCID"} & os.environ.keys():
+        raise InputError("prepared: is what a launcher hands to its ranks; leave it out")
+    check_ranges(result)
     check_trainer(result.trainer)
     if result.cluster is not None:
         check_cluster(result.cluster, result.trainer)
-    _check_ranges(result)
+    _check_together(result)
     return result
 
 
-def _without_nulls(config: DictConfig) -> DictConfig:
+def _without_nulls(config: DictConfig) -> dict[Any, Any]:
     """A group that was not chosen composes to null; the schema's default stands for it."""
     plain = OmegaConf.to_container(config, resolve=True)
     assert isinstance(plain, dict)
-    return OmegaConf.create({k: v for k, v in plain.items() if v is not None})
+    return {k: v for k, v in plain.items() if v is not None}
 
 
-def _check_ranges(recipe: Any) -> None:
+def _check_together(recipe: Any) -> None:
+    """What two settings must be to each other."""
     t, length = recipe.trainer, recipe.data.seq_length
-    if length < 2:
-        raise InputError(f"data.seq_length={length}: must be at least 2 tokens")
     if t.sequence_parallel and length % t.tensor_model_parallel_size:
         raise InputError(
             f"data.seq_length={length}: under trainer.sequence_parallel it must be a multiple of "
             f"trainer.tensor_model_parallel_size={t.tensor_model_parallel_size}"
         )
-    check_bos(recipe.data.bos)
     check_limits(recipe.data, t.context_parallel_size)
-    for key, seed in (("seed", recipe.seed), ("data.seed", recipe.data.seed)):
-        if not 0 <= seed < 2**32:
-            raise InputError(f"{key}={seed}: must be in 0 to {2**32 - 1}, as numpy's seeds")
-    if recipe.eval.samples is not None and recipe.eval.samples < 1:
-        raise InputError(f"eval.samples={recipe.eval.samples}: must be at least 1, or null for all")
-    if isinstance(recipe, PruneRecipe):
-        check_least("prune.calibration_samples", recipe.prune.calibration_samples, 1)
-        check_least("prune.control_seeds", recipe.prune.control_seeds, 0)
+    for group in ("", "distill", "align"):
+        o = getattr(getattr(recipe, group) if group else recipe, "optim", None)
+        if isinstance(o, OptimConfig) and o.min_lr > o.lr:
+            key = f"{group}.optim".lstrip(".")
+            raise InputError(
+                f"{key}.lr={o.lr}, {key}.min_lr={o.min_lr}: the second must be at most the first"
+            )
 
 
 def cache_dir(data: DataConfig, part: str) -> Path:

@@ -1,22 +1,26 @@
 """The schemas of `recipes/instruct_data.py` and `recipes/evaluate_instruct.py`; `config.parse` checks them."""
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
 from omegaconf import MISSING
 
 from nemo_minitron.config import CommonConfig
+from nemo_minitron.ranges import Choice, PathName, Positive, Range, Seed
+
+Samples = Annotated[int, Range(least=1, most=1_000_000)]
 
 
 @dataclass
 class InstructSizes:
     """Samples of each of the four categories by file of the project's own instruct set."""
 
-    train: int = 1500
-    seen: int = 50
-    valid: int = 50
-    test: int = 100
-    preference_train: int = 400
-    preference_valid: int = 50
+    train: Samples = 1500
+    seen: Samples = 50
+    valid: Samples = 50
+    test: Samples = 100
+    preference_train: Samples = 400
+    preference_valid: Samples = 50
 
 
 @dataclass
@@ -30,13 +34,15 @@ class InstructDataConfig:
     says ("drop", "cut", "refuse"). `valid_fraction`: of the input, held out by the prompts' hash.
     """
 
-    input: str | None = None
-    shape: str = "auto"
-    kind: str = "conversations"
-    tokenizer: str | None = None
-    max_tokens: int | None = None
-    too_long: str = "refuse"
-    valid_fraction: float = 0.0
+    input: PathName | None = None
+    shape: Annotated[
+        str, Choice("auto", "messages", "alpaca", "self_instruct", "sharegpt", "nemo", "prompt")
+    ] = "auto"
+    kind: Annotated[str, Choice("conversations", "preferences")] = "conversations"
+    tokenizer: PathName | None = None
+    max_tokens: Positive | None = None
+    too_long: Annotated[str, Choice("drop", "cut", "refuse")] = "refuse"
+    valid_fraction: Annotated[float, Range(least=0, below=1)] = 0.0
     sizes: InstructSizes = field(default_factory=InstructSizes)
 
 
@@ -49,12 +55,12 @@ class InstructEvalConfig:
     `batch_size` prompts at a time.
     """
 
-    file: str | None = None
-    split: str = "test"
-    seed: int = 1234
+    file: PathName | None = None
+    split: Annotated[str, Choice("test", "seen", "valid")] = "test"
+    seed: Seed = 1234
     sizes: InstructSizes = field(default_factory=InstructSizes)
-    max_new_tokens: int = 64
-    batch_size: int = 50
+    max_new_tokens: Positive = 64
+    batch_size: Positive = 50
 
 
 @dataclass
@@ -68,5 +74,5 @@ class InstructDataRecipe(CommonConfig):
 class EvaluateInstructRecipe(CommonConfig):
     """`recipes/evaluate_instruct.py`. `source`: a Hugging Face, NeMo 2 or run directory."""
 
-    source: str = MISSING
+    source: PathName = MISSING
     instruct: InstructEvalConfig = field(default_factory=InstructEvalConfig)

@@ -3,11 +3,10 @@
 import importlib.util
 import os
 from dataclasses import dataclass
+from typing import Annotated
 
 from nemo_minitron.errors import InputError
-
-PRECISIONS = ("32", "bf16-mixed")
-RECOMPUTED = ("selective", "full")
+from nemo_minitron.ranges import Choice, Count, Positive
 
 
 @dataclass
@@ -18,22 +17,22 @@ class TrainerConfig:
     those of attention, or "full", those of whole layers (Megatron-core's names); null: none.
     """
 
-    tensor_model_parallel_size: int = 1
-    pipeline_model_parallel_size: int = 1
-    context_parallel_size: int = 1
-    data_parallel_size: int = 1
+    tensor_model_parallel_size: Positive = 1
+    pipeline_model_parallel_size: Positive = 1
+    context_parallel_size: Positive = 1
+    data_parallel_size: Positive = 1
     sequence_parallel: bool = False
-    num_layers_in_first_pipeline_stage: int | None = None
-    num_layers_in_last_pipeline_stage: int | None = None
-    num_nodes: int = 1
-    precision: str = "32"
-    recompute_granularity: str | None = None
-    micro_batch_size: int = 8
-    global_batch_size: int = 8
-    max_steps: int = 0
-    val_check_interval: int = 0
-    limit_val_batches: int = 0
-    log_every_n_steps: int = 10
+    num_layers_in_first_pipeline_stage: Positive | None = None
+    num_layers_in_last_pipeline_stage: Positive | None = None
+    num_nodes: Positive = 1
+    precision: Annotated[str, Choice("32", "bf16-mixed")] = "32"
+    recompute_granularity: Annotated[str, Choice("selective", "full")] | None = None
+    micro_batch_size: Positive = 8
+    global_batch_size: Positive = 8
+    max_steps: Count = 0
+    val_check_interval: Count = 0
+    limit_val_batches: Count = 0
+    log_every_n_steps: Positive = 10
 
     @property
     def ranks(self) -> int:
@@ -85,21 +84,9 @@ def check_trainer(t: TrainerConfig) -> None:
     Raises:
         InputError: names the key and what would be legal.
     """
-    for name in ("tensor_model", "pipeline_model", "context", "data"):
-        check_least(f"trainer.{name}_parallel_size", getattr(t, f"{name}_parallel_size"), 1)
-    for key, least in _LEAST_OF_TRAINER.items():
-        check_least(f"trainer.{key}", getattr(t, key), least)
-    if t.precision not in PRECISIONS:
-        raise InputError(f"trainer.precision={t.precision}: must be one of {', '.join(PRECISIONS)}")
-    if t.recompute_granularity not in (None, *RECOMPUTED):
+    if t.global_batch_size % (t.micro_batch_size * t.data_parallel_size):
         raise InputError(
-            f"trainer.recompute_granularity={t.recompute_granularity}: must be one of {', '.join(RECOMPUTED)}, or null"
-        )
-    if min(t.micro_batch_size, t.global_batch_size) < 1 or t.global_batch_size % (
-        t.micro_batch_size * t.data_parallel_size
-    ):
-        raise InputError(
-            f"trainer.global_batch_size={t.global_batch_size}: must be a positive multiple of micro_batch_size "
+            f"trainer.global_batch_size={t.global_batch_size}: must be a multiple of micro_batch_size "
             f"{t.micro_batch_size} x data_parallel_size {t.data_parallel_size}"
         )
     if t.sequence_parallel and t.tensor_model_parallel_size == 1:
@@ -109,15 +96,6 @@ def check_trainer(t: TrainerConfig) -> None:
             f"trainer.context_parallel_size={t.context_parallel_size}: needs Transformer Engine, which is not here"
         )
     _check_ranks(t)
-
-
-_LEAST_OF_TRAINER = {
-    "num_nodes": 1,
-    "max_steps": 0,
-    "val_check_interval": 0,
-    "limit_val_batches": 0,
-    "log_every_n_steps": 1,
-}
 
 
 def _check_ranks(t: TrainerConfig) -> None:
@@ -132,13 +110,3 @@ def _check_ranks(t: TrainerConfig) -> None:
         )
     if t.ranks % t.num_nodes:
         raise InputError(f"trainer.num_nodes={t.num_nodes}: does not divide the layout's ranks, {t.ranks}")
-
-
-def check_least(key: str, value: int, least: int) -> None:
-    """Refuse a number that is too small.
-
-    Raises:
-        InputError: names the key, its value and the least one.
-    """
-    if value < least:
-        raise InputError(f"{key}={value}: must be at least {least}")

@@ -29,6 +29,7 @@ from nemo_minitron import handover
 from nemo_minitron.claim import LOCK, claim
 from nemo_minitron.config import CommonConfig, SchemaT, parse
 from nemo_minitron.errors import FailedRun, InputError, InterruptedRun
+from nemo_minitron.hosts import imports
 
 RESULT = "result.json"
 INTERRUPTED = 75
@@ -99,6 +100,7 @@ def main(
     What `check` returns has a method `to_config`: plain values by which the launcher's ranks find it again.
     """
     started = False
+    imports.defer()
     _quiet()
     _submit_if_asked()
     sys.argv[1:] = [_quoted(override) for override in sys.argv[1:]]

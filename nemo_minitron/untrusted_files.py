@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.errors import InputError
+from nemo_minitron.files import open_regular, read_text
 
 _POINTER = b"version https://git-lfs.github.com/spec/"
-_LARGEST_JSON = 256 << 20
 
 
 def check_regular(directory: Path, where: str) -> None:
@@ -28,7 +28,7 @@ def check_no_pointer(file: Path, where: str) -> None:
     Raises:
         InputError: names the file and the command that fetches it.
     """
-    with open(file, "rb") as opened:
+    with open_regular(file) as opened:
         if opened.read(len(_POINTER)) == _POINTER:
             raise InputError(
                 f"{where}: {file.name} is a Git LFS pointer, not the file itself: run `git lfs pull` in {file.parent}"
@@ -39,7 +39,7 @@ def file_sha256(file: Path) -> str:
     """Hex sha256 of a file's bytes."""
     # hashlib.file_digest came with Python 3.11.
     digest = hashlib.sha256()
-    with open(file, "rb") as opened:
+    with open_regular(file) as opened:
         while block := opened.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
@@ -55,9 +55,7 @@ def read_json(file: Path, where: str) -> dict[str, Any]:
         raise InputError(f"{where}: {file.name} is not a regular file")
     try:
         check_no_pointer(file, where)
-        if file.stat().st_size > _LARGEST_JSON:
-            raise InputError(f"{where}: {file.name} has more than {_LARGEST_JSON >> 20} MiB")
-        value = json.loads(file.read_text())
+        value = json.loads(read_text(file))
     except InputError:
         raise
     except (OSError, ValueError, RecursionError) as error:

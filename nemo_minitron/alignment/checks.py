@@ -14,19 +14,18 @@ from nemo_minitron import recipe
 from nemo_minitron.alignment.conversations import EncodedSplit
 from nemo_minitron.alignment.settings import AlignConfig
 from nemo_minitron.config import DataConfig, cache_dir
-from nemo_minitron.data.chat_template import TOO_LONG, with_template
+from nemo_minitron.data.chat_template import with_template
 from nemo_minitron.data.held_out import refuse_shared
 from nemo_minitron.data.instruct import cached_instruct_set
 from nemo_minitron.data.prepare import PreparedData, prepare_data
 from nemo_minitron.data.tokenizer import load_tokenizer, tokenizer_sha256
 from nemo_minitron.errors import InputError
-from nemo_minitron.layout import TrainerConfig, check_least
+from nemo_minitron.files import read_text
+from nemo_minitron.layout import TrainerConfig
 from nemo_minitron.nemo.checkpoints import CHECKPOINT, Source, find_source
 from nemo_minitron.nemo.openings import check_source, check_vocabulary, converted
 
 STEPS = "steps.jsonl"
-PEFT = ("none", "lora")
-LORA_TARGETS = ("attention", "mlp", "all", "attention_qkv", "attention_dense", "mlp_fc1", "mlp_fc2")
 
 
 @dataclass(frozen=True)
@@ -104,19 +103,11 @@ def has_cuda() -> bool:
 
 
 def check_settings(a: AlignConfig, t: TrainerConfig) -> None:
-    """Refuse settings that are none, and what needs Transformer Engine or CUDA where they are not.
+    """Refuse settings that do not fit each other, and what needs Transformer Engine or CUDA where they are not.
 
     Raises:
         InputError: names the key, its value and what would be legal.
     """
-    for key, value, legal in (
-        ("longer", a.longer, TOO_LONG),
-        ("peft", a.peft, PEFT),
-        *(("lora.target_modules", name, LORA_TARGETS) for name in a.lora.target_modules),
-    ):
-        if value not in legal:
-            raise InputError(f"align.{key}={value}: must be one of {', '.join(legal)}")
-    _check_numbers(a)
     if a.packed_sequence and importlib.util.find_spec("transformer_engine") is None:
         raise InputError("align.packed_sequence=true: needs Transformer Engine, which is not here")
     if a.packed_sequence:
@@ -136,17 +127,6 @@ def check_settings(a: AlignConfig, t: TrainerConfig) -> None:
             f"align.lora.dim={a.lora.dim}: must be a multiple of trainer.tensor_model_parallel_size="
             f"{t.tensor_model_parallel_size}"
         )
-
-
-def _check_numbers(a: AlignConfig) -> None:
-    """Refuse those that are too small."""
-    least = {"max_epochs": 1, "global_batch_size": 1, "val_check_interval": 0, "samples": 0}
-    for key in ("samples_max_new_tokens", "max_steps", "limit_val_batches"):
-        if getattr(a, key) is not None:
-            least[key] = 1
-    for key, number in least.items():
-        check_least(f"align.{key}", getattr(a, key), number)
-    check_least("align.lora.dim", a.lora.dim, 1)
 
 
 def schedule(
@@ -199,7 +179,7 @@ def prepared_tokenizer(a: AlignConfig, student: Source, d: DataConfig) -> Path:
     tokenizer = _fitting_tokenizer(student, d)
     if a.chat_template:
         try:
-            tokenizer.chat_template = Path(a.chat_template).read_text(encoding="utf-8")
+            tokenizer.chat_template = read_text(a.chat_template, 1 << 20)
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"align.chat_template={a.chat_template}: cannot be read ({error})") from None
     with_template(tokenizer, f"align.chat_template={a.chat_template or 'null'}")

@@ -7,7 +7,7 @@ from typing import Any
 from nemo_minitron.alignment import checks
 from nemo_minitron.alignment.checks import Prepared
 from nemo_minitron.alignment.conversations import EncodedSplit
-from nemo_minitron.alignment.preferences import LOSSES, encode_pairs
+from nemo_minitron.alignment.preferences import encode_pairs
 from nemo_minitron.alignment.settings import PreferenceRecipe
 from nemo_minitron.config import cache_dir
 from nemo_minitron.data.conversations import read_preferences
@@ -18,16 +18,12 @@ def check(r: PreferenceRecipe) -> Prepared:
     """Refuse what cannot work; convert the checkpoint and render the pairs once.
 
     Raises:
-        InputError: as `checks.prepare`; answers to be written; an unknown loss; weights of the losses that are all 0; a
+        InputError: as `checks.prepare`; answers to be written; weights of the losses that are all 0; a
             pair without rewards.
     """
     if r.align.samples > 0:
         raise InputError(f"align.samples={r.align.samples}: must be 0, only recipes/sft.py writes answers")
     d = r.align.dpo
-    if d.preference_loss not in LOSSES:
-        raise InputError(f"align.dpo.preference_loss={d.preference_loss}: must be one of {', '.join(LOSSES)}")
-    if not d.ref_policy_kl_penalty > 0:
-        raise InputError(f"align.dpo.ref_policy_kl_penalty={d.ref_policy_kl_penalty}: must be above 0")
     if not d.preference_loss_weight and not d.sft_loss_weight:
         raise InputError(
             "align.dpo.preference_loss_weight=0: and align.dpo.sft_loss_weight=0: one must not be 0"

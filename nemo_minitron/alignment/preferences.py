@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from nemo_minitron.alignment.conversations import EncodedSplit, write_rows
 from nemo_minitron.data.chat_template import encode_conversation, fit_preferences
 from nemo_minitron.data.conversations import Preference
+from nemo_minitron.data.rendering import render
 from nemo_minitron.errors import InputError
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def _encoded(tokenizer: "PreTrainedTokenizerBase", pair: Preference, answer: str
 def _line(tokenizer: "PreTrainedTokenizerBase", pair: Preference) -> dict[str, Any]:
     def text(*answer: str) -> str:
         messages = [*pair.messages, *({"role": "assistant", "content": content} for content in answer)]
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=not answer))
+        return render(tokenizer, messages, pair.where, prompt=not answer)
 
     prompt = text()
     rewards = {"chosen_reward": pair.chosen_reward, "rejected_reward": pair.rejected_reward}

@@ -1,21 +1,26 @@
 """The schemas of the alignment recipes' configuration."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated
 
 from omegaconf import MISSING
 
 from nemo_minitron.config import CommonConfig, OptimConfig
+from nemo_minitron.ranges import AboveZero, Choice, Count, Files, NotNegative, PathName, Positive, Range
+
+LoraTarget = Annotated[
+    str, Choice("attention", "mlp", "all", "attention_qkv", "attention_dense", "mlp_fc1", "mlp_fc2")
+]
 
 
 @dataclass
 class LoraConfig:
     """Low-rank adapters: `dim` of each, `alpha` (null: `dim`), the layers that get one ("attention", "mlp", "all")."""
 
-    dim: int = 8
-    alpha: int | None = None
-    dropout: float = 0.0
-    target_modules: list[str] = field(default_factory=lambda: ["all"])
+    dim: Positive = 8
+    alpha: Positive | None = None
+    dropout: Annotated[float, Range(least=0, below=1)] = 0.0
+    target_modules: list[LoraTarget] = field(default_factory=lambda: ["all"])
 
 
 @dataclass
@@ -24,12 +29,12 @@ class DpoConfig:
     "rpo_sq"; the last three compare with the rewards in the data, times `gt_reward_scale`.
     """
 
-    preference_loss: str = "dpo"
-    ref_policy_kl_penalty: float = 0.1
+    preference_loss: Annotated[str, Choice("dpo", "ipo", "rpo_bwd_kl", "rpo_fwd_kl", "rpo_sq")] = "dpo"
+    ref_policy_kl_penalty: AboveZero = 0.1
     preference_average_log_probs: bool = False
-    gt_reward_scale: float = 1.0
-    preference_loss_weight: float = 1.0
-    sft_loss_weight: float = 0.0
+    gt_reward_scale: NotNegative = 1.0
+    preference_loss_weight: NotNegative = 1.0
+    sft_loss_weight: NotNegative = 0.0
 
 
 @dataclass
@@ -43,19 +48,19 @@ class AlignConfig:
     or "lora". `save_nemo`: also write NeMo-Aligner's own .nemo file.
     """
 
-    train: Any = None
-    valid: Any = None
-    chat_template: str | None = None
-    longer: str = "refuse"
+    train: Files = None
+    valid: Files = None
+    chat_template: PathName | None = None
+    longer: Annotated[str, Choice("drop", "cut", "refuse")] = "refuse"
     packed_sequence: bool = False
-    max_epochs: int = 1
-    max_steps: int | None = None
-    global_batch_size: int = 8
-    val_check_interval: int = 0
-    limit_val_batches: int | None = None
-    samples: int = 0
-    samples_max_new_tokens: int = 64
-    peft: str = "none"
+    max_epochs: Positive = 1
+    max_steps: Positive | None = None
+    global_batch_size: Positive = 8
+    val_check_interval: Count = 0
+    limit_val_batches: Positive | None = None
+    samples: Count = 0
+    samples_max_new_tokens: Positive = 64
+    peft: Annotated[str, Choice("none", "lora")] = "none"
     lora: LoraConfig = field(default_factory=LoraConfig)
     dpo: DpoConfig = field(default_factory=DpoConfig)
     save_nemo: bool = False
@@ -66,7 +71,7 @@ class AlignConfig:
 class SftRecipe(CommonConfig):
     """`recipes/sft.py`. `student`: a Hugging Face, NeMo 2 or run directory."""
 
-    student: str = MISSING
+    student: PathName = MISSING
     align: AlignConfig = field(default_factory=AlignConfig)
 
 

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemo_minitron.data.conversations import Conversation, Message, Preference, clean
+from nemo_minitron.data.rendering import render, try_template
 from nemo_minitron.errors import InputError
+from nemo_minitron.files import read_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -96,7 +98,7 @@ def attach_template(directory: str | Path, template: str | None = None) -> str:
     """
     path = Path(directory) / CONFIG
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(read_text(path))
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read ({error})") from None
     present = config.get("chat_template")
@@ -135,7 +137,8 @@ def check_template(tokenizer: "PreTrainedTokenizerBase", where: str) -> None:
     Raises:
         InputError: which of these does not hold.
     """
-    text = _render(tokenizer, _PROBE, where)
+    try_template(tokenizer, [_PROBE, _PROBE[1:], _PROBE[:3], _PROBE[1:3]], where)
+    text = render(tokenizer, _PROBE, where)
     tokens = tokenizer.encode(text, add_special_tokens=False)
     unknown = tokenizer.unk_token_id
     if (unknown is not None and unknown in tokens) or tokenizer.decode(
@@ -155,26 +158,12 @@ def stop_token(tokenizer: "PreTrainedTokenizerBase", where: str) -> int:
     Raises:
         InputError: the template does not end answers.
     """
-    whole = _tokens(tokenizer, _render(tokenizer, _PROBE[:3], where))
-    prompt = _render(tokenizer, _PROBE[:2], where, prompt=True)
+    whole = _tokens(tokenizer, render(tokenizer, _PROBE[:3], where))
+    prompt = render(tokenizer, _PROBE[:2], where, prompt=True)
     content = _tokens(tokenizer, prompt + _PROBE[2]["content"])
     if whole[: len(content)] != content or len(whole) == len(content):
         raise InputError(f"{where}: the chat template has no marker that ends an answer")
     return whole[len(content)]
-
-
-def _render(
-    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], where: str, *, prompt: bool = False
-) -> str:
-    from jinja2 import TemplateError
-
-    try:
-        return str(
-            tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt)
-        )
-    except (TemplateError, TypeError, KeyError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{where}: the chat template cannot render it ({reason})") from None
 
 
 def _tokens(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
@@ -188,7 +177,7 @@ def render_prompt(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Messa
         InputError: the template refuses the messages, or one of them holds a control token.
     """
     _refuse_control_tokens(tokenizer, messages, where)
-    return _tokens(tokenizer, _render(tokenizer, messages, where, prompt=True))
+    return _tokens(tokenizer, render(tokenizer, messages, where, prompt=True))
 
 
 def encode_conversation(
@@ -204,13 +193,13 @@ def encode_conversation(
             the prompt's end with the answer).
     """
     _refuse_control_tokens(tokenizer, messages, where)
-    whole = _tokens(tokenizer, _render(tokenizer, messages, where))
+    whole = _tokens(tokenizer, render(tokenizer, messages, where))
     mask = [0] * len(whole)
     for index, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        begin = _tokens(tokenizer, _render(tokenizer, messages[:index], where, prompt=True))
-        end = _tokens(tokenizer, _render(tokenizer, messages[: index + 1], where))
+        begin = _tokens(tokenizer, render(tokenizer, messages[:index], where, prompt=True))
+        end = _tokens(tokenizer, render(tokenizer, messages[: index + 1], where))
         if end[: len(begin)] != begin or whole[: len(end)] != end:
             raise InputError(
                 f"{where}, message {index + 1}: the prompt's tokens are not the beginning of the conversation's: the "

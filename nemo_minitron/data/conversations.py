@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.errors import InputError
+from nemo_minitron.files import lines
 
 ROLES = ("system", "user", "assistant", "tool")
 # Who may speak after whom; "" is the beginning.
@@ -88,11 +89,9 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
         InputError: the file cannot be read, or a line is no JSON object.
     """
     try:
-        # Bytes, not text mode: a U+2028 inside a string is no line end.
-        with open(path, "rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield f"{path}, line {number}", _object(line, f"{path}, line {number}")
+        for number, line in enumerate(lines(path), start=1):
+            if line.strip():
+                yield f"{path}, line {number}", _object(line, f"{path}, line {number}")
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
 
@@ -114,9 +113,9 @@ def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8", newline="\n") as lines:
+    with open(temporary, "w", encoding="utf-8", newline="\n") as file:
         for row in rows:
-            lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
     os.replace(temporary, path)
     return path
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from nemo_minitron.data.held_out import refuse_shared
 from nemo_minitron.errors import InputError
+from nemo_minitron.files import LONGEST_LINE, lines, read_bytes
 
 SPLITS = ("train", "valid")
 DEFAULT_VALID_FRACTION = 0.05
@@ -181,7 +182,7 @@ def _read_files(paths: list[str], root: str, text_key: str) -> Iterator[Document
         if path.endswith(".jsonl"):
             yield from _read_jsonl(path, name, text_key)
         else:
-            yield Document(name, _decode(Path(path).read_bytes(), path))
+            yield Document(name, _decode(_whole(path), path))
 
 
 def jsonl_documents(path: str | Path, text_key: str = "text") -> Stream:
@@ -191,18 +192,33 @@ def jsonl_documents(path: str | Path, text_key: str = "text") -> Stream:
 
 def _read_jsonl(path: str, name: str, text_key: str) -> Iterator[Document]:
     # Bytes, not text mode: a U+2028 inside a string is no line end, and an error can name its line.
-    with open(path, "rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            where = f"{path}, line {number}"
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(_decode(line, where))
-            except InputError:
-                raise
-            except (ValueError, RecursionError) as error:
-                raise InputError(f"{where}: not JSON ({error})") from None
-            yield Document(f"{name}:{number}", _text_of(row, text_key, where))
+    for number, line in enumerate(_lines(path), start=1):
+        where = f"{path}, line {number}"
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(_decode(line, where))
+        except InputError:
+            raise
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{where}: not JSON ({error})") from None
+        yield Document(f"{name}:{number}", _text_of(row, text_key, where))
+
+
+def _lines(path: str) -> Iterator[bytes]:
+    try:
+        yield from lines(path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _whole(path: str) -> bytes:
+    try:
+        return read_bytes(path, LONGEST_LINE)
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be read ({error.strerror}); larger texts are read as .jsonl, one document a line"
+        ) from None
 
 
 def _decode(data: bytes, where: str) -> str:

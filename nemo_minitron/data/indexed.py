@@ -19,6 +19,7 @@ from nemo_minitron.data.corpora import SPLITS, Corpus, Document
 from nemo_minitron.data.file_sums import file_sha256
 from nemo_minitron.data.tokenizer import tokenizer_sha256
 from nemo_minitron.errors import InputError
+from nemo_minitron.files import read_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -78,7 +79,7 @@ class IndexedCorpus:
             InputError: no file, no manifest of this format, or index files missing or of another size.
         """
         try:
-            fields = json.loads(Path(path).read_text())
+            fields = json.loads(read_text(path))
             version = fields.pop("format_version")
             for split in SPLITS:
                 fields[f"{split}_prefix"] = os.path.normpath(Path(path).parent / fields[f"{split}_prefix"])

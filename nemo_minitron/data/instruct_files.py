@@ -9,13 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.config import cache_dir
 from nemo_minitron.data.chat_shapes import convert_file
-from nemo_minitron.data.chat_template import (
-    TOO_LONG,
-    Fitted,
-    fit_conversations,
-    fit_preferences,
-    with_template,
-)
+from nemo_minitron.data.chat_template import Fitted, fit_conversations, fit_preferences, with_template
 from nemo_minitron.data.conversations import Conversation, Preference, read_preferences, write_jsonl
 from nemo_minitron.data.instruct.generate import InstructFiles, cached_instruct_set, prompt_key
 from nemo_minitron.data.tokenizer import load_tokenizer
@@ -25,7 +19,6 @@ from nemo_minitron.instruct_config import InstructDataConfig, InstructDataRecipe
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-KINDS = ("conversations", "preferences")
 _Samples = Sequence[Conversation] | Sequence[Preference]
 
 
@@ -66,17 +59,10 @@ def check(r: InstructDataRecipe) -> Prepared:
 
 
 def _check_settings(d: InstructDataConfig) -> None:
-    for key, legal in (("kind", KINDS), ("too_long", TOO_LONG)):
-        if getattr(d, key) not in legal:
-            raise InputError(f"instruct_data.{key}={getattr(d, key)}: must be one of {', '.join(legal)}")
-    if d.max_tokens is not None and d.max_tokens < 1:
-        raise InputError(f"instruct_data.max_tokens={d.max_tokens}: must be at least 1")
     if d.max_tokens is not None and d.tokenizer is None:
         raise InputError(
             f"instruct_data.max_tokens={d.max_tokens}: needs instruct_data.tokenizer to count with"
         )
-    if not 0 <= d.valid_fraction < 1:
-        raise InputError(f"instruct_data.valid_fraction={d.valid_fraction}: must be at least 0 and below 1")
     if d.input is None and (d.max_tokens, d.tokenizer, d.valid_fraction) != (None, None, 0):
         raise InputError(
             "instruct_data.input is missing: tokenizer, max_tokens and valid_fraction are for a file of others; the "

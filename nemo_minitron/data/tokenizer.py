@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.errors import InputError
+from nemo_minitron.files import check_tokenizer_files
 from nemo_minitron.untrusted_files import check_no_pointer, check_regular, read_json
 
 if TYPE_CHECKING:
@@ -110,6 +111,10 @@ def load_tokenizer(path_or_id: str | Path) -> "PreTrainedTokenizerBase":
 
 def _check_files(directory: Path, where: str) -> None:
     check_regular(directory, where)
+    try:
+        check_tokenizer_files(directory)
+    except OSError as error:
+        raise InputError(f"{where}: cannot be loaded ({error})") from None
     for name in ("tokenizer.json", "tokenizer.model"):
         if (directory / name).is_file():
             check_no_pointer(directory / name, where)

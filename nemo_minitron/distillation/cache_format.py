@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from nemo_minitron.errors import InputError
+from nemo_minitron.files import open_regular, read_text
 
 FORMAT_VERSION = 1
 FORMS = ("hidden", "top_k")
@@ -48,7 +49,7 @@ def shard_name(number: int) -> str:
 def file_sha256(path: Path) -> str:
     """Hex sha256 of a file's bytes."""
     total = hashlib.sha256()
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         while block := file.read(1 << 20):
             total.update(block)
     return total.hexdigest()
@@ -208,7 +209,7 @@ def read_manifest(path: Path, where: str) -> Manifest:
         InputError: it cannot be read, or is of another version.
     """
     try:
-        fields = json.loads(path.read_text())
+        fields = json.loads(read_text(path))
         version = fields["format_version"]
         if version == FORMAT_VERSION:
             contents, head = read_contents(fields["contents"]), fields["head"]

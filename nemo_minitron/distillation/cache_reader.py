@@ -25,6 +25,7 @@ from nemo_minitron.distillation.cache_format import (
 )
 from nemo_minitron.distillation.losses import TopKTeacher
 from nemo_minitron.errors import InputError
+from nemo_minitron.files import check_regular
 
 CACHE = "cache"
 _OPEN_SHARDS = 64
@@ -94,6 +95,7 @@ class TeacherCache:
 
     def _opened(self, name: str) -> Any:
         try:
+            check_regular(self.directory / name)
             return safe_open(self.directory / name, framework="pt")
         except (SafetensorError, OSError) as error:
             raise InputError(f"{self.where}: {name} cannot be read ({error})") from None

@@ -24,6 +24,7 @@ from nemo_minitron.distillation.cache_format import (
     shards_of,
 )
 from nemo_minitron.errors import InputError
+from nemo_minitron.files import read_text
 
 PLAN = "plan.json"
 
@@ -81,7 +82,7 @@ class CachePlan:
         where = f"run_dir={self.directory.parent}"
         advice = "choose another run_dir or say overwrite=true"
         try:
-            before = json.loads((self.directory / PLAN).read_text())
+            before = json.loads(read_text(self.directory / PLAN))
             read_contents(before["contents"])
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
             raise InputError(f"{where}: {self.directory.name}/{PLAN} cannot be read; {advice}") from None
@@ -97,7 +98,7 @@ class CachePlan:
         """What was noted of a file after it was written; None if it is not there as noted."""
         path = self.directory / name
         try:
-            file = read_file(json.loads(_note(path).read_text()))
+            file = read_file(json.loads(read_text(_note(path))))
         except (OSError, ValueError, LookupError, TypeError):
             return None
         whole = file.name == name and path.is_file() and path.stat().st_size == file.bytes

@@ -14,6 +14,9 @@ from nemo_minitron import parallel
 from nemo_minitron.errors import InputError
 from nemo_minitron.evaluation.layer_removal import Block, LayerRemoval, merged
 from nemo_minitron.evaluation.lm_loss import evaluating
+from nemo_minitron.files import read_bytes
+
+_LARGEST = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -83,14 +86,14 @@ def load_task(path: str | Path, tokenizer: Any, max_tokens: int, *, beginning: S
                     f"model's context has {max_tokens}"
                 )
             requests.append(request)
-    sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    sha256 = hashlib.sha256(read_bytes(path, _LARGEST)).hexdigest()
     return Task(sha256, requests, [len(q.choices) for q in questions], [q.answer for q in questions])
 
 
 def _lines(path: str | Path) -> list[str]:
     try:
         # Not splitlines: JSON strings may hold line separators that only Unicode knows.
-        return Path(path).read_text(encoding="utf-8").split("\n")
+        return read_bytes(path, _LARGEST).decode("utf-8").split("\n")
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:

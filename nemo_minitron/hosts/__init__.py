@@ -12,7 +12,7 @@ takes 15 s that work on Megatron alone need not pay:
 import functools
 import logging
 
-import torch
+from nemo_minitron.hosts import imports
 
 logger = logging.getLogger("nemo_minitron")
 
@@ -20,6 +20,8 @@ logger = logging.getLogger("nemo_minitron")
 @functools.cache
 def _cuda_was_present() -> bool:
     """Asked once, before any stand-in is in place."""
+    import torch
+
     return torch.cuda.is_available()
 
 
@@ -30,12 +32,16 @@ def prepare_megatron() -> bool:
     Returns:
         True when stand-ins are active, False on a machine with CUDA (nothing was touched).
     """
+    imports.defer()
     if _cuda_was_present():
         return False
-    from nemo_minitron.hosts import cuda_names, megatron
+    from nemo_minitron.hosts import cuda_names
 
     cuda_names.close_gaps()
-    megatron.close_gaps()
+    with imports.without_collections():
+        from nemo_minitron.hosts import megatron
+
+        megatron.close_gaps()
     logger.info("no CUDA here: CPU stand-ins are active (nemo_minitron.hosts), ranks talk over gloo")
     return True
 
@@ -45,9 +51,10 @@ def prepare_nemo() -> bool:
     """`prepare_megatron` and the gaps of NeMo 2. Returns as `prepare_megatron`."""
     if not prepare_megatron():
         return False
-    from nemo_minitron.hosts import nemo2
+    with imports.without_collections():
+        from nemo_minitron.hosts import nemo2
 
-    nemo2.close_gaps()
+        nemo2.close_gaps()
     return True
 
 
@@ -56,7 +63,8 @@ def prepare_aligner() -> bool:
     """`prepare_nemo` and the gaps of NeMo 1 and NeMo-Aligner. Returns as `prepare_megatron`."""
     if not prepare_nemo():
         return False
-    from nemo_minitron.hosts import aligner
+    with imports.without_collections():
+        from nemo_minitron.hosts import aligner
 
-    aligner.close_gaps()
+        aligner.close_gaps()
     return True

@@ -14,9 +14,11 @@ from torch import Tensor
 
 from nemo_minitron.arch import Architecture
 from nemo_minitron.errors import InputError
+from nemo_minitron.files import check_regular
 
 VERSION = 1
 _KEY = "nemo_minitron.scores"
+_LARGEST = 1 << 30  # bytes; a model of 405 billion weights has 30 million scores
 
 
 @dataclass
@@ -76,6 +78,7 @@ class Scores:
             InputError: no such file, not a scores file, another version, or a damaged one.
         """
         try:
+            check_regular(path, _LARGEST)
             with safe_open(path, framework="pt") as file:
                 metadata = (file.metadata() or {}).get(_KEY)
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

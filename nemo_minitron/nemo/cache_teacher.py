@@ -12,11 +12,10 @@ from nemo_minitron import parallel, recipe
 from nemo_minitron.config import CacheTeacherRecipe
 from nemo_minitron.data.limits import refuse_limits
 from nemo_minitron.data.prepare import PreparedData, prepare_data
-from nemo_minitron.distillation.cache_format import FORMS, Contents
+from nemo_minitron.distillation.cache_format import Contents
 from nemo_minitron.distillation.cache_reader import CACHE
 from nemo_minitron.distillation.cache_writer import CachePlan
 from nemo_minitron.errors import InputError
-from nemo_minitron.layout import check_least
 from nemo_minitron.nemo.cache_checks import split_schedules, vocabulary_sha256
 from nemo_minitron.nemo.checkpoints import Source, find_source
 from nemo_minitron.nemo.distill_checks import loss_settings
@@ -72,16 +71,6 @@ def check(r: CacheTeacherRecipe) -> Prepared:
 def _check_settings(r: CacheTeacherRecipe) -> None:
     c = r.cache
     refuse_limits(r.data, "a cache holds a teacher whose documents see each other")
-    if c.form not in FORMS:
-        raise InputError(f"cache.form={c.form}: must be one of {', '.join(FORMS)}")
-    check_least("cache.shard_mib", c.shard_mib, 1)
-    check_least("distill.max_steps", r.distill.max_steps, 1)
-    check_least("distill.global_batch_size", r.distill.global_batch_size, 1)
-    check_least("distill.val_check_interval", r.distill.val_check_interval, 0)
-    check_least("distill.limit_val_batches", r.distill.limit_val_batches, 1)
-    for name in ("train_samples", "valid_samples"):
-        if getattr(c, name) is not None:
-            check_least(f"cache.{name}", getattr(c, name), 1)
     if r.trainer.context_parallel_size > 1:
         raise InputError(f"trainer.context_parallel_size={r.trainer.context_parallel_size}: must be 1 here")
     if loss_settings(r) is None:  # type: ignore[arg-type]

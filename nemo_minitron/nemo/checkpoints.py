@@ -23,6 +23,7 @@ from typing import Any
 
 import yaml
 
+from nemo_minitron import files
 from nemo_minitron.arch import Architecture
 from nemo_minitron.checkpoints.gguf import is_gguf, to_huggingface
 from nemo_minitron.config import DataConfig, cache_dir
@@ -54,6 +55,7 @@ _NOT_BUILT = (
     ),
     *("apply_residual_connection_post_layernorm", "is_hybrid_model"),
 )
+_LARGEST_PICKLE = 256 << 20
 _EMBEDDING = "module.embedding.word_embeddings.weight"
 # What the table of contents of a distributed checkpoint names: dataclasses and enums of these packages, and
 _PICKLED_CLASSES_OF = ("torch.distributed.checkpoint.", "megatron.core.dist_checkpointing.")
@@ -173,7 +175,7 @@ def _nemo(directory: Path, where: str) -> Source:
     contents = _check_pickle(weights / ".metadata", where)
     _check_common(weights / "common.pt", where)
     try:
-        model = yaml.safe_load((context / "model.yaml").read_text())
+        model = yaml.safe_load(files.read_text(context / "model.yaml", 1 << 20))
         _check_expanded(model)
         config, family = model["config"], families.of_nemo_model(model["_target_"], where)
         if config["vocab_size"] is None:  # NeMo then pads the tokenizer's, and only the weights tell how far
@@ -301,7 +303,7 @@ class _NamesOnly(pickle.Unpickler):
 
 def _check_pickle(file: Path, where: str) -> Any:
     try:
-        with open(file, "rb") as opened:
+        with files.open_regular(file, _LARGEST_PICKLE) as opened:
             return _NamesOnly(opened).load()
     except Exception as error:
         raise InputError(f"{where}: {file.name} is damaged or not safe to open ({_line(error)})") from None
@@ -314,6 +316,7 @@ def _check_common(file: Path, where: str) -> None:
     try:
         with weights_may_only_be_tensors(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            files.check_regular(file, _LARGEST_PICKLE)
             torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
         raise InputError(f"{where}: {file.name} is damaged or not safe to open ({_line(error)})") from None

@@ -16,11 +16,9 @@ from nemo_minitron.data.tokenizer import load_tokenizer
 from nemo_minitron.errors import InputError
 from nemo_minitron.evaluation import instruct
 from nemo_minitron.instruct_config import EvaluateInstructRecipe, InstructEvalConfig
-from nemo_minitron.layout import check_least
 from nemo_minitron.nemo.checkpoints import Source, find_source
 
 ANSWERS = "answers.jsonl"
-HELD_OUT = ("test", "seen", "valid")
 
 
 @dataclass(frozen=True)
@@ -46,8 +44,6 @@ def check(r: EvaluateInstructRecipe) -> Prepared:
     e = r.instruct
     if r.trainer.ranks > 1:
         raise InputError(f"{r.trainer.ranks} ranks: evaluate_instruct works in one process")
-    check_least("instruct.max_new_tokens", e.max_new_tokens, 1)
-    check_least("instruct.batch_size", e.batch_size, 1)
     source = find_source(r.source)
     tokenizer = with_template(load_tokenizer(source.tokenizer), str(source.tokenizer))
     if len(tokenizer) > source.architecture.vocab_size:
@@ -63,8 +59,6 @@ def check(r: EvaluateInstructRecipe) -> Prepared:
 def _file(r: EvaluateInstructRecipe, e: InstructEvalConfig) -> Path:
     if e.file is not None:
         return Path(e.file)
-    if e.split not in HELD_OUT:
-        raise InputError(f"instruct.split={e.split}: must be one of {', '.join(HELD_OUT)}")
     return Path(getattr(cached_instruct_set(cache_dir(r.data, "instruct"), e.seed, e.sizes), e.split))
 
 

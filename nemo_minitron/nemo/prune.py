@@ -97,9 +97,6 @@ def _target(p: PruneConfig, arch: Architecture) -> tuple[Architecture, list[int]
     if drop == "late":
         last = arch.num_layers - 1
         drop = list(range(last - (arch.num_layers - target.num_layers), last))
-    for name, value in (("keep_layers", p.keep_layers), ("drop_layers", drop)):
-        if value is not None and not isinstance(value, list):
-            raise InputError(f"prune.{name}={value}: must be a list of layer numbers, such as [3,4]")
     keep = explicit_layers(arch.num_layers, p.keep_layers, drop)
     if keep is not None:
         target = target.replace(num_layers=len(keep) if p.num_layers is None else target.num_layers)

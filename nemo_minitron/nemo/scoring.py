@@ -17,17 +17,12 @@ def check_importance(p: PruneConfig, arch: Architecture, sha256: str) -> Any:
     """The given scores, checked against the source; None where they are to be made.
 
     Raises:
-        InputError: an unknown importance, statistic or layer metric; scores of another model; a metric without its
+        InputError: an unknown layer metric; scores of another model; a metric without its
             task.
     """
     from nemo_minitron.importance import block_influence, depth_metrics
-    from nemo_minitron.importance.aggregation import check_statistic
     from nemo_minitron.importance.scores import Scores
 
-    if p.importance not in ("activation", "random"):
-        raise InputError(f"prune.importance={p.importance}: must be activation or random")
-    check_statistic("prune.batch", p.batch)
-    check_statistic("prune.sequence", p.sequence)
     if p.scores is not None:
         scores = Scores.load(p.scores)
         scores.check_matches(arch, sha256)

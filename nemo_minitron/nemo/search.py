@@ -8,7 +8,6 @@ from nemo_minitron import recipe
 from nemo_minitron.config import SearchRecipe
 from nemo_minitron.data.prepare import PreparedData, prepare_data
 from nemo_minitron.errors import InputError
-from nemo_minitron.layout import check_least
 from nemo_minitron.nemo import prune, scoring, stepwise
 from nemo_minitron.nemo.checkpoints import CHECKPOINT, Source, find_source
 from nemo_minitron.nemo.openings import check_source, converted
@@ -24,8 +23,6 @@ from nemo_minitron.pruning.search import (
     search_optuna,
 )
 from nemo_minitron.pruning.target import PRUNABLE
-
-METHODS = ("grid", "optuna")
 
 
 @dataclass(frozen=True)
@@ -65,20 +62,14 @@ def check(r: SearchRecipe) -> Prepared:
             )
     if r.prune.iterations != 1:
         raise InputError(f"prune.iterations={r.prune.iterations}: a search scores the source once; must be 1")
-    if s.method not in METHODS:
-        raise InputError(f"search.method={s.method}: must be one of {', '.join(METHODS)}")
-    for name in ("max_candidates", "trials", "context", "sequences", "bytes_per_value", "distill_candidates"):
-        if (value := getattr(s, name)) is not None:
-            check_least(f"search.{name}", value, 1)
-    check_least("search.distill_steps", s.distill_steps, 0)
     # An axis that the grid leaves open has the size that the preset gives it.
     fixed = {axis: [v] for axis in PRUNABLE if (v := getattr(r.prune, axis)) is not None}
-    grid = {**fixed, **check_grid(s.grid)}
+    grid = {**fixed, **check_grid(s.grid or {})}
     ready = r.prepared or {}
     source = find_source(ready.get("source", r.source))
     check_source("source", source, r.trainer, r.data.seq_length)
     load = Workload(s.context, s.sequences, s.bytes_per_value)
-    budget = make_budget(source.architecture, s.budget, s.slack, load)
+    budget = make_budget(source.architecture, s.budget or {}, s.slack, load)
     found = candidates(
         source.architecture,
         grid,

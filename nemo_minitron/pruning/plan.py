@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nemo_minitron.arch import Architecture
 from nemo_minitron.errors import InputError
+from nemo_minitron.files import read_text
 from nemo_minitron.pruning import ranking
 from nemo_minitron.pruning.checks import check_plan
 from nemo_minitron.pruning.target import check_target
@@ -111,7 +112,7 @@ def _umask() -> int:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+        return json.loads(read_text(path), parse_constant=_refuse_constant)
     except OSError as error:
         raise InputError(f"cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:

@@ -45,8 +45,6 @@ def check_mixture(run: str | None, weight: float) -> None:
     Raises:
         InputError: names the value and what would be legal.
     """
-    if not 0 <= weight <= 1:
-        raise InputError(f"distill.sdg_weight={weight}: must be in 0 to 1, the share of the teacher's text")
     if run is None:
         if weight:
             raise InputError(

@@ -12,6 +12,7 @@ import numpy as np
 
 from nemo_minitron.data.beginning import AUTO, beginning
 from nemo_minitron.errors import InputError
+from nemo_minitron.files import lines
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -75,16 +76,15 @@ def read_prompts(path: str, key: str, tokenizer: "PreTrainedTokenizerBase", *, b
 
 def _texts(path: str, key: str) -> Iterator[tuple[str, str]]:
     try:
-        # Bytes: JSON strings may hold line separators that only Unicode knows, and an error can name its line.
-        lines = Path(path).expanduser().read_bytes().split(b"\n")
+        given = list(lines(Path(path).expanduser()))
     except OSError as error:
         raise InputError(f"synthesize.prompts={path}: cannot be read ({error.strerror})") from None
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(given, start=1):
         place = f"synthesize.prompts={path}, line {number}"
         if not line.strip():
             continue
         try:
-            text = line.decode("utf-8").rstrip("\r")
+            text = line.decode("utf-8").rstrip("\r\n")
         except UnicodeDecodeError as error:
             raise InputError(f"{place}: not UTF-8 (byte {error.start})") from None
         yield place, _of_json(text, key, place) if path.endswith(".jsonl") else text

@@ -2,14 +2,14 @@
 
 import importlib.util
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from nemo_minitron.errors import InputError
-from nemo_minitron.layout import TrainerConfig, check_least
+from nemo_minitron.layout import TrainerConfig
+from nemo_minitron.ranges import Choice, Count, PathName, Positive, Range
 
 MEGATRON = "megatron"
-BACKENDS = (MEGATRON, "huggingface", "vllm")
-OPENINGS = ("documents", "sequences")
+Share = Annotated[float, Range(above=0, most=1)]
 # Changing one of these leaves the text as it is: only what is kept of it changes.
 _KEEPING = (
     "include_prompt",
@@ -36,23 +36,23 @@ class SynthesizeConfig:
     asked). `include_prompt`: whether the prompt is part of the text. `excerpts` in the report.
     """
 
-    backend: str = MEGATRON
-    prompts: str | None = None
+    backend: Annotated[str, Choice(MEGATRON, "huggingface", "vllm")] = MEGATRON
+    prompts: PathName | None = None
     prompt_key: str = "prompt"
-    openings: str = "documents"
-    opening_tokens: int = 32
-    samples: int = 512
-    batch_size: int = 64
-    max_new_tokens: int = 480
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int | None = None
+    openings: Annotated[str, Choice("documents", "sequences")] = "documents"
+    opening_tokens: Count = 32
+    samples: Positive = 512
+    batch_size: Positive = 64
+    max_new_tokens: Positive = 480
+    temperature: Annotated[float, Range(above=0, most=1000)] = 1.0
+    top_p: Share = 1.0
+    top_k: Positive | None = None
     include_prompt: bool = True
-    min_new_tokens: int = 32
-    repetition_ngram: int = 8
-    max_repetition: float = 0.5
-    near_duplicate_jaccard: float | None = 0.7
-    excerpts: int = 5
+    min_new_tokens: Positive = 32
+    repetition_ngram: Positive = 8
+    max_repetition: Annotated[float, Range(least=0, most=1)] = 0.5
+    near_duplicate_jaccard: Share | None = 0.7
+    excerpts: Count = 5
 
 
 def sampling(s: SynthesizeConfig) -> dict[str, Any]:
@@ -66,33 +66,21 @@ def check_settings(s: SynthesizeConfig, t: TrainerConfig) -> None:
     Raises:
         InputError: names the setting, its value and what would be legal.
     """
-    if s.backend not in BACKENDS:
-        raise InputError(f"synthesize.backend={s.backend}: must be one of {', '.join(BACKENDS)}")
-    if s.openings not in OPENINGS:
-        raise InputError(f"synthesize.openings={s.openings}: must be one of {', '.join(OPENINGS)}")
-    least = {"samples": 1, "batch_size": 1, "max_new_tokens": 1, "min_new_tokens": 1, "repetition_ngram": 1}
-    for key, value in {**least, "opening_tokens": int(s.openings == "sequences"), "excerpts": 0}.items():
-        check_least(f"synthesize.{key}", getattr(s, key), value)
-    _check_shares(s)
-    if s.temperature <= 0:
+    if s.openings == "sequences" and s.opening_tokens < 1:
         raise InputError(
-            f"synthesize.temperature={s.temperature}: must be above 0; synthesize.top_k=1 is greedy"
+            f"synthesize.opening_tokens={s.opening_tokens}: must be at least 1 with synthesize.openings=sequences"
         )
-    if s.top_k is not None:
-        check_least("synthesize.top_k", s.top_k, 1)
-        if s.top_p < 1:
-            raise InputError(
-                f"synthesize.top_k={s.top_k}, synthesize.top_p={s.top_p}: Megatron-core takes one of both; leave "
-                "synthesize.top_k at null or synthesize.top_p at 1.0"
-            )
+    if s.min_new_tokens > s.max_new_tokens:
+        raise InputError(
+            f"synthesize.min_new_tokens={s.min_new_tokens}: must be at most synthesize.max_new_tokens="
+            f"{s.max_new_tokens}, or nothing would be kept"
+        )
+    if s.top_k is not None and s.top_p < 1:
+        raise InputError(
+            f"synthesize.top_k={s.top_k}, synthesize.top_p={s.top_p}: Megatron-core takes one of both; leave "
+            "synthesize.top_k at null or synthesize.top_p at 1.0"
+        )
     _check_backend(s.backend, t)
-
-
-def _check_shares(s: SynthesizeConfig) -> None:
-    for key in ("top_p", "max_repetition", "near_duplicate_jaccard"):
-        value = getattr(s, key)
-        if value is not None and not (0 < value <= 1 or (key == "max_repetition" and value == 0)):
-            raise InputError(f"synthesize.{key}={value}: must be above 0 and at most 1")
 
 
 def _check_backend(backend: str, t: TrainerConfig) -> None:

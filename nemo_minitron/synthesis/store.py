@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.errors import InputError
+from nemo_minitron.files import read_text
 
 MANIFEST = "manifest.json"
 
@@ -73,8 +74,8 @@ class Store:
 
     def _found(self) -> Any:
         try:
-            return json.loads((self.directory / MANIFEST).read_text())
-        except (OSError, ValueError):
+            return json.loads(read_text(self.directory / MANIFEST))
+        except (OSError, ValueError, RecursionError):
             return None
 
     def missing(self) -> list[int]:

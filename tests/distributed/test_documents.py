@@ -19,7 +19,7 @@ from tests.distributed.sessions import PATIENCE_S
 from tests.packed_stream import PackedStream, documents
 
 SEQ_LENGTH, WORDS = 64, 18
-EOD, BOS = 0, 1
+EOD, BOS, FIRST = 0, 1, 3
 
 
 def make_toy(directory: Path, **changes: Any) -> Any:
@@ -28,21 +28,21 @@ def make_toy(directory: Path, **changes: Any) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     model = make_model(directory, "gemma", num_hidden_layers=2, max_position_embeddings=SEQ_LENGTH, **changes)
-    words = {"<eod>": EOD, "<bos>": BOS, **{f"w{i}": i for i in range(2, VOCAB_SIZE)}}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w2"))
+    words = {"<eod>": EOD, "<bos>": BOS, "<unk>": 2, **{f"w{i}": i for i in range(FIRST, VOCAB_SIZE)}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<bos> $A", special_tokens=[("<bos>", BOS)]
     )
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<eod>", bos_token="<bos>", pad_token="<eod>", unk_token="w2"
+        tokenizer_object=tokenizer, eos_token="<eod>", bos_token="<bos>", pad_token="<eod>", unk_token="<unk>"
     ).save_pretrained(directory)
     return model
 
 
 def write_texts(path: Path, seed: int) -> None:
     """Documents of 18 words, which are 20 tokens."""
-    words = torch.randint(2, VOCAB_SIZE, (12, WORDS), generator=torch.Generator().manual_seed(seed))
+    words = torch.randint(FIRST, VOCAB_SIZE, (12, WORDS), generator=torch.Generator().manual_seed(seed))
     rows = [json.dumps({"text": " ".join(f"w{i}" for i in row)}) for row in words.tolist()]
     path.write_text("\n".join(rows) + "\n")
 
@@ -88,8 +88,24 @@ def toys(tmp_path_factory: pytest.TempPathFactory) -> Toys:
     for number, split in enumerate(("train", "valid")):
         write_texts(home / f"{split}.jsonl", number)
     student, teacher = make_toy(home / "student", initializer_range=0.2), make_toy(home / "teacher")
+    learn(teacher, home / "teacher", home / "valid.jsonl")
     (nemo,) = ranks.run_on_ranks(1, imported, str(home), timeout=PATIENCE_S)
     return Toys(home, nemo, student, teacher)
+
+
+def learn(model: Any, directory: Path, texts: Path) -> None:
+    """A teacher has to do better than guessing; this one learns the held-out documents by heart."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    rows = [json.loads(line)["text"] for line in texts.read_text().splitlines()]
+    tokens = torch.tensor([[*tokenizer(row)["input_ids"], EOD, BOS] for row in rows])
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(60):
+        optimizer.zero_grad()
+        model(tokens, labels=tokens).loss.backward()
+        optimizer.step()
+    model.save_pretrained(directory)
 
 
 def imported(home: str) -> dict[str, str]:
@@ -151,8 +167,8 @@ def test_documents_begin_as_the_tokenizer_begins_them(run_on_ranks: Any, toys: T
     """Also in questions, whose losses and the importance are transformers' for the same tokens."""
     from transformers import AutoTokenizer
 
-    made = toys.overrides("pruned", f"source={toys.nemo['teacher']}", "prune.ffn_hidden_size=24")
-    made += ["prune.calibration_samples=2", f"prune.task_file={toys.home}/task.jsonl", *LIMITS]
+    made = toys.overrides("pruned", f"source={toys.nemo['teacher']}", "+prune.ffn_hidden_size=24")
+    made += ["+prune.calibration_samples=2", f"+prune.task_file={toys.home}/task.jsonl", *LIMITS]
     question = {"question": "w5 w9", "choices": ["w7", "w8 w3"], "answer": 0}
     (toys.home / "task.jsonl").write_text(json.dumps(question) + "\n")
     (found,) = run_on_ranks(1, examined, made, timeout=PATIENCE_S)

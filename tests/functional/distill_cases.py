@@ -74,14 +74,19 @@ CASES: dict[str, Case] = {
         ["distill.global_batch_size=12"], "distill.global_batch_size=12", "micro_batch_size 8"
     ),
     "no loss": case(["distill.loss=kl"], "distill.loss=kl", "forward_kl", "cross_entropy"),
-    "temperature": case(["distill.temperature=0"], "distill.temperature 0.0", "above 0"),
-    "beta": case(["distill.loss=jensen_shannon", "distill.beta=1"], "distill.beta 1.0", "between 0 and 1"),
-    "top k": case(["distill.top_k=0"], "distill.top_k 0", "at least 1"),
-    "weight of the labels": case(["distill.ce_weight=-1"], "distill.ce_weight -1.0", "0 or above"),
-    "no learning rate": case(["distill.optim.lr=0"], "distill.optim.lr=0.0", "distill.optim.min_lr=0.0001"),
+    "temperature": case(["distill.temperature=0"], "distill.temperature=0.0", "above 0"),
+    "beta": case(
+        ["distill.loss=jensen_shannon", "distill.beta=1"], "distill.beta=1.0", "above 0 and below 1"
+    ),
+    "top k": case(["distill.top_k=0"], "distill.top_k=0", "at least 1"),
+    "weight of the labels": case(["distill.ce_weight=-1"], "distill.ce_weight=-1.0", "at least 0"),
+    "no learning rate": case(["distill.optim.lr=0"], "distill.optim.lr=0.0", "above 0"),
+    "learning rate that grows": case(
+        ["distill.optim.min_lr=1"], "distill.optim.lr=0.001", "distill.optim.min_lr=1.0"
+    ),
     "learning rate of nothing": case(["distill.optim.lr=nan"], "distill.optim.lr=nan", "above"),
     "momentum": case(["distill.optim.adam_beta2=1"], "distill.optim.adam_beta2=1.0", "below 1"),
-    "clipping": case(["distill.optim.clip_grad=-1"], "distill.optim.clip_grad=-1.0", "0 or above"),
+    "clipping": case(["distill.optim.clip_grad=-1"], "distill.optim.clip_grad=-1.0", "at least 0"),
     "warm-up": case(["distill.optim.warmup_steps=-1"], "distill.optim.warmup_steps=-1", "at least 0"),
     "student missing": case(["student=/nowhere"], "student=/nowhere", "no such directory"),
     "teacher missing": case(["teacher=/nowhere"], "teacher=/nowhere", "no such directory"),

@@ -200,7 +200,7 @@ CASES: dict[str, Case] = {
         ["prune.num_layers=2", "prune.layer_metric=luck"], ["prune.layer_metric=luck", "block_influence"]
     ),
     "protected layers": Case(["prune.num_layers=2", "prune.protect_first=3"], ["protect_first=3", "1 of 4"]),
-    "importance": Case(["prune.importance=magic"], ["prune.importance=magic", "activation or random"]),
+    "importance": Case(["prune.importance=magic"], ["prune.importance=magic", "activation, random"]),
     "batch aggregation": Case(["prune.batch=median"], ["prune.batch", "median", "l2"]),
     "sequence aggregation": Case(["prune.sequence=max"], ["prune.sequence", "max", "mean"]),
     "no calibration": Case(["prune.calibration_samples=0"], ["calibration_samples=0", "at least 1"]),

@@ -81,7 +81,7 @@ def test_what_the_job_refuses_starts_no_rank(slurm: Slurm) -> None:
     recipe.write_text("from nemo_minitron.config import parse\nfrom omegaconf import OmegaConf\n" + text)
     done = slurm.submit("--wait", recipe, *SITE, f"run_dir={slurm.home}/refused")
     assert done.returncode == 2
-    assert "error: seed=-1: must be in 0" in done.stderr
+    assert "error: seed=-1: must be at least 0" in done.stderr
     assert not list((slurm.home / "refused" / "logs").glob("failed.*"))
 
 

@@ -50,15 +50,8 @@ def test_batches_that_the_data_does_not_fill_are_refused(settings: dict[str, int
 
 
 def test_settings_are_refused_by_name() -> None:
-    for settings, says in (
-        ({"peft": "qlora"}, "align.peft=qlora"),
-        ({"max_steps": 0}, "align.max_steps=0"),
-        ({"samples": -1}, "align.samples=-1"),
-        ({"samples_max_new_tokens": 0}, "align.samples_max_new_tokens=0"),
-        ({"packed_sequence": True}, "align.packed_sequence=true"),
-    ):
-        with pytest.raises(InputError, match=says):
-            check_settings(AlignConfig(**settings), TrainerConfig())  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="align.packed_sequence=true"):
+        check_settings(AlignConfig(packed_sequence=True), TrainerConfig())
     with pytest.raises(InputError, match=r"align.samples=1: .*context_parallel_size=2"):
         check_settings(AlignConfig(samples=1), TrainerConfig(context_parallel_size=2))
 

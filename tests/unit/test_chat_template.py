@@ -1,7 +1,10 @@
 """The chat template: token ids by every way, NeMo's own format, answers alone in the mask, lengths, refusals."""
 
 import json
+import resource
 import shutil
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -251,3 +254,48 @@ def test_pairs_are_dropped_or_refused_but_not_cut(tokenizer: Any) -> None:
         fit_preferences(tokenizer, [short, long], 60, "refuse")
     with pytest.raises(InputError, match="are not cut"):
         fit_preferences(tokenizer, [short], 60, "cut")
+
+
+# ---- templates that never end ------------------------------------------------------------------------------
+
+HOSTILE = {
+    "loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "a range": "{% for i in range(10**9) %}{% endfor %}",
+    "a division": "{{ 1 / 0 }}",
+    "recursion": "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+    "calls": "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(60) }}",
+    "a power": "{{ 10 ** 10 ** 10 }}",
+    "digits": "{{ (10 ** 5000) | string }}",
+    "memory": "{{ 'x' * 10 ** 10 }}",
+    "a long text": "{{ 'x' * 10 ** 8 }}",
+    "doubling": "{% set n = namespace(x='x') %}{% for i in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}{{ n.x }}",
+    "parentheses": "{{" + "(" * 5000,
+    "terms": "{{ " + " + ".join(["1"] * 20000) + " }}",
+    "Python's objects": "{{ cycler.__init__.__globals__.os.system('true') }}",
+    "another file": "{% include '/etc/passwd' %}",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_template_that_takes_for_ever_is_refused_in_seconds(name: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(str(DEMO))
+    tokenizer.chat_template = HOSTILE[name]
+    before = resource.getrusage(resource.RUSAGE_SELF)
+    with pytest.raises(InputError, match=r"^here: the chat template ") as caught:
+        with_template(tokenizer, "here")
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    assert len(str(caught.value).splitlines()) == 1
+    assert after.ru_utime - before.ru_utime < 10
+    assert after.ru_maxrss - before.ru_maxrss < 1 << 20, "more than 1 GiB in KiB"
+
+
+def test_a_template_that_loops_on_some_data_only_is_stopped_in_any_thread(tokenizer: Any) -> None:
+    loops = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    tokenizer.chat_template = CHAT_TEMPLATE + "{% if messages[0].content == 'loop' %}" + loops + "{% endif %}"
+    with_template(tokenizer, "here")
+    asked = [{"role": "user", "content": "loop"}]
+    with ThreadPoolExecutor(1) as pool, pytest.raises(InputError, match="a.jsonl, line 1.*takes too long"):
+        pool.submit(render_prompt, tokenizer, asked, "a.jsonl, line 1").result()
+    assert sys.gettrace() is None or "coverage" in str(sys.gettrace())
+    with pytest.raises(InputError, match="takes too long"):
+        render_prompt(tokenizer, asked, "a.jsonl, line 1")

@@ -133,15 +133,18 @@ def test_a_text_becomes_the_tokens_that_llama_cpp_makes_of_it(
 ) -> None:
     bpe = gguf_files.byte_level(TEXT + PROMPTS, 420, GPT2_RULES, entry.ignore_merges)
     model = gguf_files.make_model("llama", bpe.get_vocab_size())
-    vocabulary = gguf_files.gpt2_vocabulary(bpe, entry.names[0])
-    file = gguf_files.write_gguf(tmp_path / "toy.gguf", model, Kind.F32, vocabulary)
-    tokenizer = Tokenizer.from_file(str(convert(file) / "tokenizer.json"))
-    with llama_cpp.opened(file) as server:
-        for prompt in [*PROMPTS, "<|im_start|>user\nhi <|im_end|> there"]:
-            tokens = tokenizer.encode(prompt).ids
-            assert (tokens[0] == 1) == (entry.add_bos or prompt.startswith("<"))
-            by_text, by_ids = (llama_cpp.next_token(server, p, ASCII) for p in (prompt, tokens))
-            assert by_text == by_ids, (prompt, tokenizer.encode(prompt).tokens)
+    for name in entry.names:
+        vocabulary = gguf_files.gpt2_vocabulary(bpe, name)
+        file = gguf_files.write_gguf(tmp_path / f"{name}.gguf", model, Kind.F32, vocabulary)
+        tokenizer = Tokenizer.from_file(str(convert(file) / "tokenizer.json"))
+        prompts = [*PROMPTS, "<|im_start|>user\nhi <|im_end|> there"]
+        # The other names of the same rules: one prompt.
+        for prompt in prompts if name == entry.names[0] else ["".join(PROMPTS)]:
+            with llama_cpp.opened(file, context=512) as server:
+                tokens = tokenizer.encode(prompt).ids
+                assert (tokens[0] == 1) == (entry.add_bos or prompt.startswith("<"))
+                by_text, by_ids = (llama_cpp.next_token(server, p, ASCII) for p in (prompt, tokens))
+            assert by_text == by_ids, (name, prompt, tokenizer.encode(prompt).tokens)
             assert tokenizer.decode(tokens).strip() == re.sub(r"<\|im_\w+\|>", "", prompt).strip()
 
 

@@ -78,15 +78,9 @@ def test_filters_do_not_decide_the_text() -> None:
 # ---- settings ----------------------------------------------------------------------------------------------
 
 REFUSED = {
-    "backend": ({"backend": "tensorrt"}, ["synthesize.backend=tensorrt", "megatron, huggingface, vllm"]),
-    "openings": ({"openings": "lines"}, ["synthesize.openings=lines", "documents, sequences"]),
-    "samples": ({"samples": 0}, ["synthesize.samples=0", "at least 1"]),
     "no opening": ({"opening_tokens": 0, "openings": "sequences"}, ["synthesize.opening_tokens=0"]),
-    "temperature": ({"temperature": 0.0}, ["synthesize.temperature=0.0", "top_k=1"]),
-    "top_p": ({"top_p": 1.5}, ["synthesize.top_p=1.5", "at most 1"]),
-    "top_k": ({"top_k": 0}, ["synthesize.top_k=0", "at least 1"]),
+    "all too short": ({"min_new_tokens": 9, "max_new_tokens": 8}, ["min_new_tokens=9", "max_new_tokens=8"]),
     "both": ({"top_k": 5, "top_p": 0.9}, ["synthesize.top_k=5", "synthesize.top_p=0.9"]),
-    "jaccard": ({"near_duplicate_jaccard": 0.0}, ["near_duplicate_jaccard=0.0"]),
 }
 
 
@@ -232,9 +226,6 @@ def test_the_text_is_trained_on_and_the_corpus_s_held_out_split_stays(
 def test_a_mixture_that_cannot_be_is_refused(run: Path, tmp_path: Path) -> None:
     check_mixture(None, 0.0)
     check_mixture(str(run), 1.0)
-    for weight in (-0.5, 1.5):
-        with pytest.raises(InputError, match=f"sdg_weight={weight}: must be in 0 to 1"):
-            check_mixture(str(run), weight)
     with pytest.raises(InputError, match="sdg_weight=0.5: needs sdg=RUN"):
         check_mixture(None, 0.5)
     with pytest.raises(InputError, match="would not be read"):

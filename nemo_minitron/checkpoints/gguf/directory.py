@@ -23,8 +23,11 @@ def is_gguf(path: Path) -> bool:
         return False
     if path.suffix.lower() == ".gguf":
         return True
-    with open(path, "rb") as opened:
-        return opened.read(4) == b"GGUF"
+    try:
+        with open(path, "rb") as opened:
+            return opened.read(4) == b"GGUF"
+    except OSError:
+        return False
 
 
 ArchitectureOf = Callable[[Mapping[str, Any], str], Architecture]

@@ -29,7 +29,7 @@ def passed(check: Mapping[str, Any], answer: str, where: str = "check") -> bool:
         InputError: a check of an unknown kind, or without what its kind needs.
     """
     kind = check.get("kind")
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise InputError(f"{where}: unknown kind of check {kind!r}; known: {', '.join(KINDS)}")
     try:
         return KINDS[kind](answer.strip(), check)

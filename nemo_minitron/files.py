@@ -1,0 +1,119 @@
+"""Opening files that a user or a checkpoint names: regular ones only, and none larger than what it is read for.
+
+A pipe would block for ever, a device has no end, and a file of gigabytes where a few kilobytes of JSON belong would
+fill the memory. What is refused is refused as the operating system does it, with an OSError, so that those who read say
+which setting named the file.
+"""
+
+import errno
+import os
+import stat
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+# JSON and YAML that is read as a whole; Python objects take about twenty times the bytes.
+LARGEST_TEXT = 64 << 20
+# One line of a JSONL file, or a document.
+LONGEST_LINE = 128 << 20
+_TOKENIZER = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "config.json",
+    "generation_config.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
+
+
+def open_regular(path: str | os.PathLike[str], largest: int | None = None) -> BinaryIO:
+    """A file, opened to read bytes.
+
+    Args:
+        path: of the file, or of a link to it.
+        largest: how many bytes it may have; None: any.
+
+    Raises:
+        OSError: as `open`; no regular file; a larger one.
+    """
+    # Without O_NONBLOCK a pipe that nobody writes into is waited for.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            kind = "a directory" if stat.S_ISDIR(found.st_mode) else "a pipe or device"
+            raise OSError(errno.EINVAL, f"{kind}, must be a regular file", str(path))
+        if largest is not None and found.st_size > largest:
+            raise OSError(
+                errno.EFBIG, f"{found.st_size:,} bytes; at most {largest:,} are read here", str(path)
+            )
+        return open(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def check_regular(path: str | os.PathLike[str], largest: int | None = None) -> None:
+    """What `open_regular` refuses, for a library that opens the file by its name."""
+    open_regular(path, largest).close()
+
+
+def read_bytes(path: str | os.PathLike[str], largest: int = LARGEST_TEXT) -> bytes:
+    """A whole file.
+
+    Raises:
+        OSError: as `open_regular`.
+    """
+    with open_regular(path, largest) as file:
+        return file.read(largest)
+
+
+def read_text(path: str | os.PathLike[str], largest: int = LARGEST_TEXT) -> str:
+    """A whole file, as UTF-8.
+
+    Raises:
+        OSError: as `open_regular`.
+        UnicodeDecodeError: it is not UTF-8.
+    """
+    return read_bytes(path, largest).decode("utf-8")
+
+
+def lines(path: str | os.PathLike[str], longest: int = LONGEST_LINE) -> Iterator[bytes]:
+    """Its lines, ends included: of bytes, since a U+2028 inside a JSON string is no line end.
+
+    Raises:
+        OSError: as `open_regular`; a line of more than `longest` bytes.
+    """
+    with open_regular(path) as file:
+        number = 0
+        while line := file.readline(longest + 1):
+            number += 1
+            if len(line) > longest:
+                raise OSError(
+                    errno.EFBIG,
+                    f"line {number} has more than {longest:,} bytes, the most that is read",
+                    str(path),
+                )
+            yield line
+
+
+def check_tokenizer_files(directory: Path) -> None:
+    """Refuse a tokenizer's directory of whose files one cannot be read whole, before a library opens them.
+
+    Raises:
+        OSError: as `open_regular`.
+    """
+    for file in present(directory, _TOKENIZER):
+        check_regular(file, LARGEST_TEXT)
+
+
+def present(directory: Path, names: Iterable[str]) -> Iterator[Path]:
+    """Those of some names that are there, as whatever: also a link that leads nowhere."""
+    return (directory / name for name in names if os.path.lexists(directory / name))
