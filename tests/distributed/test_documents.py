@@ -3,6 +3,7 @@
 The expected sequences are read with numpy from the corpus's files.
 """
 
+import copy
 import json
 import math
 from dataclasses import dataclass
@@ -99,11 +100,12 @@ def learn(model: Any, directory: Path, texts: Path) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(directory)
     rows = [json.loads(line)["text"] for line in texts.read_text().splitlines()]
-    tokens = torch.tensor([[*tokenizer(row)["input_ids"], EOD, BOS] for row in rows])
+    alone = torch.tensor([[*tokenizer(row)["input_ids"], EOD, BOS] for row in rows])
+    in_a_row = alone[:, :-1].reshape(4, -1)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     for _ in range(60):
         optimizer.zero_grad()
-        model(tokens, labels=tokens).loss.backward()
+        sum(model(tokens, labels=tokens).loss for tokens in (alone, in_a_row)).backward()
         optimizer.step()
     model.save_pretrained(directory)
 
@@ -127,13 +129,19 @@ def log_probabilities(model: Any, tokens: Tensor, limits: bool) -> Tensor:
     return torch.cat(found).double().log_softmax(-1)
 
 
+def cross_entropy(model: Any, sequence: Any, limits: bool) -> float:
+    """Mean over a sequence's tokens."""
+    whole = torch.from_numpy(sequence).long()
+    log = log_probabilities(model, whole[:-1], limits)
+    return float(-log.gather(-1, whole[1:, None]).mean())
+
+
 def nats(toys: Toys, sequence: Any, limits: bool) -> tuple[float, float]:
     """Means over a sequence's tokens: KL(teacher || student) and the student's cross-entropy."""
-    whole = torch.from_numpy(sequence).long()
-    tokens, labels = whole[:-1], whole[1:]
+    tokens = torch.from_numpy(sequence[:-1]).long()
     ours, theirs = (log_probabilities(m, tokens, limits) for m in (toys.student, toys.teacher))
     kl = (theirs.exp() * (theirs - ours)).sum(-1).mean()
-    return float(kl), float(-ours.gather(-1, labels[:, None]).mean())
+    return float(kl), cross_entropy(toys.student, sequence, limits)
 
 
 LIMITS = ["data.reset_attention_mask=true", "data.reset_position_ids=true"]
@@ -151,16 +159,16 @@ def test_distillation_is_transformers_on_the_documents(run_on_ranks: Any, toys: 
     lines = [json.loads(line) for line in (run_dir / "steps.jsonl").read_text().splitlines()]
     (step,) = (line for line in lines if line["split"] == "train")
     train = toys.stream("train", whole_pass=False)
-    kl, cross_entropy = nats(toys, train.item(0), limits)
+    kl, own = nats(toys, train.item(0), limits)
     assert math.isclose(step["kl"], kl, rel_tol=1e-4)
-    assert math.isclose(step["lm_loss"], cross_entropy, rel_tol=1e-4)
+    assert math.isclose(step["lm_loss"], own, rel_tol=1e-4)
     assert step["tokens"] == SEQ_LENGTH
     valid = toys.stream("valid", whole_pass=True)
     losses = [nats(toys, valid.item(n), limits)[1] for n in range(len(valid))]
     assert math.isclose(result["lm_loss_nats_before"], sum(losses) / len(losses), rel_tol=1e-4)
     others = nats(toys, train.item(0), not limits)
     assert abs(others[0] - kl) > 1e-2
-    assert abs(others[1] - cross_entropy) > 1e-2
+    assert abs(others[1] - own) > 1e-2
 
 
 def test_documents_begin_as_the_tokenizer_begins_them(run_on_ranks: Any, toys: Toys) -> None:
@@ -182,6 +190,11 @@ def test_documents_begin_as_the_tokenizer_begins_them(run_on_ranks: Any, toys: T
         log = log_probabilities(toys.teacher, ids, limits=False)[2:-1]
         assert math.isclose(loss, -float(log.gather(-1, ids[3:, None]).sum()), rel_tol=1e-4)
     stream = toys.stream("train", whole_pass=True)
+    bare = copy.deepcopy(toys.teacher)
+    del bare.model.layers[0]
+    for model, loss in zip((toys.teacher, bare), found["without"], strict=True):
+        nats = [cross_entropy(model, stream.item(n), limits=True) for n in range(2)]
+        assert math.isclose(loss, sum(nats) / 2, rel_tol=1e-4)
     expected = ffn_scores(toys.teacher, [torch.from_numpy(stream.item(n)[:-1]).long() for n in range(2)])
     torch.testing.assert_close(found["scores"].double(), expected, rtol=1e-4, atol=1e-6)
 
@@ -210,6 +223,7 @@ def examined(overrides: list[str]) -> dict[str, Any]:
     from hydra import compose, initialize_config_dir
 
     from nemo_minitron.config import PruneRecipe, parse
+    from nemo_minitron.evaluation.layer_removal import lm_loss_without
     from nemo_minitron.evaluation.multiple_choice import choice_losses
     from nemo_minitron.nemo import prune, scoring
     from tests.distributed.ranks import ROOT, layout
@@ -223,4 +237,7 @@ def examined(overrides: list[str]) -> dict[str, Any]:
         session, r, ready.data, ready.task, gone=[0], choose_layers=False, source_sha256=""
     )
     losses = choice_losses(session.chunks, ready.task, micro_batch_size=1)[0]
-    return {"scores": scores.tensors["ffn_hidden_size"], "losses": losses.tolist()}
+    dataset = session.dataset(ready.data, r.data, "train")
+    without = lm_loss_without(session.chunks, dataset, 2, [(0, 1)], micro_batch_size=2)
+    found = {"scores": scores.tensors["ffn_hidden_size"], "losses": losses.tolist()}
+    return found | {"without": without.tolist()}
