@@ -229,7 +229,7 @@ def examined(overrides: list[str]) -> dict[str, Any]:
     from tests.distributed.ranks import ROOT, layout
 
     layout()
-    with sessions.launched(), initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
+    with sessions._launched(), initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
         r = parse(PruneRecipe, compose("prune", overrides=overrides))
         ready = prune.check(r)
     session = sessions.open_session(ready.source.path)
