@@ -15,13 +15,13 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_minitron.cluster import ClusterConfig, check_cluster
-from nemo_minitron.data.beginning import check_bos
 from nemo_minitron.data.limits import check_limits
 from nemo_minitron.errors import InputError
 from nemo_minitron.files import obstacle
 from nemo_minitron.layout import TrainerConfig, check_trainer
 from nemo_minitron.ranges import (
     AboveZero,
+    Beginning,
     Choice,
     Count,
     Files,
@@ -77,7 +77,7 @@ class DataConfig:
     tokenizer: PathName | None = None
     vocab_size: Annotated[int, Range(least=1, most=10_000_000)] = 1024
     cache_dir: PathName | None = None
-    bos: Any = "auto"
+    bos: Beginning = "auto"
     reset_attention_mask: bool = False
     reset_position_ids: bool = False
     seed: Seed = 1234
@@ -388,7 +388,6 @@ def _check_together(recipe: Any) -> None:
             f"data.seq_length={length}: under trainer.sequence_parallel it must be a multiple of "
             f"trainer.tensor_model_parallel_size={t.tensor_model_parallel_size}"
         )
-    check_bos(recipe.data.bos)
     check_limits(recipe.data, t.context_parallel_size)
     for group in ("", "distill", "align"):
         o = getattr(getattr(recipe, group) if group else recipe, "optim", None)

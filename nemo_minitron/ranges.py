@@ -132,6 +132,10 @@ NotNegative = Annotated[float, Range(least=0)]
 AboveZero = Annotated[float, Range(above=0)]
 PathName = Annotated[str, _PATH]
 Files = Annotated[Any, Kind("a path or glob, or a list of them", _are_paths)]
+Beginning = Annotated[
+    Any,
+    Kind("auto (as the tokenizer does by itself), true or false", lambda v: v == "auto" or type(v) is bool),
+]
 Size = Annotated[
     Any, Kind("a size (an integer) or a fraction of the source's, such as 0.75 or 9/14", _is_size)
 ]

@@ -52,7 +52,7 @@ class CachePlan:
 
     def to_dict(self) -> dict[str, Any]:
         """For `PLAN`: what must be the same for a run to go on."""
-        fields = dataclasses.asdict(self.contents) | {"teacher_sha256": list(self.contents.teacher_sha256)}
+        fields = json.loads(json.dumps(dataclasses.asdict(self.contents)))  # tuples as the file has them
         return {"contents": fields, "per_shard": self.per_shard, "drawn": self.drawn}
 
     def begin(self) -> None:

@@ -41,7 +41,9 @@ class Teacher:
         self.device = (
             torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
         )
-        self.chunk = config.configure_model(tokenizer)
+        # Not the config's own: Gemma's scaling of embeddings is the NeMo model's part.
+        holder.configure_model()
+        self.chunk = holder.module
         self._restore()
         self.chunk.requires_grad_(False).eval().to(self.device)
         give_hidden_states(self.chunk)

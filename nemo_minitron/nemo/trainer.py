@@ -16,18 +16,6 @@ from megatron.core.optimizer import OptimizerConfig  # isort: skip
 from nemo.lightning.pytorch.optim import CosineAnnealingScheduler, MegatronOptimizerModule  # isort: skip
 
 
-class CausalByItself(lightning.pytorch.Callback):
-    """Lets a batch come without an attention mask, which the local layer spec makes itself, once for all microbatches.
-
-    NeMo's forward step asks for one where there is no Transformer Engine (`gpt_forward_step`, nemo_toolkit 2.4.1),
-    and its data module then makes [s, s] numbers for every sample.
-    """
-
-    def on_megatron_microbatch_start(self, batch: dict[str, Any]) -> None:
-        """NeMo's hook, before the forward step."""
-        batch.setdefault("attention_mask", None)
-
-
 def seed_everything(seed: int) -> None:
     """Seed Python, numpy and torch; NeMo derives each model-parallel rank's seed from it (PL_GLOBAL_SEED)."""
     lightning.pytorch.seed_everything(seed)
@@ -77,7 +65,7 @@ def trainer(t: TrainerConfig, *, training: bool, callbacks: list[Any] | None = N
         logger=False,
     )
     # Not through the constructor: NeMo writes its arguments into every checkpoint, and pickles what is not NeMo's own.
-    made.callbacks[:0] = [*(callbacks or []), *([CausalByItself()] if training else [])]
+    made.callbacks[:0] = callbacks or []
     return made
 
 
@@ -139,7 +127,7 @@ def training_data(
         reset_attention_mask=d.reset_attention_mask,
         reset_position_ids=d.reset_position_ids,
     )
-    # Without Transformer Engine it would always make one; see `CausalByItself`.
+    # NeMo turns it on where Transformer Engine is missing; no attention here needs [1, s, s] to be causal.
     module.create_attention_mask = d.reset_attention_mask
     build = module.build
 

@@ -18,7 +18,7 @@ PATIENCE_S = 240
 
 
 @contextlib.contextmanager
-def launched() -> Iterator[None]:
+def _launched() -> Iterator[None]:
     """What a launcher says to each rank; the harness has made the process group itself."""
     import torch.distributed as dist
     from megatron.core.dist_checkpointing.strategies import base
@@ -68,7 +68,7 @@ def open_session(checkpoint: str | Path, **sizes: Any) -> Any:
     t = TrainerConfig(**sizes, micro_batch_size=MICRO_BATCH, global_batch_size=8)
     # The harness has made the process group, so NeMo leaves Megatron's parallel state to it as well.
     layout(t.tensor_model_parallel_size, t.pipeline_model_parallel_size)
-    with launched():
+    with _launched():
         return Session(find_source(checkpoint), t)
 
 
@@ -120,7 +120,7 @@ def logits_of_forms(sources: list[str], cache: str, tokens: Tensor) -> list[Any]
 def saved_again(checkpoint: str, output: str, sizes: dict[str, Any]) -> None:
     """Opens a checkpoint under a layout and saves it from there."""
     session = open_session(checkpoint, **sizes)
-    with launched():
+    with _launched():
         session.save(Path(output))
 
 
@@ -130,7 +130,7 @@ def pruned(checkpoint: str, output: str, plan: Any, sizes: dict[str, Any]) -> No
 
     session = open_session(checkpoint, **sizes)
     prune_model(session.model, session.chunks, plan)
-    with launched():
+    with _launched():
         session.save(Path(output))
 
 
@@ -140,7 +140,7 @@ def imported(source: str, cache: str) -> str:
     from nemo_minitron.nemo.huggingface import import_checkpoint
 
     layout()  # NeMo takes a process group that is there as it is
-    with launched():
+    with _launched():
         return str(import_checkpoint(find_source(source), Path(cache)))
 
 
@@ -150,7 +150,7 @@ def exported(source: str, output: str) -> str:
     from nemo_minitron.nemo.huggingface import export_checkpoint
 
     layout()
-    with launched():
+    with _launched():
         return str(export_checkpoint(find_source(source), Path(output)))
 
 
@@ -163,7 +163,7 @@ def pruned_under(overrides: list[str], sizes: dict[str, Any]) -> dict[str, Any]:
     from nemo_minitron.nemo import prune
 
     layout(sizes.get("tensor_model_parallel_size", 1), sizes.get("pipeline_model_parallel_size", 1))
-    with launched(), initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
+    with _launched(), initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
         named = [f"trainer.{name}={value}" for name, value in sizes.items()]
         recipe = parse(PruneRecipe, compose("prune", overrides=[*overrides, *named]))
         directory = Path(recipe.run_dir)
@@ -195,7 +195,7 @@ def distilled_under(
         sp=sizes.get("sequence_parallel", False),
     )
     with (
-        launched(),
+        _launched(),
         _spoiled(spoiled_after),
         initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")),
     ):

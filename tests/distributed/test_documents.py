@@ -3,6 +3,7 @@
 The expected sequences are read with numpy from the corpus's files.
 """
 
+import copy
 import json
 import math
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from tests.distributed.sessions import PATIENCE_S
 from tests.packed_stream import PackedStream, documents
 
 SEQ_LENGTH, WORDS = 64, 18
-EOD, BOS = 0, 1
+EOD, BOS, FIRST = 0, 1, 3
 
 
 def make_toy(directory: Path, **changes: Any) -> Any:
@@ -28,21 +29,21 @@ def make_toy(directory: Path, **changes: Any) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     model = make_model(directory, "gemma", num_hidden_layers=2, max_position_embeddings=SEQ_LENGTH, **changes)
-    words = {"<eod>": EOD, "<bos>": BOS, **{f"w{i}": i for i in range(2, VOCAB_SIZE)}}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w2"))
+    words = {"<eod>": EOD, "<bos>": BOS, "<unk>": 2, **{f"w{i}": i for i in range(FIRST, VOCAB_SIZE)}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<bos> $A", special_tokens=[("<bos>", BOS)]
     )
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<eod>", bos_token="<bos>", pad_token="<eod>", unk_token="w2"
+        tokenizer_object=tokenizer, eos_token="<eod>", bos_token="<bos>", pad_token="<eod>", unk_token="<unk>"
     ).save_pretrained(directory)
     return model
 
 
 def write_texts(path: Path, seed: int) -> None:
     """Documents of 18 words, which are 20 tokens."""
-    words = torch.randint(2, VOCAB_SIZE, (12, WORDS), generator=torch.Generator().manual_seed(seed))
+    words = torch.randint(FIRST, VOCAB_SIZE, (12, WORDS), generator=torch.Generator().manual_seed(seed))
     rows = [json.dumps({"text": " ".join(f"w{i}" for i in row)}) for row in words.tolist()]
     path.write_text("\n".join(rows) + "\n")
 
@@ -88,8 +89,25 @@ def toys(tmp_path_factory: pytest.TempPathFactory) -> Toys:
     for number, split in enumerate(("train", "valid")):
         write_texts(home / f"{split}.jsonl", number)
     student, teacher = make_toy(home / "student", initializer_range=0.2), make_toy(home / "teacher")
+    learn(teacher, home / "teacher", home / "valid.jsonl")
     (nemo,) = ranks.run_on_ranks(1, imported, str(home), timeout=PATIENCE_S)
     return Toys(home, nemo, student, teacher)
+
+
+def learn(model: Any, directory: Path, texts: Path) -> None:
+    """A teacher has to do better than guessing; this one learns the held-out documents by heart."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    rows = [json.loads(line)["text"] for line in texts.read_text().splitlines()]
+    alone = torch.tensor([[*tokenizer(row)["input_ids"], EOD, BOS] for row in rows])
+    in_a_row = alone[:, :-1].reshape(4, -1)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(60):
+        optimizer.zero_grad()
+        sum(model(tokens, labels=tokens).loss for tokens in (alone, in_a_row)).backward()
+        optimizer.step()
+    model.save_pretrained(directory)
 
 
 def imported(home: str) -> dict[str, str]:
@@ -111,13 +129,19 @@ def log_probabilities(model: Any, tokens: Tensor, limits: bool) -> Tensor:
     return torch.cat(found).double().log_softmax(-1)
 
 
+def cross_entropy(model: Any, sequence: Any, limits: bool) -> float:
+    """Mean over a sequence's tokens."""
+    whole = torch.from_numpy(sequence).long()
+    log = log_probabilities(model, whole[:-1], limits)
+    return float(-log.gather(-1, whole[1:, None]).mean())
+
+
 def nats(toys: Toys, sequence: Any, limits: bool) -> tuple[float, float]:
     """Means over a sequence's tokens: KL(teacher || student) and the student's cross-entropy."""
-    whole = torch.from_numpy(sequence).long()
-    tokens, labels = whole[:-1], whole[1:]
+    tokens = torch.from_numpy(sequence[:-1]).long()
     ours, theirs = (log_probabilities(m, tokens, limits) for m in (toys.student, toys.teacher))
     kl = (theirs.exp() * (theirs - ours)).sum(-1).mean()
-    return float(kl), float(-ours.gather(-1, labels[:, None]).mean())
+    return float(kl), cross_entropy(toys.student, sequence, limits)
 
 
 LIMITS = ["data.reset_attention_mask=true", "data.reset_position_ids=true"]
@@ -135,24 +159,24 @@ def test_distillation_is_transformers_on_the_documents(run_on_ranks: Any, toys: 
     lines = [json.loads(line) for line in (run_dir / "steps.jsonl").read_text().splitlines()]
     (step,) = (line for line in lines if line["split"] == "train")
     train = toys.stream("train", whole_pass=False)
-    kl, cross_entropy = nats(toys, train.item(0), limits)
+    kl, own = nats(toys, train.item(0), limits)
     assert math.isclose(step["kl"], kl, rel_tol=1e-4)
-    assert math.isclose(step["lm_loss"], cross_entropy, rel_tol=1e-4)
+    assert math.isclose(step["lm_loss"], own, rel_tol=1e-4)
     assert step["tokens"] == SEQ_LENGTH
     valid = toys.stream("valid", whole_pass=True)
     losses = [nats(toys, valid.item(n), limits)[1] for n in range(len(valid))]
     assert math.isclose(result["lm_loss_nats_before"], sum(losses) / len(losses), rel_tol=1e-4)
     others = nats(toys, train.item(0), not limits)
     assert abs(others[0] - kl) > 1e-2
-    assert abs(others[1] - cross_entropy) > 1e-2
+    assert abs(others[1] - own) > 1e-2
 
 
 def test_documents_begin_as_the_tokenizer_begins_them(run_on_ranks: Any, toys: Toys) -> None:
     """Also in questions, whose losses and the importance are transformers' for the same tokens."""
     from transformers import AutoTokenizer
 
-    made = toys.overrides("pruned", f"source={toys.nemo['teacher']}", "prune.ffn_hidden_size=24")
-    made += ["prune.calibration_samples=2", f"prune.task_file={toys.home}/task.jsonl", *LIMITS]
+    made = toys.overrides("pruned", f"source={toys.nemo['teacher']}", "+prune.ffn_hidden_size=24")
+    made += ["+prune.calibration_samples=2", f"+prune.task_file={toys.home}/task.jsonl", *LIMITS]
     question = {"question": "w5 w9", "choices": ["w7", "w8 w3"], "answer": 0}
     (toys.home / "task.jsonl").write_text(json.dumps(question) + "\n")
     (found,) = run_on_ranks(1, examined, made, timeout=PATIENCE_S)
@@ -166,6 +190,11 @@ def test_documents_begin_as_the_tokenizer_begins_them(run_on_ranks: Any, toys: T
         log = log_probabilities(toys.teacher, ids, limits=False)[2:-1]
         assert math.isclose(loss, -float(log.gather(-1, ids[3:, None]).sum()), rel_tol=1e-4)
     stream = toys.stream("train", whole_pass=True)
+    bare = copy.deepcopy(toys.teacher)
+    del bare.model.layers[0]
+    for model, loss in zip((toys.teacher, bare), found["without"], strict=True):
+        nats = [cross_entropy(model, stream.item(n), limits=True) for n in range(2)]
+        assert math.isclose(loss, sum(nats) / 2, rel_tol=1e-4)
     expected = ffn_scores(toys.teacher, [torch.from_numpy(stream.item(n)[:-1]).long() for n in range(2)])
     torch.testing.assert_close(found["scores"].double(), expected, rtol=1e-4, atol=1e-6)
 
@@ -194,12 +223,13 @@ def examined(overrides: list[str]) -> dict[str, Any]:
     from hydra import compose, initialize_config_dir
 
     from nemo_minitron.config import PruneRecipe, parse
+    from nemo_minitron.evaluation.layer_removal import lm_loss_without
     from nemo_minitron.evaluation.multiple_choice import choice_losses
     from nemo_minitron.nemo import prune, scoring
     from tests.distributed.ranks import ROOT, layout
 
     layout()
-    with sessions.launched(), initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
+    with sessions._launched(), initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
         r = parse(PruneRecipe, compose("prune", overrides=overrides))
         ready = prune.check(r)
     session = sessions.open_session(ready.source.path)
@@ -207,4 +237,7 @@ def examined(overrides: list[str]) -> dict[str, Any]:
         session, r, ready.data, ready.task, gone=[0], choose_layers=False, source_sha256=""
     )
     losses = choice_losses(session.chunks, ready.task, micro_batch_size=1)[0]
-    return {"scores": scores.tensors["ffn_hidden_size"], "losses": losses.tolist()}
+    dataset = session.dataset(ready.data, r.data, "train")
+    without = lm_loss_without(session.chunks, dataset, 2, [(0, 1)], micro_batch_size=2)
+    found = {"scores": scores.tensors["ffn_hidden_size"], "losses": losses.tolist()}
+    return found | {"without": without.tolist()}
