@@ -3,7 +3,7 @@
 #          ARGS='...' is added to pytest's, or to the demo's, command line; WORKERS=N for the tests'
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup python demo real-model test test-slow test-full check format clean-env
+.PHONY: help setup python demo real-model test test-slow test-full check format clean-env clean-cache
 
 TORCH ?= auto
 TORCH_INDEX ?=
@@ -60,6 +60,9 @@ check:  ## lint, format, types, spelling, shell scripts, the Dockerfile
 
 format:  ## let ruff format and repair
 	@$(WITH_PY) "$$PY" -m ruff format . && "$$PY" -m ruff check --fix .
+
+clean-cache:  ## remove converted checkpoints: they are made again when they are asked for
+	rm -rf "$${NEMO_MINITRON_HOME:-$${XDG_CACHE_HOME:-$$HOME/.cache}/nemo_minitron}"/{checkpoints,exports,gguf}
 
 clean-env:  ## remove this clone's environment
 	@$(ENVIRONMENT) clean $(CHOICES)
