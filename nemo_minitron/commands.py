@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-# name: the schema and the module with `check` and `run`
+# name: the schema; the module with `check` and `run`, or one of each
 RECIPES = {
     "pretrain": ("config:PretrainRecipe", "nemo.pretrain"),
     "prune": ("config:PruneRecipe", "nemo.prune"),
@@ -23,6 +23,7 @@ RECIPES = {
     "distill": ("config:DistillRecipe", "nemo.distill"),
     "sft": ("alignment.settings:SftRecipe", "alignment.sft"),
     "preference": ("alignment.settings:PreferenceRecipe", "alignment.preference"),
+    "export": ("export_config:ExportRecipe", "workflows.export.check workflows.export.run"),
     "instruct_data": ("instruct_config:InstructDataRecipe", "data.instruct_files"),
     "evaluate_instruct": ("instruct_config:EvaluateInstructRecipe", "nemo.evaluate_instruct"),
 }
@@ -41,17 +42,17 @@ def main(name: str) -> None:
     use_environment()
     schema, work = RECIPES[name]
     module, _, cls = schema.partition(":")
-    run_recipe(name, f"nemo_minitron.{module}", cls, f"nemo_minitron.{work}")
+    run_recipe(name, f"nemo_minitron.{module}", cls, [f"nemo_minitron.{part}" for part in work.split()])
 
 
-def run_recipe(name: str, schemas: str, schema: str, work: str) -> None:
+def run_recipe(name: str, schemas: str, schema: str, work: list[str]) -> None:
     """Import what a recipe needs, and hand over to `recipe.main`.
 
     Args:
         name: of conf/NAME.yaml.
         schemas: the module with the schema.
         schema: its name there.
-        work: the module with `check` and `run`.
+        work: the module with `check` and `run`, or one of each.
     """
     from nemo_minitron import terminal
 
@@ -60,11 +61,11 @@ def run_recipe(name: str, schemas: str, schema: str, work: str) -> None:
         from nemo_minitron import recipe
 
         described = getattr(importlib.import_module(schemas), schema)
-        module = importlib.import_module(work)
+        modules = [importlib.import_module(part) for part in work]
     except KeyboardInterrupt:
         print("\ninterrupted: before the run began", file=sys.stderr)
         sys.exit(terminal.INTERRUPTED_BY_USER)
-    recipe.main(name, described, module.check, module.run)
+    recipe.main(name, described, modules[0].check, modules[-1].run)
 
 
 def use_environment() -> None:

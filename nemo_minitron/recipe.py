@@ -177,7 +177,8 @@ class _Run:
         """From a composed configuration to the end of the process; every way of ending has its exit code."""
         begin = time.monotonic()
         directory = ""
-        terminal.log_to_stderr()
+        if handover.VARIABLE not in os.environ:  # in a sweep of a launcher Hydra would log into it
+            terminal.log_to_stderr()
         try:
             config = overrides.with_home(config)
             if file := os.environ.get(handover.VARIABLE):

@@ -5,9 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from nemo_minitron import recipe
-from nemo_minitron.export_config import ExportRecipe
-from nemo_minitron.workflows.export import check, run
+from nemo_minitron.commands import main
 
 if __name__ == "__main__":
-    recipe.main("export", ExportRecipe, check.check, run.run)
+    main("export")
