@@ -172,7 +172,7 @@ def _nemo(directory: Path, where: str) -> Source:
     backend = read_json(weights / "metadata.json", where).get("sharded_backend")
     if backend != "torch_dist":
         raise InputError(f"{where}: metadata.json: sharded_backend {backend!r}: only 'torch_dist' is read")
-    contents = _check_pickle(weights / ".metadata", where)
+    contents = table_of_contents(weights / ".metadata", where)
     _check_common(weights / "common.pt", where)
     try:
         model = yaml.safe_load(files.read_text(context / "model.yaml", 1 << 20))
@@ -211,6 +211,15 @@ def _dtype(contents: dict[str, Any]) -> str:
         if name.startswith("module.") and hasattr(entry, "size"):
             elements[str(entry.properties.dtype).removeprefix("torch.")] += math.prod(entry.size)
     return elements.most_common(1)[0][0] if elements else "float32"
+
+
+def contents(source: Source) -> Any:
+    """The table of contents of a NeMo 2 directory's weights: torch's `Metadata`, opened without running anything.
+
+    Raises:
+        InputError: damaged, or not safe to open.
+    """
+    return table_of_contents(source.path / "weights" / ".metadata", str(source.path))
 
 
 def _check_expanded(value: Any, limit: int = 100_000) -> None:
@@ -301,7 +310,12 @@ class _NamesOnly(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it names {module}.{name}")
 
 
-def _check_pickle(file: Path, where: str) -> Any:
+def table_of_contents(file: Path, where: str) -> Any:
+    """What a distributed checkpoint's `.metadata` says of its tensors (torch.distributed.checkpoint's Metadata).
+
+    Raises:
+        InputError: it is damaged, or would run code when it is opened.
+    """
     try:
         with files.open_regular(file, _LARGEST_PICKLE) as opened:
             contents = _NamesOnly(opened).load()
