@@ -237,7 +237,9 @@ def run(checks: Checks, kind: str, seed: int, numbers: list[int]) -> list[dict[s
     """The faults of some cases."""
     make: Callable[[Checks, random.Random], Case] = {"overrides": override_case, "files": file_case}[kind]
     found = []
-    for number in numbers:
+    for done_before, number in enumerate(numbers):
+        if done_before % 1000 == 999:
+            print(f"{kind}: {done_before + 1} done, {len(found)} faults", flush=True)
         recipe, asked, given, done = make(checks, random.Random(f"{seed}/{kind}/{number}"))
         fault = checks.fault(recipe, asked, names_of(given))
         if fault is not None:
@@ -256,7 +258,7 @@ def main() -> int:
     parser.add_argument("--overrides", type=int, default=1000)
     parser.add_argument("--files", type=int, default=100)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--only", help="CAMPAIGN:NUMBER")
+    parser.add_argument("--only", help="CAMPAIGN:NUMBER,NUMBER...")
     parser.add_argument("--home", type=Path, required=True, help="a directory of the campaign's own")
     parser.add_argument("--report", type=Path)
     options = parser.parse_args()
@@ -278,8 +280,8 @@ def main() -> int:
     resource.setrlimit(resource.RLIMIT_AS, (size + 2 * BYTES, size + 2 * BYTES))
     asked = {"overrides": list(range(options.overrides)), "files": list(range(options.files))}
     if options.only:
-        kind, _, number = options.only.partition(":")
-        asked = {kind: [int(number)]}
+        kind, _, chosen = options.only.partition(":")
+        asked = {kind: [int(number) for number in chosen.split(",")]}
     print(f"seed {options.seed}; ready after {time.monotonic() - begin:.0f} s", flush=True)
     found = [fault for kind, numbers in asked.items() for fault in run(checks, kind, options.seed, numbers)]
     seconds, cpu = time.monotonic() - begin, time.process_time()
