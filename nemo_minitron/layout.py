@@ -1,7 +1,9 @@
 """The parallel layout that a run asks for, and what of it can be refused before a model is known."""
 
 import importlib.util
+import math
 import os
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -76,6 +78,33 @@ def check_stages(t: TrainerConfig, num_layers: int, key: str) -> None:
             f"trainer.pipeline_model_parallel_size={pp}: does not divide {key} {num_layers}; uneven stages need "
             f"trainer.{names[0]} or trainer.{names[1]}"
         )
+
+
+def check_tensor_ranks(key: str, ranks: int, sizes: Mapping[str, int]) -> None:
+    """Refuse a tensor-parallel size that does not divide what its ranks share.
+
+    Megatron-core 0.13.1 cuts query groups and the MLP into equal parts, and copies neither (transformer/attention.py);
+    the vocabulary is filled up (`padding`).
+
+    Args:
+        key: what the configuration calls the size.
+        ranks: the size.
+        sizes: what it must divide, each with the name that the message gives it.
+
+    Raises:
+        InputError: names the key, the size that it does not divide and the values that divide all.
+    """
+    for name, size in sizes.items():
+        if size % ranks:
+            raise InputError(
+                f"{key}={ranks}: does not divide {name} {size}; legal here: {common_divisors(sizes.values())}"
+            )
+
+
+def common_divisors(sizes: Iterable[int]) -> str:
+    """The numbers that divide all sizes, as a message lists them."""
+    common = math.gcd(*sizes)
+    return ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
 
 
 def check_trainer(t: TrainerConfig) -> None:

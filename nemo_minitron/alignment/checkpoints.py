@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 from nemo_minitron import parallel, recipe
 from nemo_minitron.layout import TrainerConfig
 from nemo_minitron.nemo.checkpoints import Source, weights_may_only_be_tensors
+from nemo_minitron.nemo.true_rows import cut_padding
 
 
 def load_model(cls: Any, cfg: DictConfig, trainer: Any, source: Source) -> Any:
@@ -68,6 +69,7 @@ def save_model(model: Any, source: Source, output: Path, *, tokenizer: Path) -> 
     dist_checkpointing.save({**common, **weights}, str(temporary / "weights"))
     parallel.barrier()
     if recipe.rank() == 0:
+        cut_padding(temporary / "weights", source.architecture.vocab_size)
         recipe.fresh(output)
         os.replace(temporary, output)
     parallel.barrier()

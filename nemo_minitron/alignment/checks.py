@@ -78,6 +78,7 @@ def prepare(
     check_settings(r.align, r.trainer)
     student = find_source(ready.get("student", r.student), "student")
     check_source("student", student, r.trainer, r.data.seq_length)
+    _check_nemo_file(r, student)
     if ready:
         tokenizer = Path(ready["tokenizer"])
         train, valid = (EncodedSplit(**ready[name]) for name in ("train", "valid"))
@@ -92,6 +93,16 @@ def prepare(
     if not ready:
         keep_resumable(r)
     return Prepared(converted(student, r.data), tokenizer, corpus, train, valid, trainer, epochs)
+
+
+def _check_nemo_file(r: Any, student: Source) -> None:
+    """Refuse a .nemo file whose tables would be longer than the vocabulary: nothing in it says so to its readers."""
+    rows, ranks = student.architecture.vocab_size, r.trainer.tensor_model_parallel_size
+    if r.align.save_nemo and rows % ranks:
+        raise InputError(
+            f"align.save_nemo=true: trainer.tensor_model_parallel_size={ranks} does not divide the student's "
+            f"vocab_size {rows}, and the file would hold padding; must be false, or a size that divides"
+        )
 
 
 def has_cuda() -> bool:

@@ -14,6 +14,7 @@ from nemo_minitron.alignment.settings import AlignConfig
 from nemo_minitron.data.tokenizer import as_version_4
 from nemo_minitron.layout import TrainerConfig
 from nemo_minitron.nemo.checkpoints import Source
+from nemo_minitron.padding import padded_rows
 
 ALIGNER = "aligner"
 # Aligner reads all three back from the name when it resumes; one that is absent counts as 0.
@@ -51,6 +52,9 @@ def aligner_config(
             "model": {
                 **model_config(source.architecture, seq_length, str(as_version_4(tokenizer))),
                 **run_config(t, cuda=cuda),
+                "override_vocab_size": padded_rows(
+                    source.architecture.vocab_size, t.tensor_model_parallel_size
+                ),
                 "seed": seed,
                 "answer_only_loss": True,
                 "peft": _peft(a),

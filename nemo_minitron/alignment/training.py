@@ -10,6 +10,7 @@ from nemo_minitron import hosts, recipe
 from nemo_minitron.alignment import checks, lora, runs
 from nemo_minitron.alignment.checkpoints import load_model, save_model
 from nemo_minitron.nemo.checkpoints import CHECKPOINT, Source, find_source
+from nemo_minitron.padding import leave_out_padding
 
 
 def run_configuration(
@@ -57,6 +58,8 @@ def open_model(cfg: DictConfig, key: str, cls_of: Callable[[], Any], source: Sou
     exp_manager(trainer, cfg.exp_manager)
     connect_ranks(trainer, cfg.model)
     model = load_model(cls_of(), cfg.model, trainer, source)
+    for chunk in model.get_model_module_list():
+        leave_out_padding(chunk, source.architecture.vocab_size)
     aligner.init_peft(model, cfg.model)
     lora.attach(model)
     aligner.init_distributed(trainer, model, use_te=not cpu)

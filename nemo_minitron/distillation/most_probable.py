@@ -6,21 +6,29 @@ from torch import Tensor
 from nemo_minitron import parallel
 from nemo_minitron.distillation.fused import chunk_tokens, default_chunk_bytes
 from nemo_minitron.distillation.products import write_logits
+from nemo_minitron.distillation.vocabulary import vocab_shard
 
 
 def most_probable(
-    hidden: Tensor, head: Tensor, k: int, temperature: float, *, chunk_bytes: int | None = None
+    hidden: Tensor,
+    head: Tensor,
+    k: int,
+    temperature: float,
+    *,
+    vocab_size: int,
+    chunk_bytes: int | None = None,
 ) -> dict[str, Tensor]:
     """The k largest logits of each token, and the log-sum-exp of all others; every tensor-parallel rank calls.
 
-    All rows of the output layer count, padding included. Logits and sums are float32. They are given minus the token's
+    Logits and sums are float32. They are given minus the token's
     largest logit, which no divergence can tell, so that the important ones are near 0 and survive 16 bits.
 
     Args:
         hidden: [n, h], alike on every rank.
         head: [v/tp, h], the rank's own rows.
-        k: at most v.
+        k: at most `vocab_size`.
         temperature: T of the tail.
+        vocab_size: the output layer's rows that count, of all ranks together.
         chunk_bytes: of a chunk's logits.
 
     Returns:
@@ -29,13 +37,15 @@ def most_probable(
     """
     budget = default_chunk_bytes(head.device) if chunk_bytes is None else chunk_bytes
     most = chunk_tokens(len(hidden), len(head), 1, 4, budget, head.device)
-    parts = [_chunk(rows, head, k, temperature) for rows in hidden.split(most)]
+    columns = vocab_shard(len(head), vocab_size).columns
+    parts = [_chunk(rows, head, columns, k, temperature) for rows in hidden.split(most)]
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-def _chunk(hidden: Tensor, head: Tensor, k: int, temperature: float) -> dict[str, Tensor]:
+def _chunk(hidden: Tensor, head: Tensor, true: int, k: int, temperature: float) -> dict[str, Tensor]:
     logits = hidden.new_empty(len(hidden), len(head), dtype=torch.float32)
     write_logits(logits, hidden, head)
+    logits[:, true:] = -torch.inf
     first = parallel.tp_rank() * len(head)
     own, columns = logits.topk(min(k, len(head)), dim=1)
     candidates = torch.cat(parallel.all_gather_tp(own), dim=1)

@@ -172,7 +172,7 @@ def _nemo(directory: Path, where: str) -> Source:
     backend = read_json(weights / "metadata.json", where).get("sharded_backend")
     if backend != "torch_dist":
         raise InputError(f"{where}: metadata.json: sharded_backend {backend!r}: only 'torch_dist' is read")
-    contents = _check_pickle(weights / ".metadata", where)
+    contents = table_of_contents(weights / ".metadata", where)
     _check_common(weights / "common.pt", where)
     try:
         model = yaml.safe_load(files.read_text(context / "model.yaml", 1 << 20))
@@ -301,7 +301,12 @@ class _NamesOnly(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it names {module}.{name}")
 
 
-def _check_pickle(file: Path, where: str) -> Any:
+def table_of_contents(file: Path, where: str) -> Any:
+    """What a distributed checkpoint's `.metadata` says of its tensors (torch.distributed.checkpoint's Metadata).
+
+    Raises:
+        InputError: it is damaged, or would run code when it is opened.
+    """
     try:
         with files.open_regular(file, _LARGEST_PICKLE) as opened:
             return _NamesOnly(opened).load()

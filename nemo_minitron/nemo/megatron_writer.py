@@ -8,6 +8,7 @@ import torch
 from nemo_minitron.config import SynthesizeRecipe
 from nemo_minitron.nemo.checkpoints import Source
 from nemo_minitron.nemo.session import Session, nemo_tokenizer
+from nemo_minitron.padding import padded_rows
 
 from megatron.core.inference.contexts import StaticInferenceContext  # isort: skip
 from megatron.core.inference.inference_request import InferenceRequest, Status  # isort: skip
@@ -16,6 +17,16 @@ from megatron.core.inference.model_inference_wrappers import inference_wrapper_c
 from megatron.core.inference.sampling_params import SamplingParams  # isort: skip
 from megatron.core.inference.text_generation_controllers import text_generation_controller  # isort: skip
 from nemo.collections.llm.inference.base import MCoreTokenizerWrappper  # isort: skip
+
+
+class _Controller(text_generation_controller.TextGenerationController):
+    """Samples from the vocabulary without padding: with more columns the same seed would draw other tokens."""
+
+    columns: int
+
+    def sample_from_logits(self, last_token_logits: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+        """As Megatron's."""
+        return super().sample_from_logits(last_token_logits[:, : self.columns], *arguments, **options)
 
 
 class MegatronWriter:
@@ -39,15 +50,16 @@ class MegatronWriter:
             hidden_size=model.config.hidden_size,
             params_dtype=model.config.params_dtype,
             inference_batch_times_seqlen_threshold=-1,
-            padded_vocab_size=source.architecture.vocab_size,
+            padded_vocab_size=padded_rows(
+                source.architecture.vocab_size, r.trainer.tensor_model_parallel_size
+            ),
             inference_max_requests=r.synthesize.batch_size,
             inference_max_seq_length=length,
         )
         wrapped = gpt.GPTInferenceWrapper(model, sizes, StaticInferenceContext.from_config(sizes))
         tokenizer = MCoreTokenizerWrappper(nemo_tokenizer(source.tokenizer), source.architecture.vocab_size)
-        self.controller = text_generation_controller.TextGenerationController(
-            inference_wrapped_model=wrapped, tokenizer=tokenizer
-        )
+        self.controller = _Controller(inference_wrapped_model=wrapped, tokenizer=tokenizer)
+        self.controller.columns = source.architecture.vocab_size
 
     def write(self, prompts: list[list[int]], seed: int) -> list[tuple[list[int], bool, float]]:
         """See `Writer`."""

@@ -1,5 +1,6 @@
 """`Architecture` to NeMo 2 models and back."""
 
+import functools
 import importlib
 import os
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from nemo_minitron import hosts
+from nemo_minitron import hosts, padding, parallel
 from nemo_minitron.arch import Architecture
 from nemo_minitron.errors import InputError
 from nemo_minitron.nemo.families import FAMILIES, NEMO_ROPE_SCALING
@@ -55,11 +56,12 @@ def host_settings() -> dict[str, Any]:
 def to_config(architecture: Architecture, *, seq_length: int, precision: str = "32") -> "llm.GPTConfig":
     """The NeMo config of an architecture, fit for this host.
 
-    `vocab_size` is set, so that NeMo pads nothing and every layout has the same rows.
+    `vocab_size` is set, so that every layout has, and every checkpoint's context names, the same rows. The models that
+    it makes have more where the tensor-parallel size does not divide them, see `padding`.
     """
     a = architecture
     dtype = torch.bfloat16 if precision.startswith("bf16") else torch.float32
-    return _config_class(a)(
+    config = _config_class(a)(
         num_layers=a.num_layers,
         hidden_size=a.hidden_size,
         ffn_hidden_size=a.ffn_hidden_size,
@@ -89,6 +91,21 @@ def to_config(architecture: Architecture, *, seq_length: int, precision: str = "
         **_family_settings(a),
         **host_settings(),
     )
+    config.configure_model = functools.partial(_configure_padded, config)
+    return config
+
+
+def _configure_padded(config: Any, *arguments: Any, **options: Any) -> Any:
+    """`GPTConfig.configure_model` of a vocabulary that the tensor-parallel size need not divide."""
+    vocab_size = config.vocab_size
+    # As an argument of the model only: the config's own is saved, and is the architecture's.
+    config.vocab_size = padding.padded_rows(vocab_size, parallel.tp_size())
+    try:
+        model = type(config).configure_model(config, *arguments, **options)
+    finally:
+        config.vocab_size = vocab_size
+    padding.leave_out_padding(model, vocab_size)
+    return model
 
 
 def nemo_class(model_type: str, name: str) -> Any:

@@ -3,7 +3,7 @@
 from nemo_minitron.config import DataConfig, cache_dir
 from nemo_minitron.data.prepare import PreparedData
 from nemo_minitron.errors import InputError
-from nemo_minitron.layout import TrainerConfig, check_stages
+from nemo_minitron.layout import TrainerConfig, check_stages, check_tensor_ranks
 from nemo_minitron.nemo.checkpoints import Source, find_source
 
 
@@ -22,12 +22,8 @@ def check_source(key: str, source: Source, t: TrainerConfig, seq_length: int) ->
     arch = source.architecture
     if seq_length > source.seq_length:
         raise InputError(f"data.seq_length={seq_length}: the {key} was made for {source.seq_length} tokens")
-    for axis in ("num_query_groups", "ffn_hidden_size", "vocab_size"):
-        if getattr(arch, axis) % t.tensor_model_parallel_size:
-            raise InputError(
-                f"trainer.tensor_model_parallel_size={t.tensor_model_parallel_size}: does not divide the {key}'s "
-                f"{axis} {getattr(arch, axis)}"
-            )
+    shared = {f"the {key}'s {axis}": getattr(arch, axis) for axis in ("num_query_groups", "ffn_hidden_size")}
+    check_tensor_ranks("trainer.tensor_model_parallel_size", t.tensor_model_parallel_size, shared)
     check_stages(t, arch.num_layers, f"the {key}'s num_layers")
 
 

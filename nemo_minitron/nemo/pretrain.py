@@ -13,7 +13,7 @@ from nemo_minitron.config import PretrainRecipe
 from nemo_minitron.data.prepare import PreparedData, open_corpus, prepare_data
 from nemo_minitron.data.statistics import bits_per_byte, compression_bits_per_byte, unigram_entropy_nats
 from nemo_minitron.errors import InputError
-from nemo_minitron.layout import check_stages
+from nemo_minitron.layout import check_stages, check_tensor_ranks
 from nemo_minitron.nemo.checkpoints import CHECKPOINT
 
 
@@ -36,12 +36,8 @@ def architecture(recipe: PretrainRecipe, vocab_size: int) -> Architecture:
         rotary_base=m.rotary_base,
         model_type="llama",
     )
-    for name in ("ffn_hidden_size", "num_query_groups", "vocab_size"):
-        if getattr(arch, name) % t.tensor_model_parallel_size:
-            raise InputError(
-                f"model.{name}={getattr(arch, name)}: not divisible by trainer.tensor_model_parallel_size="
-                f"{t.tensor_model_parallel_size}"
-            )
+    shared = {f"model.{axis}": getattr(arch, axis) for axis in ("num_query_groups", "ffn_hidden_size")}
+    check_tensor_ranks("trainer.tensor_model_parallel_size", t.tensor_model_parallel_size, shared)
     check_stages(t, arch.num_layers, "model.num_layers")
     return arch
 

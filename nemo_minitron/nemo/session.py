@@ -17,6 +17,7 @@ from nemo_minitron.evaluation.multiple_choice import Task, accuracy_and_margin, 
 from nemo_minitron.layout import TrainerConfig
 from nemo_minitron.nemo import models, trainer
 from nemo_minitron.nemo.checkpoints import Source, weights_may_only_be_tensors
+from nemo_minitron.nemo.true_rows import cut_padding
 
 from nemo.collections.llm.inference.base import _setup_trainer_and_restore_model  # isort: skip
 from nemo.lightning.ckpt_utils import ckpt_to_context_subdir  # isort: skip
@@ -92,6 +93,7 @@ class Session:
             TrainerContext.from_trainer(self.trainer).io_dump(
                 ckpt_to_context_subdir(directory), yaml_attrs=["model"]
             )
+            cut_padding(directory / "weights", self.architecture.vocab_size)
         self.trainer.strategy.barrier("saved")
 
 

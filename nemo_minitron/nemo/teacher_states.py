@@ -43,7 +43,9 @@ def write_states(
     if chunk.post_process:
         give_hidden_states(chunk)
         if plan.contents.form == "hidden":
-            head = torch.cat(parallel.all_gather_tp(output_weight(chunk).detach()))
+            head = torch.cat(parallel.all_gather_tp(output_weight(chunk).detach()))[
+                : plan.contents.vocab_size
+            ]
             if writes and parallel.dp_rank() == 0:
                 plan.write_head(head)
     keep = _keeper(plan.contents, chunk)
@@ -70,7 +72,13 @@ def _keeper(contents: Contents, chunk: Any) -> Keep:
         assert contents.top_k is not None
         assert contents.temperature is not None
         head = output_weight(chunk)
-        found = most_probable(states.flatten(0, 1), head, contents.top_k, contents.temperature)
+        found = most_probable(
+            states.flatten(0, 1),
+            head,
+            contents.top_k,
+            contents.temperature,
+            vocab_size=contents.vocab_size,
+        )
         return {name: t.unflatten(0, states.shape[:2]).cpu() for name, t in found.items()}
 
     return keep

@@ -7,6 +7,7 @@ from typing import Any
 
 from nemo_minitron import parallel, recipe
 from nemo_minitron.nemo.checkpoints import CHECKPOINT, is_unfinished, weights_may_only_be_tensors
+from nemo_minitron.nemo.true_rows import cut_padding
 
 
 def fit(
@@ -49,13 +50,14 @@ def fit(
         trainer.strategy.ckpt_load_strictness = StrictHandling.LOG_UNEXPECTED
     with weights_may_only_be_tensors() if foreign else contextlib.nullcontext():
         _train(model, data, trainer, _logger(directory, save_every_n_steps), _resume(directory, start))
-    return _name_last(directory)
+    return _name_last(directory, model.config.vocab_size)
 
 
-def _name_last(directory: Path) -> Path:
+def _name_last(directory: Path, vocab_size: int) -> Path:
     """RUN/checkpoint names the last checkpoint, which is returned."""
     last, link = last_checkpoint(directory), directory / CHECKPOINT
     if recipe.rank() == 0:
+        cut_padding(last / "weights", vocab_size)
         recipe.fresh(link)
         link.symlink_to(os.path.relpath(last, directory), target_is_directory=True)
     parallel.barrier()

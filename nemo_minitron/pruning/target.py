@@ -8,6 +8,7 @@ from fractions import Fraction
 
 from nemo_minitron.arch import WIDTH_AXES, Architecture
 from nemo_minitron.errors import InputError
+from nemo_minitron.layout import common_divisors
 
 PRUNABLE = (*WIDTH_AXES, "num_layers")
 # Sizes that fractions give are kept on matrix-multiply tiles, but never coarser than a 16th of the source.
@@ -56,12 +57,14 @@ def _check_same_elsewhere(source: Architecture, target: Architecture) -> None:
 
 
 def _check_tensor_parallel(target: Architecture, tp: int) -> None:
-    for axis in ("num_query_groups", "num_attention_heads", "ffn_hidden_size"):
-        size = getattr(target, axis)
+    axes = ("num_query_groups", "num_attention_heads", "ffn_hidden_size")
+    sizes = {axis: getattr(target, axis) for axis in axes}
+    for axis, size in sizes.items():
+        legal = f"; tensor_model_parallel_size can be {common_divisors(sizes.values())} for these sizes"
         if size < tp:
-            raise InputError(f"{axis}={size}: leaves {tp - size} of {tp} tensor-parallel ranks empty")
+            raise InputError(f"{axis}={size}: leaves {tp - size} of {tp} tensor-parallel ranks empty{legal}")
         if size % tp:
-            raise InputError(f"{axis}={size}: not divisible by tensor_model_parallel_size={tp}")
+            raise InputError(f"{axis}={size}: not divisible by tensor_model_parallel_size={tp}{legal}")
 
 
 def _check_stages(num_layers: int, pp: int, vp: int | None) -> None:

@@ -21,11 +21,11 @@ def most_probable_tokens() -> None:
     layout(tp=2)
     g = torch.Generator().manual_seed(1)
     hidden, head = torch.randn(30, 5, generator=g), torch.randn(16, 5, generator=g) * 3
-    logits = hidden.double() @ head.double().T
-    # Fewer than a rank has, more than that, and all.
-    for k in (3, 11, 16):
+    # Fewer than a rank has, more than that, and all; of a vocabulary that fills the ranks, and of one that does not.
+    for k, vocab_size in ((3, 16), (11, 16), (16, 16), (3, 13), (13, 13), (5, 7)):
         mine = head.chunk(2)[parallel.tp_rank()]
-        found = most_probable(hidden, mine, k, 1.7, chunk_bytes=4 * 8 * 7)
+        found = most_probable(hidden, mine, k, 1.7, vocab_size=vocab_size, chunk_bytes=4 * 8 * 7)
+        logits = hidden.double() @ head[:vocab_size].double().T
         values, indices = logits.topk(k)
         assert torch.equal(found["indices"].long(), indices)
         torch.testing.assert_close(found["values"].double(), values - values[:, :1], rtol=0, atol=2e-5)

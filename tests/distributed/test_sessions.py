@@ -61,7 +61,7 @@ def make_huggingface(directory: Path, **changes: Any) -> Any:
             if "norm" in name:
                 parameter.uniform_(0.5, 1.5)
     model.save_pretrained(directory)
-    words = {"<eod>": 0, **{f"w{i}": i for i in range(1, VOCAB_SIZE)}}
+    words = {"<eod>": 0, **{f"w{i}": i for i in range(1, model.config.vocab_size)}}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<eod>"))
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<eod>", bos_token="<eod>", unk_token="<eod>"

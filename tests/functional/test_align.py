@@ -60,7 +60,10 @@ class Data:
 
 @pytest.fixture(scope="module")
 def data(commands: Commands) -> Data:
-    home = commands.home / "conversations"
+    return conversation_files(commands.home / "conversations")
+
+
+def conversation_files(home: Path) -> Data:
     return Data(
         conversations.conversations(home / "train.jsonl", range(TRAIN)),
         conversations.conversations(home / "valid.jsonl", range(100, 100 + VALID)),

@@ -179,7 +179,7 @@ CASES: dict[str, Case] = {
     ),
     "source against tensor ranks": Case(
         ["trainer.tensor_model_parallel_size=3"],
-        ["trainer.tensor_model_parallel_size=3", "num_query_groups 4"],
+        ["trainer.tensor_model_parallel_size=3", "num_query_groups 4", "legal here: 1, 2, 4"],
         env={**RANKS, "NEMO_MINITRON_NPROC": "3"},
     ),
     "source against stages": Case(

@@ -34,7 +34,7 @@ def found(form: str, student, teacher, mask, labels, loss: LossSettings):
 
 def cached(teacher, head, loss: LossSettings) -> TopKTeacher:
     """As `recipes/cache_teacher.py` finds it and distillation reads it."""
-    found = most_probable(teacher.flatten(0, 1), head, loss.top_k, loss.temperature)
+    found = most_probable(teacher.flatten(0, 1), head, loss.top_k, loss.temperature, vocab_size=len(head))
     values, indices, tail = (t.unflatten(0, teacher.shape[:2]) for t in found.values())
     return TopKTeacher(values, indices, tail if loss.tail else None)
 

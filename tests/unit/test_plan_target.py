@@ -27,7 +27,11 @@ MHA = Architecture(
             {"tp": 2},
             r"ffn_hidden_size=345: not divisible by tensor_model_parallel_",
         ),
-        ({"ffn_hidden_size": 3}, {"tp": 4}, r"ffn_hidden_size=3: leaves 1 of 4 tensor-parallel ranks empty"),
+        (
+            {"ffn_hidden_size": 3},
+            {"tp": 4},
+            r"ffn_hidden_size=3: leaves 1 of 4 tensor-parallel ranks empty; tensor_model_parallel_size can be 1 for",
+        ),
         (
             {"num_query_groups": 3, "num_attention_heads": 6},
             {"tp": 2},

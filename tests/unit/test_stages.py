@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from nemo_minitron.errors import InputError
-from nemo_minitron.layout import TrainerConfig, check_stages
+from nemo_minitron.layout import TrainerConfig, check_stages, check_tensor_ranks
 
 FIRST, LAST = "num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"
 
@@ -80,3 +80,36 @@ def test_what_is_refused_is_what_megatron_cannot_hold(pp: int) -> None:
 def test_refusals_name_what_would_be_legal(sizes: dict[str, int], message: str) -> None:
     with pytest.raises(InputError, match=re.escape(message)):
         check_stages(TrainerConfig(**sizes), 7, "layers")
+
+
+@pytest.mark.parametrize("sizes", [(2, 48), (1, 48), (6, 40), (8, 64)], ids=str)
+def test_tensor_ranks_that_are_refused_are_those_that_megatron_refuses(sizes: tuple[int, int]) -> None:
+    """More ranks than query groups too; the values that the message names are the legal ones."""
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    groups, ffn = sizes
+    shared = {"the source's num_query_groups": groups, "the source's ffn_hidden_size": ffn}
+    legal = []
+    for ranks in range(1, 2 * groups + 1):
+        try:
+            TransformerConfig(
+                num_layers=1,
+                hidden_size=48,
+                num_attention_heads=48,
+                num_query_groups=groups,
+                tensor_model_parallel_size=ranks,
+            )
+            held = ffn % ranks == 0
+        except ValueError:
+            held = False
+        try:
+            check_tensor_ranks("trainer.tensor_model_parallel_size", ranks, shared)
+            assert held
+            legal.append(ranks)
+        except InputError as error:
+            assert not held
+            said = str(error)
+    assert said.startswith(
+        f"trainer.tensor_model_parallel_size={2 * groups}: does not divide the source's num_query"
+    )
+    assert said.endswith(f"legal here: {', '.join(map(str, legal))}")

@@ -69,7 +69,7 @@ def test_fewer_tokens_than_were_kept(tmp_path: Path, k: int) -> None:
 def test_the_most_probable_tokens(tmp_path: Path, k: int, dtype: torch.dtype) -> None:
     made = random_cache(tmp_path, "top_k")
     hidden, head = made.hidden.flatten(0, 1).to(dtype), (made.head * 3).to(dtype)
-    found = most_probable(hidden, head, k, 0.7, chunk_bytes=4 * V * 7)
+    found = most_probable(hidden, head, k, 0.7, vocab_size=V, chunk_bytes=4 * V * 7)
     logits = hidden.double() @ head.double().T
     values, indices = logits.topk(k)
     assert torch.equal(logits.gather(1, found["indices"].long()), values)
