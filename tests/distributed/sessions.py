@@ -97,7 +97,7 @@ def logits_layer_by_layer(checkpoint: str, tokens: Tensor) -> Tensor:
 
     source = find_source(checkpoint)
     layout(1, 1)
-    with launched():
+    with _launched():
         reader = DistributedReader(source.path / "weights", contents(source))
         return logits(source, reader, tokens, vocab_rows=source.architecture.vocab_size)
 
