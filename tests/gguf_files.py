@@ -13,6 +13,20 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType as Kind
 
+TEXT = [
+    "The quick brown fox jumps over the lazy dog 12345 times.",
+    "don't stop; we'LL go  on\n\n    to x_y = 1 (foo) // bar",
+    "Straße, naïve café; 漢字 and emoji 🙂🙂 in one line",
+] * 3
+PROMPTS = [
+    "Hello world 12345, lazy fox",
+    "  a\n\n b\tc  \n",
+    "don't 'LL we'Ve HTTPServer camelCase",
+    "ünïcödé — 漢字 🙂🙂 Straße",
+    "x=1;y ==2 // foo_bar\r\n\r\n/etc/x",
+    "3.14 ½ ² ٣٤ 1234567",
+    "       z   ",
+]
 HIDDEN, HEADS, GROUPS, HEAD_DIM, FFN, LAYERS, CONTEXT = 64, 4, 2, 16, 96, 2, 128
 _COMMON: dict[str, Any] = {
     "hidden_size": HIDDEN,
@@ -208,3 +222,14 @@ def gpt2_vocabulary(tokenizer: Any, pre: str) -> dict[str, Any]:
         "tokenizer.ggml.padding_token_id": 0,
         "tokenizer.chat_template": "{% for m in messages %}{{ m.content }}{% endfor %}",
     }
+
+
+def loaded(directory: Path, **changes: Any) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    model, found = AutoModelForCausalLM.from_pretrained(
+        directory, attn_implementation="eager", output_loading_info=True, **changes
+    )
+    assert not found["missing_keys"]
+    assert not found["unexpected_keys"]
+    return model.eval()

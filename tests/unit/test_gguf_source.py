@@ -21,27 +21,13 @@ from nemo_minitron.nemo.checkpoints import find_source
 from nemo_minitron.nemo.families import architecture_of
 from tests import gguf_files, llama_cpp
 
-TEXT = [
-    "The quick brown fox jumps over the lazy dog 12345 times.",
-    "don't stop; we'LL go  on\n\n    to x_y = 1 (foo) // bar",
-    "Straße, naïve café; 漢字 and emoji 🙂🙂 in one line",
-] * 3
-PROMPTS = [
-    "Hello world 12345, lazy fox",
-    "  a\n\n b\tc  \n",
-    "don't 'LL we'Ve HTTPServer camelCase",
-    "ünïcödé — 漢字 🙂🙂 Straße",
-    "x=1;y ==2 // foo_bar\r\n\r\n/etc/x",
-    "3.14 ½ ² ٣٤ 1234567",
-    "       z   ",
-]
 ASCII = 40  # a printable character in every vocabulary below
 GPT2_RULES = PRE_TOKENIZERS[0].rules()
 
 
 @pytest.fixture(scope="module")
 def bpe() -> Tokenizer:
-    return gguf_files.byte_level(TEXT, 340, GPT2_RULES)
+    return gguf_files.byte_level(gguf_files.TEXT, 340, GPT2_RULES)
 
 
 @pytest.fixture(scope="module")
@@ -58,17 +44,6 @@ def converted(file: Path, cache: Path) -> Path:
     return to_huggingface(file, cache, f"source={file.name}", architecture_of)
 
 
-def loaded(directory: Path, **changes: Any) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    model, found = AutoModelForCausalLM.from_pretrained(
-        directory, attn_implementation="eager", output_loading_info=True, **changes
-    )
-    assert not found["missing_keys"]
-    assert not found["unexpected_keys"]
-    return model.eval()
-
-
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_0"])
 @pytest.mark.parametrize("name", gguf_files.CONFIGS)
 def test_weights_and_logits_are_those_of_transformers(
@@ -79,10 +54,10 @@ def test_weights_and_logits_are_those_of_transformers(
     file = gguf_files.write_gguf(tmp_path / "toy.gguf", model, Kind[kind], vocabulary)
     directory = convert(file)
     dtype = {"F16": torch.float16, "BF16": torch.bfloat16}.get(kind, torch.float32)
-    assert loaded(directory, torch_dtype="auto").dtype == dtype
+    assert gguf_files.loaded(directory, torch_dtype="auto").dtype == dtype
     # Gemma's and Nemotron's norms are kept with one added, which costs the last bit.
     last_bit = {torch.float32: 2e-7, torch.float16: 1e-3, torch.bfloat16: 1e-2}[dtype]
-    found = loaded(directory, torch_dtype=torch.float32)
+    found = gguf_files.loaded(directory, torch_dtype=torch.float32)
     for key, value in model.state_dict().items():
         expected = value.to(dtype).float()
         torch.testing.assert_close(
@@ -100,7 +75,7 @@ def test_llama_cpp_computes_what_the_converted_model_computes(
     model = gguf_files.make_model(name, bpe.get_vocab_size())
     file = gguf_files.write_gguf(tmp_path / "toy.gguf", model, Kind.F32, vocabulary)
     tokens = bpe.encode("The lazy fox jumps over the 12345").ids
-    logits = loaded(convert(file))(torch.tensor([tokens])).logits[0, -1]
+    logits = gguf_files.loaded(convert(file))(torch.tensor([tokens])).logits[0, -1]
     with llama_cpp.opened(file) as server:
         expected = llama_cpp.next_token(server, tokens, ASCII)
     found = torch.log_softmax(logits, -1)
@@ -131,15 +106,15 @@ def test_the_architecture_is_that_of_the_directory_it_came_from(
 def test_a_text_becomes_the_tokens_that_llama_cpp_makes_of_it(
     tmp_path: Path, convert: Any, entry: Any
 ) -> None:
-    bpe = gguf_files.byte_level(TEXT + PROMPTS, 420, GPT2_RULES, entry.ignore_merges)
+    bpe = gguf_files.byte_level(gguf_files.TEXT + gguf_files.PROMPTS, 420, GPT2_RULES, entry.ignore_merges)
     model = gguf_files.make_model("llama", bpe.get_vocab_size())
     for name in entry.names:
         vocabulary = gguf_files.gpt2_vocabulary(bpe, name)
         file = gguf_files.write_gguf(tmp_path / f"{name}.gguf", model, Kind.F32, vocabulary)
         tokenizer = Tokenizer.from_file(str(convert(file) / "tokenizer.json"))
-        prompts = [*PROMPTS, "<|im_start|>user\nhi <|im_end|> there"]
+        prompts = [*gguf_files.PROMPTS, "<|im_start|>user\nhi <|im_end|> there"]
         # The other names of the same rules: one prompt.
-        for prompt in prompts if name == entry.names[0] else ["".join(PROMPTS)]:
+        for prompt in prompts if name == entry.names[0] else ["".join(gguf_files.PROMPTS)]:
             with llama_cpp.opened(file, context=512) as server:
                 tokens = tokenizer.encode(prompt).ids
                 assert (tokens[0] == 1) == (entry.add_bos or prompt.startswith("<"))
@@ -171,7 +146,7 @@ def pieces(request: Any) -> tuple[Any, dict[str, Any]]:
 
     written = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXT),
+        sentence_iterator=iter(gguf_files.TEXT),
         model_writer=written,
         model_type="bpe",
         vocab_size=420,
@@ -211,7 +186,7 @@ def test_scores_become_merges_that_split_as_sentencepiece_does(
     tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
     printable = reference.piece_to_id("o")
     with llama_cpp.opened(file) as server:
-        for prompt in PROMPTS:
+        for prompt in gguf_files.PROMPTS:
             tokens = tokenizer.encode(prompt).ids
             assert tokens == [1, *reference.encode(prompt)]
             assert tokenizer.decode(tokens) == prompt
