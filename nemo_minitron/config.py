@@ -250,6 +250,7 @@ class CommonConfig:
     synthesize: Any = None
     align: Any = None
     search: Any = None
+    export: Any = None
     optim: Any = None
     eval: EvalConfig = field(default_factory=EvalConfig)
     source: Any = None

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import importlib.util
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from nemo_minitron.data.instruct import cached_instruct_set
 from nemo_minitron.data.prepare import PreparedData, prepare_data
 from nemo_minitron.data.tokenizer import load_tokenizer, tokenizer_sha256
 from nemo_minitron.errors import InputError
+from nemo_minitron.export import generation
 from nemo_minitron.files import read_text
 from nemo_minitron.layout import TrainerConfig
 from nemo_minitron.nemo.checkpoints import CHECKPOINT, Source, find_source
@@ -193,14 +195,17 @@ def prepared_tokenizer(a: AlignConfig, student: Source, d: DataConfig) -> Path:
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"align.chat_template={a.chat_template}: cannot be read ({error})") from None
     with_template(tokenizer, f"align.chat_template={a.chat_template or 'null'}")
-    key = hashlib.sha256(f"{tokenizer_sha256(tokenizer)}\n{tokenizer.chat_template}".encode()).hexdigest()[
-        :24
-    ]
+    settings = generation.gathered(student.tokenizer)
+    named = (
+        f"{tokenizer_sha256(tokenizer)}\n{tokenizer.chat_template}\n{json.dumps(settings, sort_keys=True)}"
+    )
+    key = hashlib.sha256(named.encode()).hexdigest()[:24]
     final = cache_dir(d, "tokenizers") / f"chat-{key}"
     if not (final / "tokenizer").is_dir():
         temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
         # NeMo calls the directory in a checkpoint's context as it is called here.
         tokenizer.save_pretrained(str(temporary / "tokenizer"))
+        generation.write(settings, temporary / "tokenizer")
         try:
             os.replace(temporary, final)
         except OSError:  # another process was faster, with the same files

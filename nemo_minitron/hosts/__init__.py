@@ -1,4 +1,4 @@
-"""Lets NeMo, Megatron-core and NeMo-Aligner run where there is no CUDA; does nothing where there is.
+"""Lets NeMo, Megatron-core and NeMo-Aligner run where there is no CUDA or no Transformer Engine.
 
 Tried with nemo_toolkit 2.4.1, megatron-core 0.13.1, nemo-aligner 0.7.0 and torch 2.13.0. Every gap is one small named
 function in this package whose docstring says what breaks and where. They are applied in layers, since importing NeMo
@@ -26,22 +26,38 @@ def _cuda_was_present() -> bool:
 
 
 @functools.cache
+def _transformer_engine_is_present() -> bool:
+    from nemo_minitron.hosts import local_spec
+
+    return local_spec.transformer_engine_imports()
+
+
+@functools.cache
 def prepare_megatron() -> bool:
     """Close the gaps of torch and megatron-core.
 
     Returns:
-        True when stand-ins are active, False on a machine with CUDA (nothing was touched).
+        True when stand-ins for CUDA are active; False on a machine with CUDA. There nothing is touched with
+        Transformer Engine, and without it only the local layer spec's norm and attention.
     """
     imports.defer()
     if _cuda_was_present():
+        if _transformer_engine_is_present():
+            logger.info("CUDA with Transformer Engine: its layers")
+            return False
+        from nemo_minitron.hosts import local_spec
+
+        local_spec.close_megatrons()
+        logger.info("CUDA without Transformer Engine: the local layers, with torch's norm and attention")
         return False
     from nemo_minitron.hosts import cuda_names
 
     cuda_names.close_gaps()
     with imports.without_collections():
-        from nemo_minitron.hosts import megatron
+        from nemo_minitron.hosts import local_spec, megatron
 
         megatron.close_gaps()
+        local_spec.close_megatrons()
     logger.info("no CUDA here: CPU stand-ins are active (nemo_minitron.hosts), ranks talk over gloo")
     return True
 
@@ -49,13 +65,16 @@ def prepare_megatron() -> bool:
 @functools.cache
 def prepare_nemo() -> bool:
     """`prepare_megatron` and the gaps of NeMo 2. Returns as `prepare_megatron`."""
-    if not prepare_megatron():
+    without_cuda = prepare_megatron()
+    if not without_cuda and _transformer_engine_is_present():
         return False
     with imports.without_collections():
-        from nemo_minitron.hosts import nemo2
+        from nemo_minitron.hosts import local_spec, nemo2
 
-        nemo2.close_gaps()
-    return True
+        if without_cuda:
+            nemo2.close_gaps()
+        local_spec.steps_want_a_mask()
+    return without_cuda
 
 
 @functools.cache

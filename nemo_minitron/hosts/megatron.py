@@ -1,14 +1,12 @@
-"""Gaps of megatron-core 0.13.1 without CUDA, Transformer Engine and Apex."""
+"""Gaps of megatron-core 0.13.1 without CUDA."""
 
 import functools
 import importlib
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 
 from nemo_minitron.hosts.cuda_names import show_cpu_torch_to
-from nemo_minitron.hosts.norm import HostNorm
 
 
 def close_gaps() -> None:
@@ -17,7 +15,6 @@ def close_gaps() -> None:
     random_states_of_the_cpu()
     clipping_asserts_cuda_gradients()
     optimizers_know_types_by_their_cuda_names()
-    local_norm_refuses_sequence_parallel()
     stages_share_logits_of_cuda_only()
 
 
@@ -94,28 +91,9 @@ def _with_cuda_type_names(function: Any) -> Any:
     return wrapped
 
 
-def local_norm_refuses_sequence_parallel() -> None:
-    """`WrappedTorchNorm` asserts against sequence parallelism and zero-centred gamma. `HostNorm` does both. Megatron
-    holds the class by name in the layer specs' backend and in the block's final norm."""
-    from megatron.core.models import backends
-    from megatron.core.models.gpt import gpt_layer_specs
-    from megatron.core.transformer import torch_norm, transformer_block
-
-    _replace(
-        torch_norm.WrappedTorchNorm, HostNorm, (torch_norm, backends, gpt_layer_specs, transformer_block)
-    )
-
-
 def stages_share_logits_of_cuda_only() -> None:
     """Text generation over pipeline stages asserts that what the last one broadcasts is a CUDA tensor
     (`inference/communication_utils.py`, `_is_cuda`)."""
     from megatron.core.inference import communication_utils
 
     communication_utils._is_cuda = lambda tensor: None
-
-
-def _replace(old: Any, new: Any, modules: Iterable[Any]) -> None:
-    for module in modules:
-        for name, value in list(vars(module).items()):
-            if value is old:
-                setattr(module, name, new)

@@ -1,4 +1,4 @@
-"""Gaps of NeMo 2 (nemo_toolkit 2.4.1) without CUDA, Transformer Engine and Apex."""
+"""Gaps of NeMo 2 (nemo_toolkit 2.4.1) without CUDA."""
 
 import ctypes
 import os

@@ -213,6 +213,15 @@ def _dtype(contents: dict[str, Any]) -> str:
     return elements.most_common(1)[0][0] if elements else "float32"
 
 
+def contents(source: Source) -> Any:
+    """The table of contents of a NeMo 2 directory's weights: torch's `Metadata`, opened without running anything.
+
+    Raises:
+        InputError: damaged, or not safe to open.
+    """
+    return table_of_contents(source.path / "weights" / ".metadata", str(source.path))
+
+
 def _check_expanded(value: Any, limit: int = 100_000) -> None:
     """With aliases a short YAML file stands for a value that no memory holds once it is written out in a message."""
     rest = [value]

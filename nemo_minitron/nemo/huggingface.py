@@ -1,6 +1,6 @@
-"""Hugging Face checkpoints in and out, on NeMo's own importers and exporters (nemo_toolkit 2.4.1).
+"""Hugging Face checkpoints in, on NeMo's own importers (nemo_toolkit 2.4.1), and out, by `nemo_minitron.export`.
 
-What is NeMo's: the mappings between both sides' weights, the model, the saving. What is done here, for all families
+What is NeMo's: the mapping between both sides' weights, the model, the saving. What is done here, for all families
 alike: the configs (NeMo's importers fix sizes, leave out head_dim and untie embeddings), loading without code from the
 checkpoint (NeMo's pass trust_remote_code=True), and the names of the layer spec that runs on this host.
 """
@@ -15,6 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.data.tokenizer import load_tokenizer
 from nemo_minitron.errors import InputError
+from nemo_minitron.export import generation
+from nemo_minitron.export.distributed_reader import DistributedReader
+from nemo_minitron.export.huggingface import SHARD_BYTES, SOURCE_DTYPE, Model, dtype_of, write
+from nemo_minitron.export.tensors import Weights
 from nemo_minitron.nemo.families import FAMILIES, config_of
 from nemo_minitron.nemo.weight_files import EMBEDDING, HEAD, read_headers
 from nemo_minitron.untrusted_files import file_sha256, read_json
@@ -23,7 +27,7 @@ if TYPE_CHECKING:
     from nemo_minitron.nemo.checkpoints import Source
 
 # How a converted checkpoint is laid out; part of the cache's key.
-_FORMAT = 3
+_FORMAT = 4
 
 
 @contextmanager
@@ -185,6 +189,14 @@ def load_huggingface(source: "Source", dtype: str | None = None) -> Any:
     return model.eval()
 
 
+def _empty(config: Any, dtype: Any) -> Any:
+    from transformers import AutoModelForCausalLM
+    from transformers.modeling_utils import no_init_weights
+
+    with no_init_weights():
+        return AutoModelForCausalLM.from_config(config, torch_dtype=dtype)
+
+
 def _fill(weights: dict[str, Any], source: "Source") -> None:
     """Copy the files' tensors into `weights`, one at a time, each cast to the parameter's dtype."""
     import torch
@@ -247,6 +259,8 @@ def _tokenizer_files(directory: Path, to: Path) -> Path:
     """The source's tokenizer as this version of transformers writes it, template included."""
     if not to.is_dir():
         load_tokenizer(directory).save_pretrained(str(to))
+        # NeMo copies the tokenizer's directory into the context of each checkpoint that comes of this one.
+        generation.write(generation.gathered(directory), to)
     return to
 
 
@@ -256,59 +270,37 @@ def _import_dtype(source: "Source") -> str:
     return "bfloat16" if dtypes == {"BF16"} else "float32"
 
 
+def export_model(source: "Source", dtype: str = SOURCE_DTYPE) -> Model:
+    """What `export.huggingface` writes of a checkpoint.
+
+    Args:
+        source: of kind "nemo".
+        dtype: as `export.huggingface.dtype_of`.
+
+    Raises:
+        InputError: a model that Hugging Face has no family for, a dtype that is none, weights that do not fit the
+            configuration.
+    """
+    from nemo_minitron.nemo.checkpoints import contents
+
+    assert source.kind == "nemo", source
+    if source.architecture.model_type is None:
+        raise InputError(
+            f"{source.path}: a plain GPTModel has no Hugging Face form; those that have are {', '.join(FAMILIES)}"
+        )
+    weights = Weights(source.architecture, DistributedReader(source.path / "weights", contents(source)))
+    weights.check()
+    config = config_of(source.architecture, source.seq_length)
+    return Model(weights, config, source.tokenizer, dtype_of(dtype, weights))
+
+
 def export_checkpoint(source: "Source", output: Path) -> Path:
     """Write a NeMo 2 checkpoint as a Hugging Face directory (safetensors, tokenizer); a single-process step.
 
     Raises:
-        InputError: a model that NeMo has no exporter for.
+        InputError: as `export_model`.
     """
-    from nemo.collections.llm.gpt.model.base import torch_dtype_from_mcore_config
-
-    from nemo_minitron.layout import TrainerConfig
-    from nemo_minitron.nemo.session import Session, nemo_tokenizer
-
-    assert source.kind == "nemo", source
-    base = _connector(source, "Exporter")
-    tokenizer = nemo_tokenizer(source.tokenizer)
-
-    class Exporter(base):  # type: ignore[valid-type, misc]
-        """Fed without running what the checkpoint's context names."""
-
-        config = property(lambda self: _huggingface_config(source, tokenizer))
-
-        def is_llama4(self) -> bool:
-            return False
-
-        def apply(self, output: Path) -> Path:
-            model = Session(source, TrainerConfig()).model
-            theirs = _empty(self.config, torch_dtype_from_mcore_config(model.config))
-            with fused_names(model.module), untied(model.module):
-                theirs = self.convert_state(model, theirs)
-            theirs.tie_weights()  # where the config says so; the copies are equal
-            theirs.save_pretrained(output)
-            tokenizer.tokenizer.save_pretrained(output)
-            return output
-
-    return Path(Exporter(str(source.path)).apply(output))
-
-
-def _empty(config: Any, dtype: Any) -> Any:
-    from transformers import AutoModelForCausalLM
-    from transformers.modeling_utils import no_init_weights
-
-    with no_init_weights():
-        return AutoModelForCausalLM.from_config(config, torch_dtype=dtype)
-
-
-def _huggingface_config(source: "Source", tokenizer: Any) -> Any:
-    from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    model_type = source.architecture.model_type
-    return AutoConfig.for_model(
-        model_type,
-        architectures=[MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]],
-        bos_token_id=tokenizer.bos_id,
-        eos_token_id=tokenizer.eos_id,
-        **config_of(source.architecture, source.seq_length),
-    )
+    model = export_model(source)
+    output.mkdir(parents=True, exist_ok=True)
+    write(model, output, SHARD_BYTES)
+    return output

@@ -63,7 +63,7 @@ class Teacher:
         Args:
             batch: a microbatch as NeMo's data step gives it to the model.
         """
-        return self.chunk(batch["tokens"], batch["position_ids"], batch["attention_mask"])
+        return self.chunk(batch["tokens"], batch["position_ids"], batch.get("attention_mask"))
 
     def state_like(self, batch: Any) -> Tensor:
         """An empty tensor shaped as the states of a microbatch are on every stage, [s, b, h] or [s/tp, b, h]."""

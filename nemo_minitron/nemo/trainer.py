@@ -109,7 +109,7 @@ def training_data(
     """
     from nemo.collections.llm.gpt.data.pre_training import PreTrainingDataModule
 
-    return PreTrainingDataModule(
+    data = PreTrainingDataModule(
         paths={
             "train": train or [indexed.train_prefix],
             "validation": [indexed.valid_prefix],
@@ -124,3 +124,6 @@ def training_data(
         num_workers=0,
         index_mapping_dir=str(cache),
     )
+    # NeMo turns it on where Transformer Engine is missing; no attention here needs [1, s, s] to be causal.
+    data.create_attention_mask = False
+    return data

@@ -89,6 +89,19 @@ def logits_of(checkpoint: str, tokens: Tensor) -> Tensor:
         return model.eval()(tokens, positions, None).float()
 
 
+def logits_layer_by_layer(checkpoint: str, tokens: Tensor) -> Tensor:
+    """The same with one layer in memory."""
+    from nemo_minitron.export.distributed_reader import DistributedReader
+    from nemo_minitron.nemo.checkpoints import contents, find_source
+    from nemo_minitron.nemo.layer_by_layer import logits
+
+    source = find_source(checkpoint)
+    layout(1, 1)
+    with _launched():
+        reader = DistributedReader(source.path / "weights", contents(source))
+        return logits(source, reader, tokens, vocab_rows=source.architecture.vocab_size)
+
+
 def logits_of_forms(sources: list[str], cache: str, tokens: Tensor) -> list[Any]:
     """Of each Hugging Face directory: its NeMo 2 form and that one's logits [n, s, v]; a refusal's message instead."""
     from nemo_minitron.errors import InputError

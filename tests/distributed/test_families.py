@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nemo_minitron.errors import InputError
+from nemo_minitron.export import written
 from tests.distributed import ranks, sessions
 from tests.distributed.hf_families import CONFIGS, CONTEXT, VOCAB_SIZE, cut, make_model
 from tests.distributed.sessions import PATIENCE_S
@@ -83,7 +84,7 @@ def test_no_code_of_a_checkpoint_runs(example: tuple[str, Example]) -> None:
 
 
 def exported(run_on_ranks: Any, nemo: str, output: Path) -> Any:
-    """What NeMo's exporter writes, as transformers loads it."""
+    """What is written, as transformers loads it."""
     from transformers import AutoModelForCausalLM
 
     run_on_ranks(1, sessions.exported, nemo, str(output), timeout=PATIENCE_S)
@@ -94,7 +95,10 @@ def test_there_and_back(run_on_ranks: Any, example: tuple[str, Example], tmp_pat
     _, e = example
     (logits,) = run_on_ranks(1, sessions.logits_of, e.nemo, e.tokens, timeout=PATIENCE_S)
     torch.testing.assert_close(logits, e.logits, rtol=1e-4, atol=1e-4)
+    (thrifty,) = run_on_ranks(1, sessions.logits_layer_by_layer, e.nemo, e.tokens, timeout=PATIENCE_S)
+    torch.testing.assert_close(thrifty, logits, rtol=1e-5, atol=1e-5)
     again = exported(run_on_ranks, e.nemo, tmp_path / "again")
+    torch.testing.assert_close(written.logits(tmp_path / "again", e.tokens), e.logits, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(logits_of(again, e.tokens), e.logits, rtol=1e-5, atol=1e-5)
     before, after = e.model.state_dict(), again.state_dict()
     assert before.keys() == after.keys()

@@ -247,28 +247,6 @@ def optimizers_know_types_by_their_cuda_names(gap: Callable[[], None]) -> None:
 
 
 @shows("megatron")
-def local_norm_refuses_sequence_parallel(gap: Callable[[], None]) -> None:
-    from megatron.core.models.gpt import gpt_layer_specs
-    from megatron.core.transformer import TransformerConfig, torch_norm, transformer_block
-
-    config = TransformerConfig(
-        num_layers=1, hidden_size=8, num_attention_heads=2, normalization="RMSNorm",
-        layernorm_zero_centered_gamma=True, bias_dropout_fusion=False, use_cpu_initialization=True,
-    )  # fmt: skip
-    breaks(lambda: torch_norm.WrappedTorchNorm(config, 8))
-    config.layernorm_zero_centered_gamma, config.sequence_parallel = False, True
-    breaks(lambda: torch_norm.WrappedTorchNorm(config, 8))
-    gap()
-    from nemo_minitron.hosts.norm import HostNorm
-
-    layer = gpt_layer_specs.get_gpt_layer_local_spec(normalization="RMSNorm").submodules
-    assert layer.input_layernorm is layer.pre_mlp_layernorm is HostNorm
-    assert transformer_block.LayerNormImpl is torch_norm.WrappedTorchNorm is HostNorm
-    norm = torch_norm.WrappedTorchNorm(config, 8)
-    assert norm.weight.sequence_parallel
-
-
-@shows("megatron")
 def stages_share_logits_of_cuda_only(gap: Callable[[], None]) -> None:
     from megatron.core.inference.communication_utils import broadcast_from_last_pipeline_stage
 
@@ -374,6 +352,7 @@ def main() -> None:
     """{"file.gap": null or a traceback}, the log lines of the three `prepare_*`, and what they returned."""
     from nemo_minitron import hosts
 
+    importlib.import_module("tests.unit.host_gaps_local_spec")
     importlib.import_module("tests.unit.host_gaps_aligner")
     answers: dict[str, Any] = {}
     for name, proof in PROOFS.items():

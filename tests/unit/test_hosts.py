@@ -61,7 +61,13 @@ def test_a_stand_in_closes_the_gap_that_it_names(answers: dict[str, Any], gap: s
 @without_cuda
 def test_no_proof_is_left_over(answers: dict[str, Any]) -> None:
     assert list(answers["gaps"]) == sorted(gaps(), key=list(answers["gaps"]).index)
-    assert {gap.split(".")[0] for gap in gaps()} == {"cuda_names", "megatron", "nemo2", "aligner"}
+    assert {gap.split(".")[0] for gap in gaps()} == {
+        "cuda_names",
+        "megatron",
+        "nemo2",
+        "aligner",
+        "local_spec",
+    }
 
 
 @without_cuda
@@ -73,9 +79,12 @@ def test_one_line_is_logged(answers: dict[str, Any]) -> None:
 
 
 WITH_CUDA = """
-import json, logging, os, sys, warnings
+import json, logging, os, sys, types, warnings
 import torch
 torch.cuda.is_available = lambda: True
+if {engine}:
+    for name in ("transformer_engine", "transformer_engine.pytorch"):
+        sys.modules[name] = types.ModuleType(name)
 before_env, filters = dict(os.environ), list(warnings.filters)
 places = [torch, torch.cuda, torch.cuda.random, torch.cuda.nvtx, torch.Tensor, torch.nn.Module]
 before = [dict(vars(place)) for place in places]
@@ -86,32 +95,51 @@ logging.getLogger("nemo_minitron").addHandler(handler)
 logging.getLogger("nemo_minitron").setLevel(logging.INFO)
 modules = set(sys.modules)
 from nemo_minitron import hosts
-returned = [hosts.prepare_megatron(), hosts.prepare_nemo(), hosts.prepare_aligner()]
+returned = [hosts.prepare_megatron()]
+returned += [hosts.prepare_nemo(), hosts.prepare_aligner()] if {engine} else []
+imported = set(sys.modules) - modules
 changed = [
-    f"{place.__name__}.{name}"
+    f"{{place.__name__}}.{{name}}"
     for place, then in zip(places, before)
-    for name in {**then, **vars(place)}
-    if then.get(name) is not vars(place).get(name)
+    for name in {{**then, **vars(place)}}
+    if not name.startswith("_") and then.get(name, vars(place).get(name)) is not vars(place).get(name)
 ]
-print(json.dumps({
-    "returned": returned, "changed": changed, "lines": lines, "imported": sorted(set(sys.modules) - modules),
+layer = None
+if not {engine}:
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    spec = get_gpt_layer_local_spec(normalization="RMSNorm").submodules
+    layer = [spec.input_layernorm.__name__, spec.self_attention.submodules.core_attention.__name__]
+print(json.dumps({{
+    "returned": returned, "changed": changed, "lines": lines, "imported": sorted(imported), "layer": layer,
     "environment": dict(os.environ) == before_env, "filters": warnings.filters == filters,
-}))
+}}))
 """
 
 
-def test_nothing_is_touched_where_there_is_cuda() -> None:
+def test_nothing_is_touched_where_there_is_cuda_and_transformer_engine() -> None:
     """No name, no environment variable, no warning; neither Megatron nor a file with stand-ins is imported."""
-    seen = run(WITH_CUDA)
+    seen = run(WITH_CUDA.format(engine=True))
     assert seen["returned"] == [False] * 3
     assert seen["changed"] == []
-    assert seen["lines"] == []
+    assert len(seen["lines"]) == 1
+    assert "with Transformer Engine" in seen["lines"][0]
     assert seen["environment"]
     assert seen["filters"]
     assert [name for name in seen["imported"] if not name.startswith("nemo_minitron")] == []
     assert {name for name in seen["imported"] if "hosts" in name} == {
-        f"nemo_minitron.hosts{file}" for file in ("", ".imports", ".after_import")
+        f"nemo_minitron.hosts{file}" for file in ("", ".imports", ".after_import", ".local_spec")
     }
+
+
+def test_cuda_without_transformer_engine_has_the_local_layers_and_its_own_names() -> None:
+    seen = run(WITH_CUDA.format(engine=False))
+    assert seen["returned"] == [False]
+    assert seen["changed"] == []
+    assert seen["environment"]
+    assert len(seen["lines"]) == 1
+    assert "without Transformer Engine" in seen["lines"][0]
+    assert seen["layer"] == ["HostNorm", "HostAttention"]
+    assert not {f"nemo_minitron.hosts.{file}" for file in ("cuda_names", "megatron")} & set(seen["imported"])
 
 
 # ---- the norm ------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import nemo_minitron
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "nemo_minitron"
-FRAMEWORK_FOLDERS = {"nemo", "alignment", "hosts"}
+FRAMEWORK_FOLDERS = {"nemo", "alignment", "hosts", "workflows"}
 FRAMEWORKS = {"nemo", "nemo_aligner", "nemo_run", "lightning", "pytorch_lightning"}
 CORE = sorted(
     path
@@ -74,7 +74,7 @@ def test_importing_the_package_is_cheap() -> None:
 
 @pytest.mark.parametrize("path", CORE, ids=module_name)
 def test_the_core_names_no_framework(path: Path) -> None:
-    forbidden = FRAMEWORKS | {f"nemo_minitron.{folder}" for folder in ("nemo", "alignment")}
+    forbidden = FRAMEWORKS | {f"nemo_minitron.{folder}" for folder in ("nemo", "alignment", "workflows")}
     assert imported(path) & forbidden == set()
 
 

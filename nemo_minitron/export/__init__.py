@@ -1,0 +1,1 @@
+"""Models out: Hugging Face directories, GGUF files, their cards."""

@@ -1,0 +1,84 @@
+"""Where an export goes: nothing half-written ever has the final name."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from nemo_minitron.errors import InputError
+
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_BESIDE_WEIGHTS = 64 << 20  # bytes; tokenizer, template, card
+
+
+def bytes_of(key: str, size: str) -> int:
+    """A size as transformers writes it, such as "5GB", or a number of bytes.
+
+    Raises:
+        InputError: neither, or none at all.
+    """
+    text = str(size).strip().upper()
+    unit = _UNITS.get(text[-2:], 1)
+    number = text[:-2].strip() if unit > 1 else text
+    if not (number.isascii() and number.isdigit() and int(number[:19]) > 0 and len(number) < 16):
+        raise InputError(
+            f"{key}={str(size)[:100]}: must be a number of bytes, or one of {', '.join(_UNITS)} as 5GB"
+        )
+    return int(number) * unit
+
+
+def check_target(to: str | Path, source: str | Path, *, size: int, overwrite: bool) -> Path:
+    """The absolute path that is to be written.
+
+    Args:
+        to: a directory or a file.
+        source: what is exported.
+        size: of the weights that will be written, in bytes.
+        overwrite: whether something may be there.
+
+    Raises:
+        InputError: something is there, it is the source or inside of it or around it, or the disk is too small.
+    """
+    target, origin = Path(to).expanduser().resolve(), Path(source).expanduser().resolve()
+    if target == origin or origin in target.parents:
+        raise InputError(f"to={to}: is inside the source {source}; choose another place")
+    if target in origin.parents:
+        raise InputError(f"to={to}: holds the source {source}; choose another place")
+    if os.path.lexists(target) and not overwrite:
+        raise InputError(f"to={to}: is there already; choose another place or say overwrite=true")
+    above = next(p for p in target.parents if p.exists())
+    if not above.is_dir():
+        raise InputError(f"to={to}: {above} is no directory")
+    needed, free = size + _BESIDE_WEIGHTS, shutil.disk_usage(above).free
+    if free < needed:
+        raise InputError(
+            f"to={to}: {free / 2**30:.2f} GiB are free on its disk, the export needs {needed / 2**30:.2f} GiB"
+        )
+    return target
+
+
+@contextmanager
+def under_another_name(target: Path) -> Iterator[Path]:
+    """A path beside the target to write a directory or file at; it gets the target's name if all goes well, and is
+    removed if not."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.tmp")
+    _remove(temporary)
+    try:
+        yield temporary
+        old = target.with_name(f".{target.name}.old")
+        _remove(old)
+        if os.path.lexists(target):
+            os.replace(target, old)
+        os.replace(temporary, target)
+        _remove(old)
+    finally:
+        _remove(temporary)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

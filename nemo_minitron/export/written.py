@@ -1,0 +1,102 @@
+"""What a Hugging Face directory computes, with one layer in memory: transformers' own forward pass, fed from the files
+while it runs."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nemo_minitron.export.safetensors_writer import INDEX
+
+# Real English text that every Python brings along (Python Software Foundation License).
+_TEXT = ("exceptions", "with", "lambda", "assert")
+
+
+def text() -> str:
+    """Prose to compare logits over: chapters of Python's own reference manual."""
+    from pydoc_data.topics import topics
+
+    return "\n".join(topics[name] for name in _TEXT)
+
+
+def tokens_of(tokenizer: Any, sequences: int, length: int) -> Tensor:
+    """The text's first tokens, int64 [sequences, length]."""
+    ids = tokenizer.encode(text(), add_special_tokens=False)
+    repeated = ids * -(-sequences * length // len(ids))
+    return torch.tensor(repeated[: sequences * length]).view(sequences, length)
+
+
+class Files:
+    """Tensors of a directory's safetensors files by name."""
+
+    def __init__(self, directory: Path) -> None:
+        index = directory / INDEX
+        if index.is_file():
+            self._file_of = {
+                name: directory / file
+                for name, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()
+            }
+        else:
+            from safetensors import safe_open
+
+            whole = directory / "model.safetensors"
+            with safe_open(whole, "pt") as opened:
+                self._file_of = dict.fromkeys(opened.keys(), whole)
+
+    def read(self, name: str) -> Tensor:
+        """One tensor in float32."""
+        from safetensors import safe_open
+
+        with safe_open(self._file_of[name], "pt") as opened:
+            return opened.get_tensor(name).float()
+
+
+def logits(directory: Path, tokens: Tensor, progress: Callable[[int], None] = lambda _: None) -> Tensor:
+    """transformers' logits of a directory, computed in float32.
+
+    Args:
+        directory: of one of the six families.
+        tokens: int64 [b, s].
+        progress: told how many layers are done.
+
+    Returns:
+        float32 [b, s, vocab].
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(str(directory), trust_remote_code=False)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, torch_dtype=torch.float32).eval()
+    # Its frequencies are computed, not stored.
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
+    files = Files(directory)
+    for name, module in _units(model):
+        _feed(module, f"{name}.", files)
+    tied = config.tie_word_embeddings
+    _feed(model.lm_head, "model.embed_tokens." if tied else "lm_head.", files)
+    for number, layer in enumerate(model.model.layers, start=1):
+        layer.register_forward_hook(lambda *_, done=number: progress(done))
+    with torch.inference_mode():
+        return model(tokens, use_cache=False).logits
+
+
+def _units(model: Any) -> list[tuple[str, nn.Module]]:
+    layers = [(f"model.layers.{i}", layer) for i, layer in enumerate(model.model.layers)]
+    return [("model.embed_tokens", model.model.embed_tokens), *layers, ("model.norm", model.model.norm)]
+
+
+def _feed(module: nn.Module, prefix: str, files: Files) -> None:
+    """Let a module have its weights only while it runs."""
+    names = [name for name, _ in module.named_parameters()]
+
+    def load(*_: Any) -> None:
+        module.load_state_dict({name: files.read(prefix + name) for name in names}, strict=True, assign=True)
+
+    def drop(*_: Any) -> None:
+        module.to("meta")
+
+    module.register_forward_pre_hook(load)
+    module.register_forward_hook(drop)

@@ -1,0 +1,1 @@
+"""What the recipes do, one folder each."""

@@ -1,0 +1,101 @@
+"""What is exported, opened by transformers 5 in an environment of its own: the same distributions as transformers 4."""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+
+from nemo_minitron.export import generation, huggingface
+from nemo_minitron.export.tensors import Weights
+from nemo_minitron.nemo.families import FAMILIES, config_of
+from tests.stacked_weights import of_family, saved, stacked
+
+VERSION = "5.24.0"
+TOKENIZER = Path(__file__).resolve().parents[2] / "assets" / "demo-teacher"
+TEXT = "def f(x1):\n    return 12345  # don't é\n\n"
+# Told the directory, it says what was warned of, and writes the logits of tokens.pt.
+SCRIPT = """
+import sys, warnings, logging, torch, transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+for directory in sys.argv[1:]:
+    model, found = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
+    assert not any(found.values()), found
+    tokens = torch.load(directory + "/tokens.pt", weights_only=True)
+    with torch.no_grad():
+        torch.save(model.eval()(tokens).logits.float(), directory + "/logits.pt")
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    assert tokenizer(TEXT, add_special_tokens=False)["input_ids"] == EXPECTED, type(tokenizer)
+    assert GenerationConfig.from_pretrained(directory).eos_token_id == [0, 5]
+    print(transformers.__version__, str(model.dtype))
+"""
+
+
+@pytest.fixture(scope="module")
+def newest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The interpreter of a virtual environment with transformers 5 on top of this one's packages."""
+    place = tmp_path_factory.mktemp("transformers-5") / "env"
+    subprocess.run([sys.executable, "-m", "venv", "--system-site-packages", str(place)], check=True)
+    python = place / "bin" / "python"
+    (site,) = place.glob("lib/python*/site-packages")
+    (site / "zz_beside.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+    subprocess.run(
+        [python, "-m", "pip", "install", "-q", f"transformers=={VERSION}"], check=True, timeout=400
+    )
+    return python
+
+
+def exported(directory: Path, name: str) -> Path:
+    """A random model of a family, written as recipes/export.py writes it."""
+    arch = of_family(name, vocab_size=1024)
+    if name == "llama":
+        arch = arch.replace(rope_scaling_factor=32.0, rotary_base=500000.0, rope_original_context=16)
+    tokenizer = directory / "tokenizer"
+    tokenizer.mkdir(parents=True)
+    for file in TOKENIZER.glob("*token*.json"):
+        shutil.copy(file, tokenizer)
+    generation.write({"eos_token_id": [0, 5]}, tokenizer)
+    weights = Weights(arch, saved(directory / "weights", stacked(arch)))
+    dtype = torch.bfloat16 if name == "mistral" else torch.float32
+    model = huggingface.Model(weights, config_of(arch, 32), tokenizer, dtype)
+    (directory / "hf").mkdir()
+    huggingface.write(model, directory / "hf", 4000)
+    return directory / "hf"
+
+
+@pytest.mark.slow
+def test_every_family(newest: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    directories = {name: exported(tmp_path / name, name) for name in FAMILIES}
+    tokens = torch.randint(1024, (2, 32), generator=torch.Generator().manual_seed(4))
+    for directory in directories.values():
+        torch.save(tokens, directory / "tokens.pt")
+    expected_ids = AutoTokenizer.from_pretrained(TOKENIZER)(TEXT, add_special_tokens=False)["input_ids"]
+    script = f"TEXT, EXPECTED = {TEXT!r}, {expected_ids}\n{SCRIPT}"
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [newest, "-c", script, *directories.values()],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stderr
+    dtypes = ["torch.bfloat16" if name == "mistral" else "torch.float32" for name in directories]
+    assert done.stdout.splitlines() == [f"{VERSION} {dtype}" for dtype in dtypes]
+    for word in ("warn", "not used", "newly initialized", "unexpected", "deprecat"):
+        assert word not in done.stderr.lower(), done.stderr
+    for name, directory in directories.items():
+        model = AutoModelForCausalLM.from_pretrained(directory, torch_dtype="auto").eval()
+        with torch.no_grad():
+            expected = model(tokens).logits.float().log_softmax(-1)
+        found = torch.load(directory / "logits.pt", weights_only=True).log_softmax(-1)
+        tolerance = 5e-2 if name == "mistral" else 1e-4
+        torch.testing.assert_close(
+            found, expected, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
