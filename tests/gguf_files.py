@@ -233,3 +233,21 @@ def loaded(directory: Path, **changes: Any) -> Any:
     assert not found["missing_keys"]
     assert not found["unexpected_keys"]
     return model.eval()
+
+
+def float32_copy(source: Path, to: Path) -> Path:
+    """A GGUF file with the same metadata and all weights dequantised, by gguf's own reader and writer."""
+    reader = gguf.GGUFReader(source)
+    writer = gguf.GGUFWriter(to, reader.fields["general.architecture"].contents())
+    for key, entry in reader.fields.items():
+        if key.startswith("GGUF.") or key in ("general.architecture", "general.file_type"):
+            continue
+        of = entry.types[-1] if entry.types[0] == gguf.GGUFValueType.ARRAY else None
+        writer.add_key_value(key, entry.contents(), entry.types[0], of)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, gguf.quants.dequantize(tensor.data, tensor.tensor_type))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return to

@@ -9,6 +9,7 @@ NEMO_MINITRON_ATTENTION=megatron leaves all to it.
 import copy
 import functools
 import logging
+import math
 import os
 from typing import Any
 
@@ -60,6 +61,8 @@ class HostAttention(DotProductAttention):
         causal = self._is_causal(attention_mask, query.size(0), key.size(0))
         mask = None if causal else attention_mask
         reason = self._unfit(mask, attention_bias, packed_seq_params)
+        if reason is None and not _finite(query, key):
+            reason = "a value that is not finite"
         if reason:
             _say_once(reason)
             return super().forward(
@@ -127,6 +130,14 @@ def _by_group(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor
         return tensor.flatten(1, 2).permute(1, 0, 2).unsqueeze(1).expand(-1, heads // groups, -1, -1)
 
     return q, shared(key), shared(value)
+
+
+def _finite(query: Tensor, key: Tensor) -> bool:
+    """Whether queries and keys are finite. Torch's kernel for CPUs (2.13.0) gives numbers where a score is NaN, and so
+    would hide what has gone wrong; an overflow of the sums only sends finite ones to Megatron's module."""
+    if query.device.type != "cpu":
+        return True
+    return math.isfinite(float(query.detach().sum()) + float(key.detach().sum()))
 
 
 def _forbidden(

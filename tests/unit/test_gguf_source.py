@@ -212,6 +212,7 @@ def test_special_tokens_ids_and_template_arrive(tmp_path: Path, convert: Any, bp
     directory = convert(gguf_files.write_gguf(tmp_path / "toy.gguf", model, Kind.F32, padded, changes))
     tokenizer = AutoTokenizer.from_pretrained(directory)
     assert len(tokenizer) == count
+    assert tokenizer("a").keys() == {"input_ids", "attention_mask"}
     assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == (
         "<|im_start|>",
         "<|im_end|>",

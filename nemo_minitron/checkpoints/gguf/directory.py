@@ -15,7 +15,7 @@ from nemo_minitron.errors import InputError
 from nemo_minitron.untrusted_files import check_no_pointer, file_sha256
 
 # How a converted file is laid out; part of the cache's key.
-_FORMAT = 1
+_FORMAT = 2
 
 
 def is_gguf(path: Path) -> bool:

@@ -146,6 +146,8 @@ def _tokenizer_config(s: Settings, vocabulary: Vocabulary, context: int) -> dict
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": context,
+        # Without it transformers adds token_type_ids, which no model of these families takes.
+        "model_input_names": ["input_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,
         **{f"{role}_token": vocabulary.text(role) for role in vocabulary.special},
     }
