@@ -153,4 +153,4 @@ def test_weights_that_do_not_fit_the_config(run_on_ranks: Any, tmp_path: Path) -
     config.write_text(config.read_text().replace('"num_hidden_layers": 5', '"num_hidden_layers": 3'))
     with pytest.raises(InputError, match=r"hold a tensor that config.json does not: model\.layers\.3\."):
         run_on_ranks(1, sessions.imported, str(tmp_path), str(tmp_path / "cache"), timeout=PATIENCE_S)
-    assert list((tmp_path / "cache").iterdir()) == []
+    assert not (tmp_path / "cache").exists()

@@ -244,8 +244,8 @@ REFUSED: dict[str, tuple[Callable[[Runs], list[str]], list[str]]] = {
 }
 REFUSED_WRITING: dict[str, tuple[list[str], list[str]]] = {
     "no room": (
-        ["cache.train_samples=1000000000000"],
-        ["1,000,000,000,016 sequences", "GiB free", "cache=top_k"],
+        ["cache.train_samples=2000000000"],
+        ["2,000,000,016 sequences", "GiB free", "cache=top_k"],
     ),
     "form": (["cache.form=logits"], ["cache.form=logits", "hidden, top_k"]),
     "no k": (["cache=top_k"], ["distill.top_k=null", "such as 64"]),
