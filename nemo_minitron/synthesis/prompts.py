@@ -63,9 +63,10 @@ def read_prompts(path: str, key: str, tokenizer: "PreTrainedTokenizerBase", *, b
     Raises:
         InputError: no such file, none in it, or a bad line: names the file and the line.
     """
+    texts = list(_texts(path, key))
     begin = beginning(tokenizer, bos) or [tokenizer.eos_token_id]
     tokens, places = [], []
-    for place, text in _texts(path, key):
+    for place, text in texts:
         ids = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)  # type: ignore[call-arg]
         tokens.append([*begin, *ids])
         places.append(place)
