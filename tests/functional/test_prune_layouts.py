@@ -40,7 +40,7 @@ def overrides(commands: Commands, teacher: Teacher, preset: str, run_dir: Path) 
 def prune(
     commands: Commands, teacher: Teacher, preset: str, name: str, *more: str
 ) -> tuple[Path, dict[str, Any]]:
-    run_dir = commands.home / "-".join([preset, name, *more])
+    run_dir = commands.home / "-".join([preset, name, *more]).replace("=", "_")
     count, sizes = LAYOUTS.get(name, (1, {}))
     made = [*overrides(commands, teacher, preset, run_dir), *more]
     return run_dir, ranks.run_on_ranks(count, sessions.pruned_under, made, sizes, timeout=PATIENCE_S)[0]

@@ -76,7 +76,7 @@ class Places:
             f"student={model}",
             "align.global_batch_size=2",
             f"align.train={self.home}/{{}}.jsonl",
-            f"align.valid={self.home}/{{}}.jsonl",
+            f"align.valid={self.home}/{{}}-valid.jsonl",
             "data.seq_length=128",
         ]
         own = {
@@ -148,6 +148,7 @@ def _texts(home: Path) -> None:
         ("corpus", {"text": text[:400]}),
     ):
         (home / f"{name}.jsonl").write_text(f"{json.dumps(row)}\n" * 8)
+        (home / f"{name}-valid.jsonl").write_text(f"{json.dumps(row)}\n" * 4)
 
 
 def _model(home: Path) -> None:
