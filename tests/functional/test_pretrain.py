@@ -75,10 +75,10 @@ def test_the_export_can_be_read_by_anyone_and_has_a_card(teacher: Teacher) -> No
 def test_a_finished_training_is_measured_again_without_a_step(commands: Commands, teacher: Teacher) -> None:
     """Its result removed, as by a kill during the measurement: nothing is trained anew, the rest is redone."""
     (teacher.run_dir / "result.json").unlink()
-    weights = tree((teacher.run_dir / "checkpoint").resolve() / "weights")
+    trained = tree(teacher.run_dir / "nemo" / "checkpoints")
     export = commands.home / "teacher-hf-again"
     result = commands.pretrain(teacher.run_dir, "trainer.max_steps=30", f"export_dir={export}").result()
-    assert tree((teacher.run_dir / "checkpoint").resolve() / "weights") == weights
+    assert tree(teacher.run_dir / "nemo" / "checkpoints") == trained
     assert result["lm_loss_nats"] == teacher.result["lm_loss_nats"]
     first, second = (d / "model.safetensors" for d in (teacher.huggingface, export))
     assert first.read_bytes() == second.read_bytes()

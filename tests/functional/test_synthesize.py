@@ -5,14 +5,21 @@ import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from nemo_minitron.data.tokenizer import load_tokenizer
+from nemo_minitron.errors import InputError
+from nemo_minitron.nemo import synthesize
+from nemo_minitron.synthesis.settings import SynthesizeConfig
+from nemo_minitron.synthesis.store import Written
 from tests.functional.commands import SEQ_LENGTH, Commands, tree
 from tests.functional.conftest import Pruned, Teacher
 
+DEMO = Path(__file__).resolve().parents[2] / "assets" / "demo-teacher"
 SAMPLES, BATCH, NEW, OPENING = 20, 8, 24, 8
 LAYOUTS = {
     "tp2": (2, ["tensor_model_parallel_size=2"]),
@@ -108,20 +115,24 @@ def test_the_text_and_the_report_follow_from_the_samples(written: Text, teacher:
 
 
 def test_other_filters_on_the_same_samples(commands: Commands, teacher: Teacher, written: Text) -> None:
-    """Nothing is written anew; a filter that leaves nothing is refused, and the samples stay."""
+    """Nothing is written anew, and the samples stay."""
     run_dir = commands.home / "written-filtered"
     shutil.copytree(written.run_dir, run_dir)
     made = [*overrides(commands, teacher.huggingface, run_dir), "overwrite=true"]
-    refused = commands.run("synthesize", *made, f"synthesize.min_new_tokens={NEW + 1}")
-    assert refused.code == 2
-    line = refused.stderr.splitlines()[-1]
-    assert line.startswith(f"error: nothing is left of {SAMPLES} samples (")
-    assert "too_short" in line
-    assert not (run_dir / "result.json").exists()
     whole = Text(run_dir, commands.run("synthesize", *made, f"synthesize.min_new_tokens={NEW}").result())
     assert whole.result["tokens_written_now"] == 0
     assert whole.samples == written.samples
     assert whole.rows == [row for row in written.rows if not row["ended"]]
+
+
+def test_filters_that_leave_nothing_are_refused(tmp_path: Path) -> None:
+    sample = Written(0, prompt=[5], new=[6, 7], ended=True, nats=1.0)
+    store = SimpleNamespace(read=lambda: iter([sample]), directory="SAMPLES")
+    prepared: Any = SimpleNamespace(tokenizer=load_tokenizer(str(DEMO)), store=store)
+    recipe: Any = SimpleNamespace(synthesize=SynthesizeConfig(min_new_tokens=4, max_new_tokens=4))
+    with pytest.raises(InputError, match=r"nothing is left of 1 samples \(1 too_short\); SAMPLES keeps them"):
+        synthesize._judge(recipe, prepared, tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_bad_input_is_one_line_before_any_work(
