@@ -6,6 +6,7 @@ which setting named the file.
 """
 
 import errno
+import hashlib
 import os
 import stat
 from collections.abc import Iterable, Iterator
@@ -126,3 +127,13 @@ def obstacle(directory: Path) -> Path | None:
     while not os.path.lexists(place):
         place = place.parent
     return None if place.is_dir() and os.access(place, os.W_OK) else place
+
+
+def file_sha256(path: str | Path) -> str:
+    """Hex sha256 of a regular file's bytes."""
+    # hashlib.file_digest came with Python 3.11.
+    digest = hashlib.sha256()
+    with open_regular(path) as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

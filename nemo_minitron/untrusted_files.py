@@ -1,6 +1,5 @@
 """Files that others made: only regular ones are opened, and a Git LFS pointer is told from what it points at."""
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -33,16 +32,6 @@ def check_no_pointer(file: Path, where: str) -> None:
             raise InputError(
                 f"{where}: {file.name} is a Git LFS pointer, not the file itself: run `git lfs pull` in {file.parent}"
             )
-
-
-def file_sha256(file: Path) -> str:
-    """Hex sha256 of a file's bytes."""
-    # hashlib.file_digest came with Python 3.11.
-    digest = hashlib.sha256()
-    with open_regular(file) as opened:
-        while block := opened.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def read_json(file: Path, where: str) -> dict[str, Any]:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from nemo_minitron.errors import InputError
-from nemo_minitron.files import open_regular, read_text
+from nemo_minitron.files import read_text
 
 FORMAT_VERSION = 1
 FORMS = ("hidden", "top_k")
@@ -44,15 +44,6 @@ def digest(tokens: Tensor) -> list[bytes]:
 def shard_name(number: int) -> str:
     """The file of a shard."""
     return f"shard-{number:06d}.safetensors"
-
-
-def file_sha256(path: Path) -> str:
-    """Hex sha256 of a file's bytes."""
-    total = hashlib.sha256()
-    with open_regular(path) as file:
-        while block := file.read(1 << 20):
-            total.update(block)
-    return total.hexdigest()
 
 
 @dataclass(frozen=True)

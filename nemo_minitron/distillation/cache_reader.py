@@ -20,12 +20,11 @@ from nemo_minitron.distillation.cache_format import (
     File,
     Manifest,
     digest,
-    file_sha256,
     read_manifest,
 )
 from nemo_minitron.distillation.losses import TopKTeacher
 from nemo_minitron.errors import InputError
-from nemo_minitron.files import check_regular
+from nemo_minitron.files import check_regular, file_sha256
 
 CACHE = "cache"
 _OPEN_SHARDS = 64

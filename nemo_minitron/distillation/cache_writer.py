@@ -17,14 +17,13 @@ from nemo_minitron.distillation.cache_format import (
     File,
     Manifest,
     digest,
-    file_sha256,
     read_contents,
     read_file,
     shard_name,
     shards_of,
 )
 from nemo_minitron.errors import InputError
-from nemo_minitron.files import read_text
+from nemo_minitron.files import file_sha256, read_text
 
 PLAN = "plan.json"
 

@@ -28,11 +28,12 @@ from nemo_minitron.arch import Architecture
 from nemo_minitron.checkpoints.gguf import is_gguf, to_huggingface
 from nemo_minitron.config import DataConfig, cache_dir
 from nemo_minitron.errors import InputError
+from nemo_minitron.files import file_sha256
 from nemo_minitron.nemo import families, foreign
 from nemo_minitron.nemo.config_keys import check_keys
 from nemo_minitron.nemo.config_values import short
 from nemo_minitron.nemo.weight_files import check_tensors, dtype_of, read_headers
-from nemo_minitron.untrusted_files import check_regular, file_sha256, read_json
+from nemo_minitron.untrusted_files import check_regular, read_json
 
 CHECKPOINT = "checkpoint"
 _ACTIVATIONS = {

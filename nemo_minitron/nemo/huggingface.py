@@ -19,9 +19,10 @@ from nemo_minitron.export import generation
 from nemo_minitron.export.distributed_reader import DistributedReader
 from nemo_minitron.export.huggingface import SHARD_BYTES, SOURCE_DTYPE, Model, dtype_of, write
 from nemo_minitron.export.tensors import Weights
+from nemo_minitron.files import file_sha256
 from nemo_minitron.nemo.families import FAMILIES, config_of
 from nemo_minitron.nemo.weight_files import EMBEDDING, HEAD, read_headers
-from nemo_minitron.untrusted_files import file_sha256, read_json
+from nemo_minitron.untrusted_files import read_json
 
 if TYPE_CHECKING:
     from nemo_minitron.nemo.checkpoints import Source
