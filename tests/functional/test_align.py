@@ -53,6 +53,7 @@ class Data:
     train: Path
     valid: Path
     pairs: Path
+    valid_pairs: Path
 
     def overrides(self, train: Path, valid: Path) -> list[str]:
         return [f"align.train={train}", f"align.valid={valid}"]
@@ -68,6 +69,7 @@ def conversation_files(home: Path) -> Data:
         conversations.conversations(home / "train.jsonl", range(TRAIN)),
         conversations.conversations(home / "valid.jsonl", range(100, 100 + VALID)),
         conversations.pairs(home / "pairs.jsonl", range(TRAIN)),
+        conversations.pairs(home / "valid_pairs.jsonl", range(100, 100 + TRAIN)),
     )
 
 
@@ -249,7 +251,7 @@ def test_preference_training_moves_towards_the_rewards(
     ended = commands.run(
         "preference",
         *settings(commands, teacher, run_dir),
-        *data.overrides(data.pairs, data.pairs),
+        *data.overrides(data.pairs, data.valid_pairs),
         f"student={tuned.run_dir}",
         "align.optim.lr=1e-3",
     )
@@ -257,7 +259,7 @@ def test_preference_training_moves_towards_the_rewards(
     result = found.result
     before, tokenizer = opened(tuned.exported())
     after, _ = opened(found.exported())
-    first, last = (conversations.rpo_bwd_kl(m, before, tokenizer, data.pairs, 0.1) for m in (before, after))
+    first, last = (conversations.rpo_bwd_kl(m, before, tokenizer, data.valid_pairs, 0.1) for m in (before, after))
     assert result["valid_loss_nats_before"] == pytest.approx(first, rel=1e-5)
     assert result["valid_loss_nats_after"] == pytest.approx(last, rel=1e-4)
     assert last < first

@@ -264,7 +264,8 @@ def main() -> int:
     options = parser.parse_args()
     home = options.home.resolve()
     home.mkdir(parents=True, exist_ok=True)
-    for name in ("TMPDIR", "HF_HOME", "HOME", "NEMO_MINITRON_HOME"):
+    # torch makes its inductor's directory where it is first asked for a compiled function.
+    for name in ("TMPDIR", "HF_HOME", "HOME", "NEMO_MINITRON_HOME", "TORCHINDUCTOR_CACHE_DIR"):
         (home / "user").mkdir(exist_ok=True)
         os.environ[name] = str(home / "user")
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
