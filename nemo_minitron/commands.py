@@ -24,6 +24,7 @@ RECIPES = {
     "sft": ("alignment.settings:SftRecipe", "alignment.sft"),
     "preference": ("alignment.settings:PreferenceRecipe", "alignment.preference"),
     "export": ("export_config:ExportRecipe", "workflows.export.check workflows.export.run"),
+    "chat": ("chat_config:ChatRecipe", "workflows.chat.check workflows.chat.run"),
     "instruct_data": ("instruct_config:InstructDataRecipe", "data.instruct_files"),
     "evaluate_instruct": ("instruct_config:EvaluateInstructRecipe", "nemo.evaluate_instruct"),
 }
