@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tests.distributed import hf_families, ranks, sessions
-from tests.distributed.hf_families import CONFIGS, CONTEXT, VOCAB_SIZE
+from tests.support import hf_families, ranks, sessions
+from tests.support.hf_families import CONFIGS, CONTEXT, VOCAB_SIZE
 
 pytestmark = pytest.mark.slow
 

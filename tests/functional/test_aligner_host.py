@@ -63,12 +63,12 @@ def test_a_resumed_run_loses_what_an_uninterrupted_one_does(tmp_path: Path) -> N
 
 STAND_INS = """
 import torch
-from nemo_minitron import hosts
+from nemo_minitron import cpu_compat
 from nemo_minitron.errors import InputError
-assert hosts.prepare_aligner()
+assert cpu_compat.prepare_aligner()
 from nemo.collections.nlp.models.language_modeling import megatron_gpt_model
 from nemo.core.optim.optimizers import get_optimizer
-from nemo_minitron.hosts.aligner import _AmpC
+from nemo_minitron.cpu_compat.aligner import _AmpC
 
 try:
     megatron_gpt_model.get_specs("megatron_gemma2")

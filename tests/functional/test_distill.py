@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed import ranks, sessions
-from tests.functional.commands import ROOT, SEQ_LENGTH, SIZES, VOCAB_SIZE, Commands
 from tests.functional.conftest import Pruned, Teacher
+from tests.support import ranks, sessions
+from tests.support.commands import ROOT, SEQ_LENGTH, SIZES, VOCAB_SIZE, Commands
 
 STEPS = 6
 PATIENCE_S = 240

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from nemo_minitron.data.chat_template import encode_conversation, with_template
-from nemo_minitron.data.conversations import write_jsonl
+from nemo_minitron.data.chat.conversations import write_jsonl
+from nemo_minitron.data.chat.template import encode_conversation, with_template
 from nemo_minitron.data.tokenizer import load_tokenizer
-from tests.functional.commands import ROOT, Commands, tree
 from tests.functional.conftest import Teacher
+from tests.support.commands import ROOT, Commands, tree
 
 DEMO = ROOT / "assets" / "demo-teacher"
 SIZES = [f"{name}=2" for name in ("train", "seen", "valid", "test", "preference_train", "preference_valid")]

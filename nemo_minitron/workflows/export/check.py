@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron.config.export import ExportRecipe
 from nemo_minitron.errors import InputError
 from nemo_minitron.export import huggingface
 from nemo_minitron.export.target import bytes_of, check_target
-from nemo_minitron.export_config import ExportRecipe
 
 # Where the export lies in a run directory if `to` does not say.
 _NAMES = {"hf": "huggingface"}
@@ -34,10 +34,10 @@ def check(r: ExportRecipe) -> Prepared:
     Raises:
         InputError: names the value.
     """
-    from nemo_minitron.nemo.checkpoints import find_source
-    from nemo_minitron.nemo.families import FAMILIES
+    from nemo_minitron.checkpoints.families import FAMILIES
+    from nemo_minitron.checkpoints.source import find_source
     from nemo_minitron.nemo.huggingface import export_model
-    from nemo_minitron.nemo.openings import converted
+    from nemo_minitron.workflows.preflight import converted
 
     if r.trainer.ranks > 1:
         raise InputError(

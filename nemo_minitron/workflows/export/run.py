@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
-from nemo_minitron import recipe
+from nemo_minitron.config.export import ExportRecipe
 from nemo_minitron.export import generation, huggingface, written
 from nemo_minitron.export.target import under_another_name
 from nemo_minitron.export.tensors import EMBEDDING
-from nemo_minitron.export_config import ExportRecipe
+from nemo_minitron.run import main as recipe
 from nemo_minitron.workflows.export.check import Prepared
 
 # Largest difference of two logits, as a share of the largest logit if that is above 1.
@@ -62,7 +62,7 @@ def verify(prepared: Prepared, directory: Path, count: int) -> dict[str, Any]:
     Raises:
         RuntimeError: they differ.
     """
-    from nemo_minitron.nemo import layer_by_layer
+    from nemo_minitron.workflows.export import layer_by_layer
 
     source, model = prepared.source, prepared.model
     vocab, layers = source.architecture.vocab_size, source.architecture.num_layers
