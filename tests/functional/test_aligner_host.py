@@ -13,7 +13,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "tests" / "functional" / "aligner_sft_script.py"
+SCRIPT = ROOT / "tests" / "support" / "aligner_sft_script.py"
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the stand-ins are for hosts without CUDA")
 

@@ -122,7 +122,7 @@ def test_the_default_template_is_nemo_s_chat_format(commands: Commands) -> None:
         mask = "User,Tool" if any(role == "tool" for role, _ in chat) else "User"
         asked.append([str(DEMO), SPECIAL, {"system": chat[0][1], "mask": mask, "conversations": turns}])
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "functional" / "nemo_chat_format.py")],
+        [sys.executable, str(ROOT / "tests" / "support" / "nemo_chat_format.py")],
         input=json.dumps(asked),
         env=commands.environment(PYTHONPATH=str(ROOT)),
         capture_output=True,

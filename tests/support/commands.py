@@ -137,7 +137,7 @@ class Commands:
     def ask(self, asked: list[dict[str, Any]], script: str = "refusals.py") -> list[dict[str, Any]]:
         """What comes of recipes that shall be refused, in one process for all; see refusals.py and in_turn.py."""
         done = subprocess.run(
-            [sys.executable, str(ROOT / "tests" / "functional" / script)],
+            [sys.executable, str(ROOT / "tests" / "support" / script)],
             input=json.dumps(asked),
             env=self.environment(PYTHONPATH=str(ROOT)),
             cwd=self.home,
