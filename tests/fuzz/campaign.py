@@ -45,6 +45,7 @@ MODULES = {
     "instruct_data": "data.instruct_files",
     "sft": "alignment.sft",
     "preference": "alignment.preference",
+    "export": "workflows.export.check",
 }
 _STARTS = {
     "os.system",
