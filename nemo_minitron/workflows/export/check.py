@@ -45,7 +45,7 @@ def check(r: ExportRecipe) -> Prepared:
         )
     shard_bytes = bytes_of("export.shard_size", r.export.shard_size)
     to = r.to or Path(r.run_dir) / _NAMES[r.format]
-    source = find_source(r.source)
+    source = find_source(r.source, data=r.data)
     if source.architecture.model_type is None:
         raise InputError(f"source={r.source}: a plain GPTModel; format={r.format} has {', '.join(FAMILIES)}")
     # The bytes of a value are known once the weights are open; the least are checked before a conversion.
