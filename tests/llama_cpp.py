@@ -49,3 +49,11 @@ def greedy(server: Any, prompt: str | list[int], count: int) -> list[int]:
         {"prompt": prompt, "max_tokens": count, "temperature": 0, "logprobs": 1, "cache_prompt": False}
     )
     return [token["id"] for token in answer["choices"][0]["logprobs"]["content"]]
+
+
+def text(server: Any, prompt: str | list[int], count: int) -> str:
+    """What it writes, greedily, in at most `count` tokens; it does not stop before."""
+    answer = server.handle_completions(
+        {"prompt": prompt, "max_tokens": count, "temperature": 0, "ignore_eos": True, "cache_prompt": False}
+    )
+    return str(answer["choices"][0]["text"])

@@ -1,14 +1,15 @@
-"""What a Hugging Face directory computes, with one layer in memory: transformers' own forward pass, fed from the files
+"""What a written checkpoint computes, with one layer in memory: transformers' own forward pass, fed from the files
 while it runs."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from nemo_minitron.arch import Architecture
 from nemo_minitron.export.safetensors_writer import INDEX
 
 # Real English text that every Python brings along (Python Software Foundation License).
@@ -54,29 +55,63 @@ class Files:
             return opened.get_tensor(name).float()
 
 
-def logits(directory: Path, tokens: Tensor, progress: Callable[[int], None] = lambda _: None) -> Tensor:
-    """transformers' logits of a directory, computed in float32.
+Read = Callable[[str], Tensor]
+
+
+def directory_read(directory: Path) -> tuple[Any, Read]:
+    """The config of a Hugging Face directory, and what reads its tensors."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(str(directory), trust_remote_code=False), Files(directory).read
+
+
+def gguf_read(
+    path: Path, architecture_of: Callable[[Mapping[str, Any], str], Architecture]
+) -> tuple[Any, Read]:
+    """The same of a GGUF file, as `checkpoints.gguf` reads it.
 
     Args:
-        directory: of one of the six families.
+        architecture_of: `families.architecture_of`.
+    """
+    from transformers import AutoConfig
+
+    from nemo_minitron.checkpoints.gguf import weights
+    from nemo_minitron.checkpoints.gguf.config import config_json
+    from nemo_minitron.checkpoints.gguf.reader import read_header
+
+    where = str(path)
+    file = read_header(path, where)
+    said = config_json(file, where)
+    table = {w.name: w for w in weights.table(file, architecture_of(said, where), where)}
+    return AutoConfig.for_model(**said), lambda name: torch.from_numpy(
+        weights.values(file, table[name], where)
+    )
+
+
+def logits(
+    config: Any, read: Read, tokens: Tensor, progress: Callable[[int], None] = lambda _: None
+) -> Tensor:
+    """transformers' logits, computed in float32.
+
+    Args:
+        config: transformers', of one of the six families.
+        read: gives a weight in float32 by its name.
         tokens: int64 [b, s].
         progress: told how many layers are done.
 
     Returns:
         float32 [b, s, vocab].
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(str(directory), trust_remote_code=False)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, torch_dtype=torch.float32).eval()
     # Its frequencies are computed, not stored.
     model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
-    files = Files(directory)
     for name, module in _units(model):
-        _feed(module, f"{name}.", files)
+        _feed(module, f"{name}.", read)
     tied = config.tie_word_embeddings
-    _feed(model.lm_head, "model.embed_tokens." if tied else "lm_head.", files)
+    _feed(model.lm_head, "model.embed_tokens." if tied else "lm_head.", read)
     for number, layer in enumerate(model.model.layers, start=1):
         layer.register_forward_hook(lambda *_, done=number: progress(done))
     with torch.inference_mode():
@@ -88,12 +123,12 @@ def _units(model: Any) -> list[tuple[str, nn.Module]]:
     return [("model.embed_tokens", model.model.embed_tokens), *layers, ("model.norm", model.model.norm)]
 
 
-def _feed(module: nn.Module, prefix: str, files: Files) -> None:
+def _feed(module: nn.Module, prefix: str, read: Read) -> None:
     """Let a module have its weights only while it runs."""
     names = [name for name, _ in module.named_parameters()]
 
     def load(*_: Any) -> None:
-        module.load_state_dict({name: files.read(prefix + name) for name in names}, strict=True, assign=True)
+        module.load_state_dict({name: read(prefix + name) for name in names}, strict=True, assign=True)
 
     def drop(*_: Any) -> None:
         module.to("meta")

@@ -27,7 +27,7 @@ def logits(
     tokens: Tensor,
     *,
     vocab_rows: int,
-    dtype: torch.dtype = torch.float32,
+    rounded: Callable[[Tensor], Tensor] = lambda weight: weight,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Tensor:
     """What Megatron-core's forward pass gives, computed in float32 in one process.
@@ -37,7 +37,7 @@ def logits(
         reader: of its weights.
         tokens: int64 [b, s].
         vocab_rows: of the stored embeddings, those that pad the vocabulary included.
-        dtype: that the weights are rounded to first.
+        rounded: what becomes of each weight, float32 [..., in], when it is written.
         progress: told how many layers are done.
 
     Returns:
@@ -52,7 +52,7 @@ def logits(
     hidden, layers = None, source.architecture.num_layers
     with torch.inference_mode():
         for number in range(layers):
-            _load(module, reader, number, layers, dtype)
+            _load(module, reader, number, layers, rounded)
             module.post_process = number == layers - 1
             out = module(tokens, positions, None, decoder_input=hidden)
             hidden = kept.pop()
@@ -74,7 +74,9 @@ def _one_layer(source: Source, vocab_rows: int) -> Any:
     return model.module.eval()
 
 
-def _load(module: Any, reader: DistributedReader, number: int, layers: int, dtype: torch.dtype) -> None:
+def _load(
+    module: Any, reader: DistributedReader, number: int, layers: int, rounded: Callable[[Tensor], Tensor]
+) -> None:
     """Fill the layer with the checkpoint's of that number and, the first time, what stands beside the layers."""
     config, layer = module.decoder.config, module.decoder.layers[0]
     config.num_layers, layer.layer_number = layers, number + 1
@@ -90,4 +92,4 @@ def _load(module: Any, reader: DistributedReader, number: int, layers: int, dtyp
             size = (1,) * tensor.prepend_axis_num + tuple(tensor.local_shape)
             found = reader.read(tensor.key, tuple(tensor.global_offset), size)
             # The module's own parameter, or the half of it that has this key.
-            tensor.data.copy_(found.view(tensor.data.shape).to(dtype))
+            tensor.data.copy_(rounded(found.view(tensor.data.shape).float()))

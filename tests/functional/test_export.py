@@ -143,7 +143,10 @@ def with_ids(home: Path, teacher: Teacher) -> Path:
 def test_refused(commands: Commands, teacher: Teacher, pruned: Pruned) -> None:
     source, home = pruned.run_dir, commands.home
     cases: dict[str, tuple[list[str], list[str]]] = {
-        "format": (["format=onnx"], ["format=onnx", "hf"]),
+        "format": (["format=onnx"], ["format=onnx", "hf", "gguf"]),
+        "gguf type": (["format=gguf", "export.quantization=Q4"], ["export.quantization=Q4", "Q8_0"]),
+        "gguf file": (["format=gguf", f"to={home}/bad-export/a.gguf"], ["a.gguf", "writes a directory"]),
+        "perplexity": (["export.perplexity_tokens=-1"], ["export.perplexity_tokens=-1", "at least 0"]),
         "dtype": (["export.dtype=int8"], ["export.dtype=int8", "bfloat16"]),
         "shards": (["export.shard_size=5GiB"], ["export.shard_size=5GiB", "GB"]),
         "tokens": (["export.verify_tokens=1"], ["export.verify_tokens=1", "at least 2"]),

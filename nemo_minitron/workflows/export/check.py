@@ -5,23 +5,26 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.errors import InputError
-from nemo_minitron.export import huggingface
+from nemo_minitron.export import consumers, gguf_quantiser, huggingface
+from nemo_minitron.export.gguf_tokenizer import Vocabulary, vocabulary_of
 from nemo_minitron.export.target import bytes_of, check_target
-from nemo_minitron.export_config import ExportRecipe
+from nemo_minitron.export_config import GGUF_QUANTISED, ExportRecipe
 
 # Where the export lies in a run directory if `to` does not say.
-_NAMES = {"hf": "huggingface"}
+_NAMES = {"hf": "huggingface", "gguf": "gguf"}
+GGUF = "gguf"
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """The checkpoint in NeMo 2 form, what is written of it, and where."""
+    """The checkpoint in NeMo 2 form, what is written of it, and where; `vocabulary`: of a GGUF file."""
 
     source: Any
     source_sha256: str
     model: huggingface.Model
     target: Path
     shard_bytes: int
+    vocabulary: Vocabulary | None
 
     def to_config(self) -> dict[str, Any]:
         """Nothing: there is one process."""
@@ -36,23 +39,58 @@ def check(r: ExportRecipe) -> Prepared:
     """
     from nemo_minitron.nemo.checkpoints import find_source
     from nemo_minitron.nemo.families import FAMILIES
-    from nemo_minitron.nemo.huggingface import export_model
-    from nemo_minitron.nemo.openings import converted
 
     if r.trainer.ranks > 1:
         raise InputError(
             f"{r.trainer.ranks} ranks: export works in one process, whatever layout the source had"
         )
     shard_bytes = bytes_of("export.shard_size", r.export.shard_size)
+    if r.format == GGUF:
+        _check_gguf(r)
     to = r.to or Path(r.run_dir) / _NAMES[r.format]
     source = find_source(r.source, data=r.data)
-    if source.architecture.model_type is None:
+    arch = source.architecture
+    if arch.model_type is None:
         raise InputError(f"source={r.source}: a plain GPTModel; format={r.format} has {', '.join(FAMILIES)}")
     # The bytes of a value are known once the weights are open; the least are checked before a conversion.
-    check_target(to, r.source, size=2 * source.architecture.parameters(), overwrite=r.overwrite)
-    huggingface.generation_settings(source.tokenizer, source.architecture.vocab_size)
+    check_target(to, r.source, size=arch.parameters(), overwrite=r.overwrite)
+    settings = huggingface.generation_settings(source.tokenizer, arch.vocab_size)
+    vocabulary = None
+    if r.format == GGUF:
+        if (reason := consumers.refusal("llama.cpp", arch)) is not None:
+            raise InputError(f"source={r.source}: format=gguf: {reason}")
+        tokenizer = huggingface.load_tokenizer(source.tokenizer, arch.vocab_size)
+        vocabulary = vocabulary_of(tokenizer, settings, arch.vocab_size, str(source.tokenizer))
+    return _opened(r, source, to, shard_bytes, vocabulary)
+
+
+def measured(r: ExportRecipe) -> bool:
+    """Whether llama.cpp runs what was written beside an F16 file: where rounding is coarse."""
+    coarse = r.export.quantization not in ("F32", "F16", "BF16")
+    return r.format == GGUF and coarse and r.export.perplexity_tokens > 1
+
+
+def _check_gguf(r: ExportRecipe) -> None:
+    gguf_quantiser.check_packages(r.export.quantization, GGUF_QUANTISED, measured(r))
+    if r.to is not None and str(r.to).lower().endswith(".gguf"):
+        raise InputError(f"to={r.to}: format=gguf writes a directory: the file, its Modelfile and its card")
+
+
+def _opened(
+    r: ExportRecipe, source: Any, to: str | Path, shard_bytes: int, vocabulary: Vocabulary | None
+) -> Prepared:
+    """The weights, after a conversion where the source needs one."""
+    from nemo_minitron.nemo.huggingface import export_model
+    from nemo_minitron.nemo.openings import converted
+
     sha256 = source.sha256()
     source = converted(source, r.data)
-    model = export_model(source, r.export.dtype)
-    target = check_target(to, r.source, size=model.bytes, overwrite=r.overwrite)
-    return Prepared(source, sha256, model, target, shard_bytes)
+    # Which type a matrix of a GGUF file has is decided by the file's writer.
+    model = export_model(source, "float32" if r.format == GGUF else r.export.dtype)
+    size = (
+        gguf_quantiser.estimate(model, r.export.quantization, measured(r))
+        if r.format == GGUF
+        else model.bytes
+    )
+    target = check_target(to, r.source, size=size, overwrite=r.overwrite)
+    return Prepared(source, sha256, model, target, shard_bytes, vocabulary)
