@@ -45,6 +45,7 @@ MODULES = {
     "instruct_data": "workflows.instruct_data.run",
     "sft": "workflows.align.sft",
     "preference": "workflows.align.preference",
+    "export": "workflows.export.check",
 }
 _STARTS = {
     "os.system",
