@@ -62,17 +62,18 @@ def save_model(
 
     from nemo_minitron.checkpoints.saved_dtype import cast
 
+    dtype = dtype or source.dtype
     temporary = output.with_name(f".{output.name}.tmp")
     if recipe.rank() == 0:
         recipe.fresh(temporary)
         (temporary / "weights").mkdir(parents=True)
-        common = _write_context(source, temporary / "context", tokenizer)
+        common = _write_context(source, temporary / "context", tokenizer, dtype)
     else:
         common = {}
     parallel.barrier()
     (module,) = model.get_model_module_list()
     weights = module.sharded_state_dict(prefix="module.")
-    cast(weights, dtype or source.dtype)
+    cast(weights, dtype)
     dist_checkpointing.save({**common, **weights}, str(temporary / "weights"))
     parallel.barrier()
     if recipe.rank() == 0:
@@ -82,11 +83,12 @@ def save_model(
     parallel.barrier()
 
 
-def _write_context(source: Source, context: Path, tokenizer: Path) -> dict[str, Any]:
+def _write_context(source: Source, context: Path, tokenizer: Path, dtype: str) -> dict[str, Any]:
     """NeMo 2's context of the model, and what it expects beside the weights."""
     import lightning.pytorch
     from nemo.lightning.io.pl import TrainerContext
 
+    from nemo_minitron.checkpoints.saved_dtype import name_dtype
     from nemo_minitron.nemo import models, trainer
     from nemo_minitron.nemo.session import nemo_tokenizer
 
@@ -95,6 +97,7 @@ def _write_context(source: Source, context: Path, tokenizer: Path) -> dict[str, 
     made = trainer.trainer(TrainerConfig(), training=False)
     made.strategy.connect(model)
     model.trainer = made
+    name_dtype(model, dtype)
     TrainerContext.from_trainer(made).io_dump(context, yaml_attrs=["model"])
     return {
         "epoch": 0,

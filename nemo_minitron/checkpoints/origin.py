@@ -4,7 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+<<<<<<< HEAD:nemo_minitron/checkpoints/origin.py
 from nemo_minitron.checkpoints.source import CHECKPOINT, find_source
+=======
+from nemo_minitron.config import DataConfig
+>>>>>>> main:nemo_minitron/nemo/origin.py
 from nemo_minitron.errors import InputError
 from nemo_minitron.files import read_text
 
@@ -18,11 +22,12 @@ def absolute(path: str | Path) -> str:
     return str(Path(path).expanduser().resolve())
 
 
-def teacher_of(student: str | Path) -> str:
+def teacher_of(student: str | Path, data: DataConfig | None = None) -> str:
     """The checkpoint that a student was pruned from, if it is still what it was.
 
     Args:
         student: as the user names it: a run directory, or the checkpoint in one.
+        data: as `find_source`.
 
     Raises:
         InputError: the student does not say, or its source is gone or has other weights now.
@@ -34,7 +39,7 @@ def teacher_of(student: str | Path) -> str:
         raise InputError(f"{where} does not say what it was pruned from; {advice}")
     source, sha256 = made
     try:
-        found = find_source(source, "teacher")
+        found = find_source(source, "teacher", data)
     except InputError as error:
         raise InputError(
             f"{where} was pruned from {source}: {str(error).partition(': ')[2]}; {advice}"

@@ -29,6 +29,13 @@ def cast(sharded: Any, dtype: str, *, lossless: bool = False) -> None:
                     sharded.dtype = new.dtype
 
 
+def name_dtype(model: Any, dtype: str) -> None:
+    """Let the context that is saved with a NeMo model say its weights' dtype, in torch's word."""
+    config, found = model.__io__.config, getattr(torch, dtype)
+    config.params_dtype = config.pipeline_dtype = found
+    config.bf16, config.fp16 = dtype == "bfloat16", dtype == "float16"
+
+
 @contextmanager
 def saving_in(trainer: Any, model: Any, dtype: str, *, lossless: bool = False) -> Iterator[None]:
     """Within it, the trainer's checkpoints hold weights of this dtype, and their context names it.
@@ -45,9 +52,7 @@ def saving_in(trainer: Any, model: Any, dtype: str, *, lossless: bool = False) -
         cast(checkpoint.get("sharded_state_dict"), dtype, lossless=lossless)
         return save(checkpoint, *rest, **options)
 
-    config, found = model.__io__.config, getattr(torch, dtype)
-    config.params_dtype = config.pipeline_dtype = found
-    config.bf16, config.fp16 = dtype == "bfloat16", dtype == "float16"
+    name_dtype(model, dtype)
     io.save_checkpoint = cast_first
     try:
         yield

@@ -99,10 +99,15 @@ class Source:
         return total.hexdigest()
 
 
-def find_source(path: str | Path, key: str = "source") -> Source:
+def find_source(path: str | Path, key: str = "source", data: DataConfig | None = None) -> Source:
     """Recognise a run directory, a NeMo 2 or Hugging Face directory or a GGUF file, and check that it is whole.
 
     A GGUF file becomes a Hugging Face directory in the cache first.
+
+    Args:
+        path: of it.
+        key: what the configuration calls it.
+        data: says where the cache is.
 
     Raises:
         InputError: nothing there, no checkpoint, half-written, or a model that is not supported.
@@ -110,7 +115,7 @@ def find_source(path: str | Path, key: str = "source") -> Source:
     directory = Path(path).expanduser()
     where = f"{key}={path}"
     if is_gguf(directory):
-        cache = cache_dir(DataConfig(), "gguf")
+        cache = cache_dir(data or DataConfig(), "gguf")
         return _huggingface(to_huggingface(directory, cache, where, families.architecture_of), where)
     if not directory.is_dir():
         raise InputError(f"{where}: {foreign.of_no_directory(directory)}")

@@ -7,7 +7,7 @@ depends on two settings at once, or on the model, is checked where both are know
 import math
 import re
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Annotated, Any
 
@@ -173,8 +173,16 @@ def check_shape(schema: type, plain: dict[Any, Any], where: str = "") -> None:
                 check_shape(kind, value, f"{key}.")
             elif list in (kind, typing.get_origin(kind)):
                 _expect(isinstance(value, list), key, value, "a list")
+                _expect(_flat(kind, value), key, value, "a list of single values")
             elif dict in (kind, typing.get_origin(kind)):
                 _expect(isinstance(value, dict), key, value, "values by name, such as {a: b}")
+                _expect(_flat(kind, value.values()), key, value, "single values by name, such as {a: b}")
+
+
+def _flat(kind: Any, items: Iterable[Any]) -> bool:
+    """Whether no item of a list or mapping of single values is one of several, which OmegaConf lets pass."""
+    single = {str, int, float, bool} & {*typing.get_args(kind)[-1:]}
+    return not (single and any(isinstance(item, list | dict) for item in items))
 
 
 def _expect(holds: bool, key: str, value: Any, legal: str) -> None:

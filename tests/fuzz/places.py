@@ -89,6 +89,7 @@ class Places:
             "sft": [line.format("conversations") for line in align],
             "preference": [line.format("preferences") for line in align],
             "evaluate_instruct": [f"source={model}", f"instruct.file={self.home}/instruct.jsonl"],
+            "export": [f"source={model}"],
             "instruct_data": [f"instruct_data.input={self.home}/conversations.jsonl"],
             "pretrain": [
                 "trainer.max_steps=1",

@@ -80,7 +80,7 @@ def prepare(
     """
     ready = r.prepared or {}
     check_settings(r.align, r.trainer)
-    student = find_source(ready.get("student", r.student), "student")
+    student = find_source(ready.get("student", r.student), "student", r.data)
     check_source("student", student, r.trainer, r.data.seq_length)
     _check_nemo_file(r, student)
     if ready:

@@ -52,7 +52,7 @@ def check(r: CacheTeacherRecipe) -> Prepared:
     """
     ready = r.prepared or {}
     _check_settings(r)
-    teacher = find_source(ready.get("teacher") or r.teacher, "teacher")
+    teacher = find_source(ready.get("teacher") or r.teacher, "teacher", r.data)
     check_source("teacher", teacher, r.trainer, r.data.seq_length)
     data = prepare_data(r.data, str(teacher.tokenizer), ready.get("data"))
     check_vocabulary(teacher, data)

@@ -4,8 +4,12 @@ import hashlib
 import json
 from typing import Any
 
+<<<<<<< HEAD:nemo_minitron/workflows/distill/cache.py
 from nemo_minitron.checkpoints.source import Source, find_source
 from nemo_minitron.config.recipes import DistillRecipe
+=======
+from nemo_minitron.config import DataConfig, DistillRecipe
+>>>>>>> main:nemo_minitron/nemo/cache_checks.py
 from nemo_minitron.data.limits import refuse_limits
 from nemo_minitron.data.prepare import PreparedData
 from nemo_minitron.data.sequences import Schedule, SplitSequences, schedules
@@ -54,7 +58,7 @@ def open_cache(r: DistillRecipe, student: Source, settings: LossSettings | None)
     _check_loss(cache.contents, cache.where, settings, student)
     if not r.prepared:
         if r.teacher is not None:
-            _check_teacher(cache, r.teacher)
+            _check_teacher(cache, r.teacher, r.data)
         if r.verify_cache:
             cache.verify()
     return cache
@@ -97,8 +101,8 @@ def _check_loss(contents: Contents, where: str, settings: LossSettings, student:
         )
 
 
-def _check_teacher(cache: TeacherCache, teacher: str) -> None:
-    sha256 = find_source(teacher, "teacher").sha256()
+def _check_teacher(cache: TeacherCache, teacher: str, data: DataConfig) -> None:
+    sha256 = find_source(teacher, "teacher", data).sha256()
     if sha256 not in cache.contents.teacher_sha256:
         raise InputError(
             f"teacher={teacher}: {cache.where} was made by another, {cache.contents.teacher}; leave teacher out"

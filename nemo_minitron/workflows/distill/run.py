@@ -60,20 +60,20 @@ def check(r: DistillRecipe) -> Prepared:
     ready = r.prepared or {}
     trainer, settings = checks.training_layout(r), checks.loss_settings(r)
     check_mixture(r.sdg, r.distill.sdg_weight)
-    student = find_source(ready.get("student", r.student), "student")
+    student = find_source(ready.get("student", r.student), "student", r.data)
     check_source("student", student, trainer, r.data.seq_length)
     teacher, cache = None, cache_checks.open_cache(r, student, settings)
     named = ready.get("teacher_named") or r.teacher
     if settings is not None and cache is None:
-        named = named or origin.teacher_of(r.student)
-        teacher = find_source(ready.get("teacher") or named, "teacher")
+        named = named or origin.teacher_of(r.student, r.data)
+        teacher = find_source(ready.get("teacher") or named, "teacher", r.data)
         check_source("teacher", teacher, trainer, r.data.seq_length)
         checks.check_vocabularies(student, teacher)
     between = checks.intermediate(r, student.architecture, teacher.architecture if teacher else None)
     data = prepare_data(r.data, str(student.tokenizer), ready.get("data"))
-    for source in (student, teacher):
-        if source is not None:
-            check_vocabulary(source, data)
+    check_vocabulary(student, data, trained=not r.distill.from_scratch)
+    if teacher is not None:
+        check_vocabulary(teacher, data)
     text = prepare_text(r.sdg, r.distill.sdg_weight, r.data, data, ready.get("sdg"))
     if cache is not None and text is not None:
         raise InputError(
@@ -187,8 +187,13 @@ def _train(r: DistillRecipe, prepared: Prepared, directory: Path) -> dict[str, A
     config = models.to_config(source.architecture, seq_length=source.seq_length, precision=t.precision)
     trainer.recompute(config, t)
     trainer.seed_everything(r.seed)
+<<<<<<< HEAD:nemo_minitron/workflows/distill/run.py
     tokenizer = session.nemo_tokenizer(data.tokenizer_dir)
     fit.fit(
+=======
+    tokenizer = session.nemo_tokenizer(data.tokenizer_dir, source.tokenizer)
+    training.fit(
+>>>>>>> main:nemo_minitron/nemo/distill.py
         models.to_model(config, tokenizer, trainer.optimizer(r.distill.optim, t)),
         trainer.training_data(
             data.indexed, tokenizer, r.data, t, data.index_cache, text.paths(data) if text else None

@@ -44,7 +44,7 @@ def check(r: EvaluateInstructRecipe) -> Prepared:
     e = r.instruct
     if r.trainer.ranks > 1:
         raise InputError(f"{r.trainer.ranks} ranks: evaluate_instruct works in one process")
-    source = find_source(r.source)
+    source = find_source(r.source, data=r.data)
     tokenizer = with_template(load_tokenizer(source.tokenizer), str(source.tokenizer))
     if len(tokenizer) > source.architecture.vocab_size:
         raise InputError(

@@ -48,7 +48,7 @@ def check(r: ExportRecipe) -> Prepared:
     if r.format == GGUF:
         _check_gguf(r)
     to = r.to or Path(r.run_dir) / _NAMES[r.format]
-    source = find_source(r.source)
+    source = find_source(r.source, data=r.data)
     arch = source.architecture
     if arch.model_type is None:
         raise InputError(f"source={r.source}: a plain GPTModel; format={r.format} has {', '.join(FAMILIES)}")

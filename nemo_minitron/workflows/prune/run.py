@@ -54,7 +54,7 @@ def check(r: PruneRecipe) -> Prepared:
         InputError: see the module's callees; each names the value, the place and what is legal.
     """
     ready = r.prepared or {}
-    source = find_source(ready.get("source", r.source))
+    source = find_source(ready.get("source", r.source), data=r.data)
     check_source("source", source, r.trainer, r.data.seq_length)
     target, keep_layers = _target(r.prune, source.architecture)
     steps = iterations.targets(r, source.architecture, target, keep_layers)
@@ -126,7 +126,9 @@ def run(r: PruneRecipe, prepared: Prepared, directory: Path) -> dict[str, Any]:
     stale = [path.name for path in directory.glob("scores-*.safetensors")]
     for name in (CHECKPOINT, "scores.safetensors", "plan.json", "importance.png", *stale):
         recipe.fresh(directory / name)
-    session = Session(prepared.source, r.trainer, seq_length=prepared.source.seq_length)
+    session = Session(
+        prepared.source, r.trainer, seq_length=prepared.source.seq_length, tokenizer=r.data.tokenizer
+    )
     before = _evaluate(session, r, prepared, "before")
     made = iterations.score_and_prune(session, r, prepared)
     after = _evaluate(session, r, prepared, "after")

@@ -68,7 +68,7 @@ def check(r: SearchRecipe) -> Prepared:
     fixed = {axis: [v] for axis in PRUNABLE if (v := getattr(r.prune, axis)) is not None}
     grid = {**fixed, **check_grid(s.grid or {})}
     ready = r.prepared or {}
-    source = find_source(ready.get("source", r.source))
+    source = find_source(ready.get("source", r.source), data=r.data)
     check_source("source", source, r.trainer, r.data.seq_length)
     load = Workload(s.context, s.sequences, s.bytes_per_value)
     budget = make_budget(source.architecture, s.budget or {}, s.slack, load)

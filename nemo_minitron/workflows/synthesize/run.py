@@ -53,7 +53,7 @@ def check(r: SynthesizeRecipe) -> Prepared:
     """
     s, ready = r.synthesize, r.prepared or {}
     check_settings(s, r.trainer)
-    teacher = find_source(ready.get("teacher", r.teacher), "teacher")
+    teacher = find_source(ready.get("teacher", r.teacher), "teacher", r.data)
     # Prompts of a file are not packed.
     check_source("teacher", teacher, r.trainer, r.data.seq_length if s.prompts is None else 1)
     tokenizer, data = load_tokenizer(teacher.tokenizer), None
