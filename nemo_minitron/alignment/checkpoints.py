@@ -11,10 +11,11 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from nemo_minitron import parallel, recipe
-from nemo_minitron.layout import TrainerConfig
-from nemo_minitron.nemo.checkpoints import Source, weights_may_only_be_tensors
-from nemo_minitron.nemo.true_rows import cut_padding
+from nemo_minitron import parallel
+from nemo_minitron.checkpoints.source import Source, weights_may_only_be_tensors
+from nemo_minitron.checkpoints.true_rows import cut_padding
+from nemo_minitron.config.trainer import TrainerConfig
+from nemo_minitron.run import main as recipe
 
 
 def load_model(cls: Any, cfg: DictConfig, trainer: Any, source: Source) -> Any:
@@ -59,19 +60,20 @@ def save_model(
     """
     from megatron.core import dist_checkpointing
 
-    from nemo_minitron.nemo.saved_dtype import cast
+    from nemo_minitron.checkpoints.saved_dtype import cast
 
+    dtype = dtype or source.dtype
     temporary = output.with_name(f".{output.name}.tmp")
     if recipe.rank() == 0:
         recipe.fresh(temporary)
         (temporary / "weights").mkdir(parents=True)
-        common = _write_context(source, temporary / "context", tokenizer)
+        common = _write_context(source, temporary / "context", tokenizer, dtype)
     else:
         common = {}
     parallel.barrier()
     (module,) = model.get_model_module_list()
     weights = module.sharded_state_dict(prefix="module.")
-    cast(weights, dtype or source.dtype)
+    cast(weights, dtype)
     dist_checkpointing.save({**common, **weights}, str(temporary / "weights"))
     parallel.barrier()
     if recipe.rank() == 0:
@@ -81,11 +83,12 @@ def save_model(
     parallel.barrier()
 
 
-def _write_context(source: Source, context: Path, tokenizer: Path) -> dict[str, Any]:
+def _write_context(source: Source, context: Path, tokenizer: Path, dtype: str) -> dict[str, Any]:
     """NeMo 2's context of the model, and what it expects beside the weights."""
     import lightning.pytorch
     from nemo.lightning.io.pl import TrainerContext
 
+    from nemo_minitron.checkpoints.saved_dtype import name_dtype
     from nemo_minitron.nemo import models, trainer
     from nemo_minitron.nemo.session import nemo_tokenizer
 
@@ -94,6 +97,7 @@ def _write_context(source: Source, context: Path, tokenizer: Path) -> dict[str, 
     made = trainer.trainer(TrainerConfig(), training=False)
     made.strategy.connect(model)
     model.trainer = made
+    name_dtype(model, dtype)
     TrainerContext.from_trainer(made).io_dump(context, yaml_attrs=["model"])
     return {
         "epoch": 0,

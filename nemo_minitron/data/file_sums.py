@@ -1,22 +1,12 @@
-"""Checksums of files, and a record of them beside files that others write."""
+"""A record of checksums beside files that others write."""
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import ClassVar
 
-_BLOCK = 1 << 22
-
-
-def file_sha256(path: str | Path) -> str:
-    """Hex sha256 of a file's bytes."""
-    total = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(_BLOCK):
-            total.update(block)
-    return total.hexdigest()
+from nemo_minitron.files import file_sha256
 
 
 class SumsFile:

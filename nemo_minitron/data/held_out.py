@@ -6,8 +6,8 @@ import stat
 from collections import defaultdict
 from collections.abc import Sequence
 
-from nemo_minitron.data.file_sums import file_sha256
 from nemo_minitron.errors import InputError
+from nemo_minitron.files import file_sha256
 
 
 def refuse_shared(train: Sequence[str], valid: Sequence[str], train_key: str, valid_key: str) -> None:

@@ -16,10 +16,9 @@ from typing import TYPE_CHECKING
 
 from nemo_minitron.data.beginning import AUTO, beginning
 from nemo_minitron.data.corpora import SPLITS, Corpus, Document
-from nemo_minitron.data.file_sums import file_sha256
 from nemo_minitron.data.tokenizer import tokenizer_sha256
 from nemo_minitron.errors import InputError
-from nemo_minitron.files import read_text
+from nemo_minitron.files import file_sha256, read_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

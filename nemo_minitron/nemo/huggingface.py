@@ -13,19 +13,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_minitron.data.tokenizer import load_tokenizer
+from nemo_minitron.checkpoints.families import FAMILIES, config_of
+from nemo_minitron.checkpoints.untrusted_files import read_json
+from nemo_minitron.checkpoints.weight_files import EMBEDDING, HEAD, read_headers
 from nemo_minitron.errors import InputError
-from nemo_minitron.export import generation
 from nemo_minitron.export.distributed_reader import DistributedReader
 from nemo_minitron.export.huggingface import SHARD_BYTES, SOURCE_DTYPE, Model, dtype_of, write
 from nemo_minitron.export.tensors import Weights
 from nemo_minitron.files import file_sha256
-from nemo_minitron.nemo.families import FAMILIES, config_of
-from nemo_minitron.nemo.weight_files import EMBEDDING, HEAD, read_headers
-from nemo_minitron.untrusted_files import read_json
 
 if TYPE_CHECKING:
-    from nemo_minitron.nemo.checkpoints import Source
+    from nemo_minitron.checkpoints.source import Source
 
 # How a converted checkpoint is laid out; part of the cache's key.
 _FORMAT = 4
@@ -86,8 +84,7 @@ def import_checkpoint(source: "Source", cache: Path) -> Path:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        _importer(source, _import_dtype(source), temporary / "tokenizer").apply(temporary / "nemo")
-        shutil.rmtree(temporary / "tokenizer")
+        _importer(source, _import_dtype(source)).apply(temporary / "nemo")
         (temporary / "done").touch()
         os.replace(temporary, final)
     except OSError:
@@ -109,13 +106,12 @@ def _beside(source: "Source") -> str:
     return total.hexdigest()
 
 
-def _importer(source: "Source", dtype: str, assets: Path) -> Any:
+def _importer(source: "Source", dtype: str) -> Any:
     """NeMo's importer for the source's family.
 
     Args:
         source: of kind "huggingface".
         dtype: of the converted weights, "float32" or "bfloat16".
-        assets: where the tokenizer's files are gathered.
     """
     from nemo_minitron.nemo import models
     from nemo_minitron.nemo.session import nemo_tokenizer
@@ -133,7 +129,7 @@ def _importer(source: "Source", dtype: str, assets: Path) -> Any:
                 precision="bf16" if dtype == "bfloat16" else "32",
             )
         )
-        tokenizer = property(lambda self: nemo_tokenizer(_tokenizer_files(source.path, assets)))
+        tokenizer = property(lambda self: nemo_tokenizer(source.path))
 
         def init(self) -> Any:
             return models.to_model(self.config, self.tokenizer)
@@ -141,7 +137,7 @@ def _importer(source: "Source", dtype: str, assets: Path) -> Any:
         def apply(self, output: Path) -> Path:
             from nemo.lightning import teardown
 
-            from nemo_minitron.nemo.saved_dtype import saving_in
+            from nemo_minitron.checkpoints.saved_dtype import saving_in
 
             theirs, model = load_huggingface(source, dtype), self.init()
             trainer = self.nemo_setup(model)
@@ -260,15 +256,6 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
 
 
-def _tokenizer_files(directory: Path, to: Path) -> Path:
-    """The source's tokenizer as this version of transformers writes it, template included."""
-    if not to.is_dir():
-        load_tokenizer(directory).save_pretrained(str(to))
-        # NeMo copies the tokenizer's directory into the context of each checkpoint that comes of this one.
-        generation.write(generation.gathered(directory), to)
-    return to
-
-
 def _import_dtype(source: "Source") -> str:
     """What loses nothing: float32 but for weights that are bfloat16 altogether."""
     dtypes = {tensor.dtype for tensor in read_headers(source.path, f"source={source.path}").values()}
@@ -286,7 +273,7 @@ def export_model(source: "Source", dtype: str = SOURCE_DTYPE) -> Model:
         InputError: a model that Hugging Face has no family for, a dtype that is none, weights that do not fit the
             configuration.
     """
-    from nemo_minitron.nemo.checkpoints import contents
+    from nemo_minitron.checkpoints.source import contents
 
     assert source.kind == "nemo", source
     if source.architecture.model_type is None:

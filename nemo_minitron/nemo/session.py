@@ -9,19 +9,19 @@ from typing import Any
 
 import torch
 
-from nemo_minitron import recipe
 from nemo_minitron.arch import Architecture
-from nemo_minitron.config import DataConfig
+from nemo_minitron.checkpoints.saved_dtype import saving_in
+from nemo_minitron.checkpoints.source import Source, weights_may_only_be_tensors
+from nemo_minitron.checkpoints.true_rows import cut_padding
+from nemo_minitron.config.recipes import DataConfig
+from nemo_minitron.config.trainer import TrainerConfig
 from nemo_minitron.data.datasets import gpt_dataset
 from nemo_minitron.data.prepare import PreparedData
-from nemo_minitron.data.tokenizer import as_version_4
 from nemo_minitron.evaluation.lm_loss import LMLoss, lm_loss
 from nemo_minitron.evaluation.multiple_choice import Task, accuracy_and_margin, choice_losses
-from nemo_minitron.layout import TrainerConfig
 from nemo_minitron.nemo import models, trainer
-from nemo_minitron.nemo.checkpoints import Source, weights_may_only_be_tensors
-from nemo_minitron.nemo.saved_dtype import saving_in
-from nemo_minitron.nemo.true_rows import cut_padding
+from nemo_minitron.nemo.tokenizer_files import tokenizer_files
+from nemo_minitron.run import main as recipe
 
 from nemo.collections.llm.inference.base import _setup_trainer_and_restore_model  # isort: skip
 from nemo.lightning.ckpt_utils import ckpt_to_context_subdir  # isort: skip
@@ -30,29 +30,41 @@ from nemo.lightning.io.pl import TrainerContext  # isort: skip
 logger = logging.getLogger("nemo_minitron")
 
 
-def nemo_tokenizer(directory: str | Path) -> Any:
-    """NeMo's wrapper of a Hugging Face tokenizer; no remote code."""
+def nemo_tokenizer(directory: str | Path, settings_of: Path | None = None) -> Any:
+    """NeMo's wrapper of a Hugging Face tokenizer; no remote code.
+
+    Args:
+        directory, settings_of: as `tokenizer_files`; that directory is what checkpoints get a copy of.
+    """
     from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
 
-    return AutoTokenizer(str(as_version_4(directory)), trust_remote_code=False)
+    return AutoTokenizer(str(tokenizer_files(directory, settings_of)), trust_remote_code=False)
 
 
 class Session:
     """A NeMo 2 model with restored weights on this rank's shard of the layout."""
 
-    def __init__(self, source: Source, layout: TrainerConfig, seq_length: int | None = None) -> None:
+    def __init__(
+        self,
+        source: Source,
+        layout: TrainerConfig,
+        seq_length: int | None = None,
+        tokenizer: str | None = None,
+    ) -> None:
         """Build the model from the checkpoint's architecture and restore its weights with NeMo.
 
         Args:
             source: a checkpoint of kind "nemo" (see `huggingface.import_checkpoint` for the other kind).
             layout: under which it is opened; every rank of it makes this call.
+            tokenizer: what the data was read with, and a saved student carries; None: the source's own.
         """
         assert source.kind == "nemo", source
         self.layout, self.source = layout, source
         config = models.to_config(
             source.architecture, seq_length=seq_length or source.seq_length, precision=layout.precision
         )
-        self.model = models.to_model(config, nemo_tokenizer(source.tokenizer))
+        own = source.tokenizer
+        self.model = models.to_model(config, nemo_tokenizer(tokenizer or own, own if tokenizer else None))
         self.trainer = trainer.trainer(layout, training=False)
         with weights_may_only_be_tensors():
             _setup_trainer_and_restore_model(source.path, self.trainer, self.model)

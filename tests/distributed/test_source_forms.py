@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nemo_minitron.nemo.checkpoints import Source, find_source
-from tests.distributed import hf_families, ranks, sessions
-from tests.distributed.hf_families import CONTEXT, VOCAB_SIZE, make_model
-from tests.distributed.sessions import PATIENCE_S
+from nemo_minitron.checkpoints.source import Source, find_source
+from tests.support import hf_families, ranks, sessions
+from tests.support.hf_families import CONTEXT, VOCAB_SIZE, make_model
+from tests.support.sessions import PATIENCE_S
 
 SCALING = {
     "rope_type": "llama3",
@@ -191,6 +191,38 @@ def test_a_student_has_its_source_s_dtype_or_the_one_asked_for(
     kept = plan.kept.ffn_hidden_size
     assert kept is not None
     assert torch.equal(written[name], forms.model.get_parameter(name)[kept[1]].half())
+
+
+def test_a_student_carries_the_tokenizer_that_its_data_was_read_with(
+    run_on_ranks: Any, forms: Forms, tmp_path: Path
+) -> None:
+    """`data.tokenizer` of the same ids, by other rules and with a template, beside a source whose own has none."""
+    from tokenizers import pre_tokenizers
+    from transformers import AutoTokenizer
+
+    source = forms.found["version 4"][0]
+    tokenizer = AutoTokenizer.from_pretrained(find_source(source).tokenizer)
+    assert tokenizer.chat_template is None
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save_pretrained(tmp_path / "foreign")
+    for name, number in (("train", 1), ("valid", 2)):
+        words = torch.randint(1, VOCAB_SIZE, (400,), generator=torch.Generator().manual_seed(number))
+        (tmp_path / f"{name}.txt").write_text(" ".join(f"w{word}" for word in words))
+    overrides = [
+        *("prune=width", f"source={source}", "prune.ffn_hidden_size=20", "prune.calibration_samples=4"),
+        *("data=files", f"data.train={tmp_path}/train.txt", f"data.valid={tmp_path}/valid.txt"),
+        *(
+            f"data.tokenizer={tmp_path}/foreign",
+            f"data.seq_length={CONTEXT}",
+            f"data.cache_dir={tmp_path}/cache",
+        ),
+        *("eval.samples=2", "trainer.micro_batch_size=2", f"run_dir={tmp_path}/run"),
+    ]
+    run_on_ranks(1, sessions.pruned_under, overrides, {}, timeout=PATIENCE_S)
+    kept = AutoTokenizer.from_pretrained(find_source(tmp_path / "run" / "checkpoint").tokenizer)
+    assert kept.chat_template == tokenizer.chat_template
+    assert kept.encode("w7 w9") == [7, 9]
 
 
 def test_two_weights_that_should_be_one(forms: Forms) -> None:

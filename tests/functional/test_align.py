@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 
-from nemo_minitron.data.chat_template import CHAT_TEMPLATE
-from tests.distributed import ranks, sessions
-from tests.functional import conversations
-from tests.functional.commands import ROOT, Commands, Ended
+from nemo_minitron.data.chat.template import CHAT_TEMPLATE
 from tests.functional.conftest import Teacher
+from tests.support import conversations, ranks, sessions
+from tests.support.commands import ROOT, Commands, Ended
 
 PATIENCE_S = 240
 TRAIN, VALID, STEPS = 8, 6, 5
@@ -259,9 +258,8 @@ def test_preference_training_moves_towards_the_rewards(
     result = found.result
     before, tokenizer = opened(tuned.exported())
     after, _ = opened(found.exported())
-    first, last = (
-        conversations.rpo_bwd_kl(m, before, tokenizer, data.valid_pairs, 0.1) for m in (before, after)
-    )
+    models = (before, after)
+    first, last = (conversations.rpo_bwd_kl(m, before, tokenizer, data.valid_pairs, 0.1) for m in models)
     assert result["valid_loss_nats_before"] == pytest.approx(first, rel=1e-5)
     assert result["valid_loss_nats_after"] == pytest.approx(last, rel=1e-4)
     assert last < first

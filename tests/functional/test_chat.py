@@ -1,7 +1,7 @@
 """recipes/chat.py as a user types it."""
 
-from tests.functional.commands import Commands
 from tests.functional.conftest import Pruned
+from tests.support.commands import Commands
 
 
 def test_a_student_goes_on_with_a_prompt(commands: Commands, pruned: Pruned) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,11 @@ import pytest
 import torch
 
 from nemo_minitron.errors import InputError
-from tests.distributed import ranks, sessions
 from tests.functional import test_distill
-from tests.functional.commands import Commands
 from tests.functional.conftest import Pruned, Teacher
 from tests.functional.test_distill import PATIENCE_S, STEPS, Run, lines
+from tests.support import ranks, sessions
+from tests.support.commands import Commands
 
 
 def under(
@@ -218,14 +219,20 @@ def test_a_corrected_teacher_knows_the_corpus_better_and_teaches(
     commands: Commands, teacher: Teacher, pruned: Pruned
 ) -> None:
     run_dir = commands.home / "corrected"
-    result = commands.run(
+    ended = commands.run(
         "correct_teacher",
         *commands.data(),
         f"teacher={teacher.run_dir}",
         f"run_dir={run_dir}",
         "distill.max_steps=20",
         "distill.optim.warmup_steps=2",
-    ).result()
+    )
+    result = ended.result()
+    # There is no student that its progress could speak of; how fast it goes is beside each bar.
+    assert all(bar in ended.stderr for bar in ("teacher before: 100%", "teacher after: 100%"))
+    assert "student" not in ended.stderr
+    assert re.search(r"teacher before: 100%.*[1-9][\d,]* tokens/s", ended.stderr)
+    assert re.search(r"Epoch 0.*tokens_per_s=[1-9][\d.]+", ended.stderr + ended.stdout)
     assert result["recipe"] == "correct_teacher"
     assert result["params"] == teacher.result["params"]
     assert result["lm_loss_nats_before"] == pytest.approx(teacher.result["lm_loss_nats"], rel=1e-6)

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 
 from nemo_minitron.arch import Architecture
+from nemo_minitron.checkpoints.families import config_of
 from nemo_minitron.checkpoints.gguf.pre_tokenizers import PRE_TOKENIZERS
 from nemo_minitron.export import gguf_model, huggingface
 from nemo_minitron.export.gguf_tokenizer import vocabulary_of
 from nemo_minitron.export.tensors import Weights
-from nemo_minitron.nemo.families import config_of
-from tests import gguf_files
-from tests.stacked_weights import of_family, saved, stacked
+from tests.support import gguf_files
+from tests.support.stacked_weights import of_family, saved, stacked
 
 TEXT = [
     "The quick brown fox jumps over the lazy dog 12345 times.",

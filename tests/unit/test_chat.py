@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from nemo_minitron.chat_config import ChatConfig, ChatRecipe
+from nemo_minitron.config.chat import ChatConfig, ChatRecipe
 from nemo_minitron.errors import InputError
 from nemo_minitron.export import generation
 from nemo_minitron.workflows.chat import check, engines, run

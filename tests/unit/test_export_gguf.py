@@ -10,16 +10,16 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 from tokenizers import Tokenizer
 
+from nemo_minitron.checkpoints.families import FAMILIES, architecture_of, config_of
 from nemo_minitron.checkpoints.gguf import to_huggingface
 from nemo_minitron.checkpoints.gguf.pre_tokenizers import PRE_TOKENIZERS
 from nemo_minitron.errors import InputError
 from nemo_minitron.export import consumers, gguf_model, gguf_quantiser, huggingface
 from nemo_minitron.export.gguf_tokenizer import vocabulary_of
 from nemo_minitron.export.tensors import Weights
-from nemo_minitron.nemo.families import FAMILIES, architecture_of, config_of
-from tests import gguf_files, llama_cpp
-from tests.stacked_weights import of_family, saved, stacked
+from tests.support import gguf_files, llama_cpp
 from tests.support.export_students import ROWS, TEMPLATE, TEXT, Student, arch_of, made
+from tests.support.stacked_weights import of_family, saved, stacked
 
 PROMPT = "The lazy fox jumps over 12345"
 ASCII = 40

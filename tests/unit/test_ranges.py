@@ -10,18 +10,17 @@ from typing import Annotated, Any
 import pytest
 from omegaconf import OmegaConf
 
-from nemo_minitron import ranges
-from nemo_minitron.alignment.preferences import LOSSES
-from nemo_minitron.cluster import ClusterConfig
-from nemo_minitron.config import CommonConfig, SearchRecipe
-from nemo_minitron.data.chat_shapes import SHAPES
-from nemo_minitron.data.chat_template import TOO_LONG
-from nemo_minitron.distillation.cache_format import FORMS
+from nemo_minitron.alignment.comparisons import LOSSES
+from nemo_minitron.config.cluster import ClusterConfig
+from nemo_minitron.config.ranges import Choice, Count, Files, Positive, Range, check_ranges, check_shape
+from nemo_minitron.config.recipes import CommonConfig, SearchRecipe, ranges
+from nemo_minitron.data.chat.formats import SHAPES
+from nemo_minitron.data.chat.template import TOO_LONG
+from nemo_minitron.distillation.cache.format import FORMS
 from nemo_minitron.distillation.intermediate import DISTANCES, PLACES, PROJECTIONS
-from nemo_minitron.distillation.settings import DIVERGENCES
+from nemo_minitron.distillation.loss.settings import DIVERGENCES
 from nemo_minitron.errors import InputError
 from nemo_minitron.importance.aggregation import STATISTICS
-from nemo_minitron.ranges import Choice, Count, Files, Positive, Range, check_ranges
 from tests.unit.test_config import SCHEMAS
 
 # Groups that a recipe has no use for stay as they were composed.
@@ -163,6 +162,22 @@ def test_what_is_outside_is_named(values: dict[str, Any], line: str) -> None:
         check_ranges(given)
     assert str(caught.value).startswith(line)
     assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("schema", "key", "value", "line"),
+    [
+        (ClusterConfig, "srun_options", [[1]], "srun_options=[[1]]: must be a list of single values"),
+        (ClusterConfig, "setup", ["a", {"b": 1}], "setup=['a', {'b': 1}]: must be a list of single values"),
+        (ClusterConfig, "env", {"A": ["b"]}, "env={'A': ['b']}: must be single values by name"),
+        (Outer, "inner", {"names": [["a"]]}, "inner.names=[['a']]: must be a list of single values"),
+    ],
+)
+def test_single_values_are_single(schema: type, key: str, value: Any, line: str) -> None:
+    """OmegaConf would take them, and what reads them would fail."""
+    with pytest.raises(InputError) as caught:
+        check_shape(schema, {key: value})
+    assert str(caught.value).startswith(line)
 
 
 def test_what_is_inside_passes() -> None:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.chat_config import ChatRecipe
 from nemo_minitron.checkpoints.gguf import is_gguf
-from nemo_minitron.data.chat_template import render_prompt
+from nemo_minitron.config.chat import ChatRecipe
+from nemo_minitron.data.chat.template import render_prompt
 from nemo_minitron.errors import InputError
 from nemo_minitron.files import read_text
 
@@ -91,9 +91,9 @@ def _of_file(r: ChatRecipe, file: Path) -> Prepared:
 
 
 def _of_source(r: ChatRecipe, path: Path) -> Prepared:
+    from nemo_minitron.checkpoints.families import FAMILIES
+    from nemo_minitron.checkpoints.source import find_source
     from nemo_minitron.export import huggingface
-    from nemo_minitron.nemo.checkpoints import find_source
-    from nemo_minitron.nemo.families import FAMILIES
 
     # A template is tried in a child process; `tokenizers` would warn of its threads there.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

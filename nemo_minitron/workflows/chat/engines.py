@@ -5,8 +5,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from nemo_minitron.chat_config import ChatRecipe
-from nemo_minitron.config import cache_dir
+from nemo_minitron.config.chat import ChatRecipe
+from nemo_minitron.config.recipes import cache_dir
 from nemo_minitron.errors import InputError
 from nemo_minitron.workflows.chat.check import Prepared, prompt_ids
 
@@ -54,8 +54,8 @@ class _Transformers:
     def __init__(self, r: ChatRecipe, prepared: Prepared) -> None:
         import torch
 
+        from nemo_minitron.checkpoints.source import find_source
         from nemo_minitron.export import huggingface
-        from nemo_minitron.nemo.checkpoints import find_source
         from nemo_minitron.nemo.huggingface import exported_once, load_huggingface
 
         self.r, self.prepared = r, prepared

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron import recipe
-from nemo_minitron.chat_config import ChatRecipe
+from nemo_minitron.config.chat import ChatRecipe
 from nemo_minitron.errors import InputError
+from nemo_minitron.run import main as recipe
 from nemo_minitron.workflows.chat import engines
 from nemo_minitron.workflows.chat.check import Prepared, first
 

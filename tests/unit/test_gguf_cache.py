@@ -1,0 +1,69 @@
+"""Where the Hugging Face form of a GGUF file is kept, for every recipe that takes one."""
+
+import contextlib
+import importlib
+import io
+from pathlib import Path
+
+import pytest
+from gguf import GGMLQuantizationType as Kind
+from hydra import compose, initialize_config_dir
+
+from nemo_minitron.checkpoints.gguf.pre_tokenizers import PRE_TOKENIZERS
+from nemo_minitron.config.recipes import parse
+from nemo_minitron.errors import InputError
+from nemo_minitron.run.commands import RECIPES
+from nemo_minitron.run.main import register_resolvers
+from tests.support import gguf_files
+from tests.unit.test_config import CONF, SCHEMAS
+
+# What each needs to come to its checkpoint; a refusal right after it ends the check.
+TAKES: dict[str, list[str]] = {
+    "prune": ["+conf=width", "source={}"],
+    "search": ["source={}", "search.budget.parameters=1/2"],
+    "distill": ["student={}", "teacher={}"],
+    "cache_teacher": ["teacher={}"],
+    "correct_teacher": ["teacher={}"],
+    "synthesize": ["teacher={}"],
+    "sft": ["student={}"],
+    "preference": ["student={}", "align.train=x", "align.valid=y"],
+    "evaluate_instruct": ["source={}", "instruct.file=/nowhere"],
+    "export": ["source={}", "to={}"],
+}
+LONGER = 2 * gguf_files.CONTEXT
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("gguf")
+    tokenizer = gguf_files.byte_level(gguf_files.TEXT, 340, PRE_TOKENIZERS[0].rules())
+    model = gguf_files.make_model("llama", tokenizer.get_vocab_size())
+    return gguf_files.write_gguf(
+        home / "toy.gguf", model, Kind.F32, gguf_files.gpt2_vocabulary(tokenizer, "gpt-2")
+    )
+
+
+def test_every_recipe_with_a_checkpoint_is_tried() -> None:
+    assert set(TAKES) == set(RECIPES) - {"pretrain", "instruct_data"}
+
+
+@pytest.mark.parametrize("recipe", TAKES)
+def test_the_conversion_goes_where_data_cache_dir_says(
+    recipe: str, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NEMO_MINITRON_HOME", str(tmp_path / "home"))
+    work = importlib.import_module(f"nemo_minitron.{RECIPES[recipe][1].split()[0]}")
+    asked = [setting.format(file) for setting in TAKES[recipe]]
+    asked += [
+        f"data.cache_dir={tmp_path / 'cache'}",
+        f"data.seq_length={LONGER}",
+        f"run_dir={tmp_path / 'run'}",
+    ]
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        register_resolvers(recipe)
+        config = parse(SCHEMAS[recipe], compose(recipe, overrides=asked))
+    with contextlib.redirect_stderr(io.StringIO()), pytest.raises(InputError):
+        work.check(config)
+    (made,) = (tmp_path / "cache" / "gguf").glob("*")
+    assert (made / "config.json").is_file()
+    assert not (tmp_path / "home").exists()
