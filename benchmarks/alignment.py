@@ -21,16 +21,18 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from nemo_minitron.alignment import checks, loaders, runs, sft, training
+from nemo_minitron.alignment import loaders, runs, training
 from nemo_minitron.alignment.conversations import encode_split
-from nemo_minitron.alignment.settings import AlignConfig
-from nemo_minitron.config import DataConfig
-from nemo_minitron.data.conversations import read_conversations
+from nemo_minitron.checkpoints.source import Source, find_source
+from nemo_minitron.config.align import AlignConfig
+from nemo_minitron.config.recipes import DataConfig
+from nemo_minitron.config.trainer import TrainerConfig
+from nemo_minitron.data.chat.conversations import read_conversations
 from nemo_minitron.data.instruct import Sizes, write_instruct_set
 from nemo_minitron.data.tokenizer import load_tokenizer
-from nemo_minitron.layout import TrainerConfig
-from nemo_minitron.nemo.checkpoints import Source, find_source
-from nemo_minitron.nemo.openings import converted
+from nemo_minitron.workflows.align import check as checks
+from nemo_minitron.workflows.align import sft
+from nemo_minitron.workflows.preflight import converted
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -3,7 +3,7 @@
 Both sides train the same student on the same teacher and packed text, through NeMo's trainer, MegatronStrategy and
 optimizer in one process; forward, loss, backward and update are all in the step.
 
-* ours: `DistillTransform` of `nemo_minitron.nemo.distillation`;
+* ours: `DistillTransform` of `nemo_minitron.nemo.distill_transform`;
 * nemo: `nemo.collections.llm.distill`, that is ModelOpt's `DistillationModel` and NeMo's `LogitsKLLoss`.
 
 The models are Llamas of random weights, made once in a temporary directory; the text is Python's standard library.
@@ -37,7 +37,7 @@ def make_model(directory: Path, a: argparse.Namespace, hidden_size: int) -> None
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    from nemo_minitron.nemo.checkpoints import find_source
+    from nemo_minitron.checkpoints.source import find_source
     from nemo_minitron.nemo.huggingface import import_checkpoint
 
     torch.manual_seed(hidden_size)
@@ -60,8 +60,8 @@ def make_model(directory: Path, a: argparse.Namespace, hidden_size: int) -> None
 
 def settings(a: argparse.Namespace) -> tuple[Any, Any, Any]:
     """The trainer's layout, the data's and the optimizer's settings, the same for both sides."""
-    from nemo_minitron.config import DataConfig, OptimConfig
-    from nemo_minitron.layout import TrainerConfig
+    from nemo_minitron.config.recipes import DataConfig, OptimConfig
+    from nemo_minitron.config.trainer import TrainerConfig
 
     layout = TrainerConfig(
         micro_batch_size=a.micro_batch_size, global_batch_size=a.global_batch_size, max_steps=a.steps
@@ -88,15 +88,15 @@ def clock() -> Any:
 
 def run_side(a: argparse.Namespace, directory: Path) -> dict[str, float]:
     """Train for the steps in this process."""
-    from nemo_minitron import hosts
+    from nemo_minitron import cpu_compat
 
-    hosts.prepare_nemo()
+    cpu_compat.prepare_nemo()
     import nemo.lightning as nl
     from nemo.collections import llm
 
+    from nemo_minitron.checkpoints.source import find_source
     from nemo_minitron.data.prepare import prepare_data
     from nemo_minitron.nemo import trainer
-    from nemo_minitron.nemo.checkpoints import find_source
     from nemo_minitron.nemo.session import nemo_tokenizer
 
     layout, data, optim = settings(a)
@@ -129,7 +129,7 @@ def ours(
     """The student and what makes a distillation of its training."""
     from nemo_minitron.distillation import LossSettings
     from nemo_minitron.nemo import models as nemo_models
-    from nemo_minitron.nemo.distillation import DistillTransform
+    from nemo_minitron.nemo.distill_transform import DistillTransform
 
     config = nemo_models.to_config(student.architecture, seq_length=a.seq_length)
     return nemo_models.to_model(config, tokenizer, optimizer), DistillTransform(teacher, LossSettings())

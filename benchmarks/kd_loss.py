@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import memory, models
-from nemo_minitron import hosts
+from nemo_minitron import cpu_compat
 
 SIDES = ("ours", "modelopt", "plain", "products")
 # Tensors of tokens x vocabulary, float32, that a side holds at its peak.
@@ -188,7 +188,7 @@ def rank_main(rank: int, a: argparse.Namespace, directory: str) -> None:
     """One rank's part; rank 0 writes the answer into the directory."""
     threads = torch.get_num_threads() if a.tp == 1 else max(1, torch.get_num_threads() // a.tp)
     torch.set_num_threads(threads)
-    hosts.prepare_megatron()
+    cpu_compat.prepare_megatron()
     models.process_group(rank, a.tp, directory)
     found = measure(a)
     if rank == 0:

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from benchmarks import models
-from nemo_minitron import hosts
+from nemo_minitron import cpu_compat
 from nemo_minitron.evaluation.layer_removal import LayerRemoval
 from nemo_minitron.evaluation.lm_loss import evaluating
 
@@ -82,7 +82,7 @@ def main() -> None:
     )
     parser.add_argument("--passes", type=int, default=5, help="full passes timed in each run")
     parser.add_argument("--runs", type=int, default=5)
-    hosts.prepare_megatron()
+    cpu_compat.prepare_megatron()
     print(json.dumps(measure(parser.parse_args())))
     torch.distributed.destroy_process_group()
 

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from benchmarks import models
-from nemo_minitron import hosts
+from nemo_minitron import cpu_compat
 from nemo_minitron.arch import Architecture
 from nemo_minitron.pruning import PrunePlan, make_plan, prune, resolve_target
 
@@ -88,7 +88,7 @@ def main() -> None:
     models.add_sizes(parser, num_layers=2, hidden_size=4096, kv_channels=128, vocab_size=8192)
     parser.add_argument("--runs", type=int, default=5)
     a = parser.parse_args()
-    hosts.prepare_megatron()
+    cpu_compat.prepare_megatron()
     models.process_group()
     for what in TARGETS:
         print(json.dumps(measure(a, models.architecture(a), what)))

@@ -32,13 +32,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from benchmarks import models
-from nemo_minitron import hosts
+from nemo_minitron import cpu_compat
 from nemo_minitron.arch import Architecture
+from nemo_minitron.checkpoints.source import find_source
 from nemo_minitron.evaluation.lm_loss import evaluating
 from nemo_minitron.importance.aggregation import STATISTICS
 from nemo_minitron.importance.block_influence import BlockInfluenceCollector
 from nemo_minitron.importance.collectors import ImportanceCollector
-from nemo_minitron.nemo.checkpoints import find_source
 
 
 def measure(a: argparse.Namespace, arch: Architecture) -> dict[str, Any]:
@@ -110,7 +110,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=7)
     a = parser.parse_args()
     arch = find_source(a.source).architecture if a.source else models.architecture(a)
-    hosts.prepare_megatron()
+    cpu_compat.prepare_megatron()
     print(json.dumps(measure(a, arch)))
     torch.distributed.destroy_process_group()
 

@@ -7,9 +7,9 @@ CHECKPOINT is a NeMo 2 directory, the prefixes name Megatron's .bin and .idx fil
 import sys
 from pathlib import Path
 
-from nemo_minitron import hosts
+from nemo_minitron import cpu_compat
 
-hosts.prepare_nemo()  # before NeMo is imported; does nothing where there is CUDA
+cpu_compat.prepare_nemo()  # before NeMo is imported; does nothing where there is CUDA
 
 import nemo.lightning as nl
 import torch
@@ -17,10 +17,10 @@ from megatron.core.optimizer import OptimizerConfig
 from nemo.collections import llm
 from nemo.lightning.io import load_context
 
+from nemo_minitron.checkpoints.source import find_source
 from nemo_minitron.data.datasets import never_padded
-from nemo_minitron.nemo.callbacks import ImportanceCallback
-from nemo_minitron.nemo.checkpoints import find_source
-from nemo_minitron.nemo.transforms import PruneTransform
+from nemo_minitron.nemo.importance_callback import ImportanceCallback
+from nemo_minitron.nemo.prune_transform import PruneTransform
 from nemo_minitron.pruning import make_plan, resolve_target
 
 

@@ -17,7 +17,8 @@ class Job:
     """What is submitted at once: a recipe with one configuration, or with several, as a job array.
 
     `runs`: the absolute run directories. `configs`: what RUN/job.yaml will hold, in the same order. `cluster`: of
-    `nemo_minitron.cluster.ClusterConfig`. `ranks`, `num_nodes`: of the layout. `missing`: keys that have no value yet.
+    `nemo_minitron.config.cluster.ClusterConfig`. `ranks`, `num_nodes`: of the layout. `missing`: keys that have no
+    value yet.
     """
 
     recipe: Path

@@ -32,7 +32,7 @@ sys.path.insert(0, str(ROOT))
 
 from launchers import sbatch  # noqa: E402
 from launchers.sbatch import Job  # noqa: E402
-from nemo_minitron.handover import HYDRA_WRITES_NOTHING  # noqa: E402
+from nemo_minitron.run.job_spec import HYDRA_WRITES_NOTHING  # noqa: E402
 
 SWEEP = ("-m", "--multirun")
 TAIL_LINES = 30
@@ -183,8 +183,8 @@ def check(job: Job, made: set[Path]) -> None:
     Raises:
         Refused: a value that is missing, a checkpoint that is not there or not whole, a run directory in use.
     """
+    from nemo_minitron.checkpoints.source import find_source
     from nemo_minitron.errors import InputError
-    from nemo_minitron.nemo.checkpoints import find_source
 
     if job.missing:
         raise Refused(f"{', '.join(job.missing)}: no value given")

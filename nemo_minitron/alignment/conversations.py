@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_minitron.data.chat_template import Encoded, encode_conversation, fit_conversations
-from nemo_minitron.data.conversations import Conversation
+from nemo_minitron.data.chat.conversations import Conversation
+from nemo_minitron.data.chat.template import Encoded, encode_conversation, fit_conversations
 from nemo_minitron.errors import InputError
 
 if TYPE_CHECKING:

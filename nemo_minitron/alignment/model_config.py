@@ -3,8 +3,8 @@
 from typing import Any
 
 from nemo_minitron.arch import Architecture
-from nemo_minitron.layout import TrainerConfig
-from nemo_minitron.nemo.families import NEMO_ROPE_SCALING
+from nemo_minitron.checkpoints.families import NEMO_ROPE_SCALING
+from nemo_minitron.config.trainer import TrainerConfig
 
 _GATED = {"silu": "fast-swiglu", "gelu": "fast-geglu", "gelu_tanh": "fast-geglu"}
 _PLAIN = {"gelu": "gelu", "gelu_tanh": "gelu", "squared_relu": "squared-relu"}
@@ -97,7 +97,7 @@ def run_config(t: TrainerConfig, *, cuda: bool) -> dict[str, Any]:
         "activations_checkpoint_num_layers": 1 if full else None,
         # Read before NeMo generates; nothing else is done with it here.
         "activations_checkpoint_layers_per_pipeline": None,
-        # On the CPU too: `hosts.aligner` gives the local spec for Transformer Engine's name.
+        # On the CPU too: `cpu_compat.aligner` gives the local spec for Transformer Engine's name.
         "transformer_engine": True,
         "use_cpu_initialization": not cuda,
         "megatron_amp_O2": cuda and t.precision.startswith("bf16"),

@@ -10,10 +10,10 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_minitron.alignment.model_config import model_config, run_config
-from nemo_minitron.alignment.settings import AlignConfig
+from nemo_minitron.checkpoints.source import Source
+from nemo_minitron.config.align import AlignConfig
+from nemo_minitron.config.trainer import TrainerConfig
 from nemo_minitron.data.tokenizer import as_version_4
-from nemo_minitron.layout import TrainerConfig
-from nemo_minitron.nemo.checkpoints import Source
 from nemo_minitron.padding import padded_rows
 
 ALIGNER = "aligner"
@@ -109,7 +109,7 @@ def _exp_manager(directory: Path, *, save_nemo: bool) -> dict[str, Any]:
 def _optim(a: AlignConfig, t: TrainerConfig, *, cuda: bool) -> dict[str, Any]:
     o = a.optim
     return {
-        # Apex's and Transformer Engine's optimizers need CUDA; see `hosts.aligner.adamw_step_cannot_be_sharded`.
+        # Apex's and Transformer Engine's optimizers need CUDA; see `cpu_compat.aligner.adamw_step_cannot_be_sharded`.
         "name": "mcore_distributed_optim" if cuda else "sharded_adamw",
         "lr": o.lr,
         "weight_decay": o.weight_decay,
@@ -213,7 +213,7 @@ def keep_done(path: Path, done: int) -> None:
         path: of lines with a `step`, and a `split` unless all are a validation's.
         done: steps.
     """
-    from nemo_minitron.nemo.steplog import read_steps
+    from nemo_minitron.nemo.step_log import read_steps
 
     kept = [line for line in read_steps(path) if _before(line, done)]
     if kept:

@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron import parallel, recipe
+from nemo_minitron import parallel
 from nemo_minitron.alignment.runs import keep_done
-from nemo_minitron.alignment.settings import AlignConfig
-from nemo_minitron.data.chat_template import stop_token
+from nemo_minitron.config.align import AlignConfig
+from nemo_minitron.data.chat.template import stop_token
 from nemo_minitron.data.tokenizer import load_tokenizer
+from nemo_minitron.run import main as recipe
 
 SAMPLES = "samples.jsonl"
 

@@ -6,11 +6,13 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from nemo_minitron import hosts, recipe
-from nemo_minitron.alignment import checks, lora, runs
+from nemo_minitron import cpu_compat
+from nemo_minitron.alignment import lora, runs
 from nemo_minitron.alignment.checkpoints import load_model, save_model
-from nemo_minitron.nemo.checkpoints import CHECKPOINT, Source, find_source
+from nemo_minitron.checkpoints.source import CHECKPOINT, Source, find_source
 from nemo_minitron.padding import leave_out_padding
+from nemo_minitron.run import main as recipe
+from nemo_minitron.workflows.align import check as checks
 
 
 def run_configuration(
@@ -46,11 +48,11 @@ def open_model(cfg: DictConfig, key: str, cls_of: Callable[[], Any], source: Sou
         cls_of: gives the model's class once NeMo may be imported.
         source: a checkpoint of kind "nemo".
     """
-    cpu = hosts.prepare_aligner()
+    cpu = cpu_compat.prepare_aligner()
     from nemo.utils.exp_manager import exp_manager
     from nemo_aligner.utils import train_script_utils as aligner
 
-    from nemo_minitron.hosts.aligner import connect_ranks
+    from nemo_minitron.cpu_compat.aligner import connect_ranks
     from nemo_minitron.nemo.models import quiet_nemo
 
     quiet_nemo()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nemo_minitron.config import DataConfig, cache_dir
+from nemo_minitron.config.recipes import DataConfig, cache_dir
 from nemo_minitron.data.corpora import Corpus, load_corpus
 from nemo_minitron.data.indexed import MANIFEST, IndexedCorpus, build_indexed, exclusive
 from nemo_minitron.data.limits import check_ends

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from nemo_minitron.config import DataConfig
+from nemo_minitron.config.recipes import DataConfig
 from nemo_minitron.data.datasets import gpt_dataset
 from nemo_minitron.data.prepare import PreparedData
 

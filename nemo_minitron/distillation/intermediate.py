@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from nemo_minitron import parallel
 from nemo_minitron.errors import InputError
-from nemo_minitron.importance.sites import decoder_of, layers_of, norm_sites
+from nemo_minitron.importance.hook_points import decoder_of, layers_of, norm_sites
 
 EMBEDDING = "embedding"
 Key = int | str

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from nemo_minitron.data.chat_template import render_prompt, stop_token
-from nemo_minitron.data.conversations import Conversation, Message, read_conversations
+from nemo_minitron.data.chat.conversations import Conversation, Message, read_conversations
+from nemo_minitron.data.chat.template import render_prompt, stop_token
 from nemo_minitron.data.instruct.checks import share_passed
 from nemo_minitron.errors import InputError
 

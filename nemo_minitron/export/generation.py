@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron.checkpoints.untrusted_files import read_json
 from nemo_minitron.errors import InputError
-from nemo_minitron.untrusted_files import read_json
 
 FILE = "generation_config.json"
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")

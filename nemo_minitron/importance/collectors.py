@@ -18,7 +18,7 @@ from nemo_minitron.importance.aggregation import (
     sequence_moments,
     sequence_statistic,
 )
-from nemo_minitron.importance.sites import (
+from nemo_minitron.importance.hook_points import (
     PLACES,
     Site,
     decoder_of,

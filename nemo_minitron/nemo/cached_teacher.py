@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 from nemo_minitron import parallel
-from nemo_minitron.distillation.cache_reader import TeacherCache
-from nemo_minitron.distillation.losses import HiddenTeacher, TopKTeacher
-from nemo_minitron.distillation.settings import LossSettings
-from nemo_minitron.distillation.vocabulary import vocab_shard
+from nemo_minitron.distillation.cache.reader import TeacherCache
+from nemo_minitron.distillation.loss.losses import HiddenTeacher, TopKTeacher
+from nemo_minitron.distillation.loss.settings import LossSettings
+from nemo_minitron.distillation.loss.vocabulary import vocab_shard
 
 
 class CachedTeacher:

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from nemo_minitron import parallel
 from nemo_minitron.errors import FailedRun
-from nemo_minitron.nemo.saving import place
-from nemo_minitron.nemo.steplog import StepLog
+from nemo_minitron.nemo.proven_checkpoints import place
+from nemo_minitron.nemo.step_log import StepLog
 
 from nemo.lightning.megatron_parallel import MaskedTokenLossReduction  # isort: skip
 

@@ -13,17 +13,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+<<<<<<< HEAD
+from nemo_minitron.checkpoints.families import FAMILIES, config_of
+from nemo_minitron.checkpoints.untrusted_files import read_json
+from nemo_minitron.checkpoints.weight_files import EMBEDDING, HEAD, read_headers
+from nemo_minitron.data.tokenizer import load_tokenizer
+=======
+>>>>>>> main
 from nemo_minitron.errors import InputError
 from nemo_minitron.export.distributed_reader import DistributedReader
 from nemo_minitron.export.huggingface import SHARD_BYTES, SOURCE_DTYPE, Model, dtype_of, write
 from nemo_minitron.export.tensors import Weights
 from nemo_minitron.files import file_sha256
-from nemo_minitron.nemo.families import FAMILIES, config_of
-from nemo_minitron.nemo.weight_files import EMBEDDING, HEAD, read_headers
-from nemo_minitron.untrusted_files import read_json
 
 if TYPE_CHECKING:
-    from nemo_minitron.nemo.checkpoints import Source
+    from nemo_minitron.checkpoints.source import Source
 
 # How a converted checkpoint is laid out; part of the cache's key.
 _FORMAT = 4
@@ -137,7 +141,7 @@ def _importer(source: "Source", dtype: str) -> Any:
         def apply(self, output: Path) -> Path:
             from nemo.lightning import teardown
 
-            from nemo_minitron.nemo.saved_dtype import saving_in
+            from nemo_minitron.checkpoints.saved_dtype import saving_in
 
             theirs, model = load_huggingface(source, dtype), self.init()
             trainer = self.nemo_setup(model)
@@ -273,7 +277,7 @@ def export_model(source: "Source", dtype: str = SOURCE_DTYPE) -> Model:
         InputError: a model that Hugging Face has no family for, a dtype that is none, weights that do not fit the
             configuration.
     """
-    from nemo_minitron.nemo.checkpoints import contents
+    from nemo_minitron.checkpoints.source import contents
 
     assert source.kind == "nemo", source
     if source.architecture.model_type is None:

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from nemo_minitron import hosts, padding, parallel
+from nemo_minitron import cpu_compat, padding, parallel
 from nemo_minitron.arch import Architecture
+from nemo_minitron.checkpoints.families import FAMILIES, NEMO_ROPE_SCALING
 from nemo_minitron.errors import InputError
-from nemo_minitron.nemo.families import FAMILIES, NEMO_ROPE_SCALING
 
-hosts.prepare_nemo()
+cpu_compat.prepare_nemo()
 
 from megatron.core.transformer.enums import AttnBackend  # noqa: E402
 from nemo.collections import llm  # noqa: E402

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from nemo_minitron import parallel
+from nemo_minitron.checkpoints.source import Source, weights_may_only_be_tensors
 from nemo_minitron.nemo import models
-from nemo_minitron.nemo.checkpoints import Source, weights_may_only_be_tensors
 
 import nemo.lightning as nl  # isort: skip
 from megatron.core import dist_checkpointing  # isort: skip

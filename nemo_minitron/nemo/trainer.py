@@ -6,9 +6,9 @@ from typing import Any
 import lightning.pytorch
 import torch
 
-from nemo_minitron.config import DataConfig, OptimConfig
+from nemo_minitron.config.recipes import DataConfig, OptimConfig
+from nemo_minitron.config.trainer import TrainerConfig
 from nemo_minitron.data.datasets import never_padded, one_builder
-from nemo_minitron.layout import TrainerConfig
 from nemo_minitron.nemo import models
 
 import nemo.lightning as nl  # isort: skip
@@ -44,7 +44,7 @@ def strategy(t: TrainerConfig, *, training: bool) -> nl.MegatronStrategy:
 
 def trainer(t: TrainerConfig, *, training: bool, callbacks: list[Any] | None = None) -> nl.Trainer:
     """NeMo's Trainer: gloo ranks on the CPU where there is no CUDA, one GPU a rank where there is."""
-    cpu = models.hosts.prepare_megatron()
+    cpu = models.cpu_compat.prepare_megatron()
     models.quiet_nemo()
     plugins = [nl.MegatronMixedPrecision(precision=t.precision)] if t.precision != "32" else []
     made = nl.Trainer(

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from fractions import Fraction
 
 from nemo_minitron.arch import WIDTH_AXES, Architecture
+from nemo_minitron.config.trainer import common_divisors
 from nemo_minitron.errors import InputError
-from nemo_minitron.layout import common_divisors
 
 PRUNABLE = (*WIDTH_AXES, "num_layers")
 # Sizes that fractions give are kept on matrix-multiply tiles, but never coarser than a 16th of the source.

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from nemo_minitron.config.synthesize import SynthesizeConfig
 from nemo_minitron.synthesis.near_duplicates import NearDuplicates
-from nemo_minitron.synthesis.settings import SynthesizeConfig
 from nemo_minitron.synthesis.store import Written
 
 # In the order in which they are asked; each text is counted at the first that drops it.

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from nemo_minitron.config import DataConfig, cache_dir
+from nemo_minitron.config.recipes import DataConfig, cache_dir
 from nemo_minitron.data.corpora import Corpus, jsonl_documents
 from nemo_minitron.data.indexed import MANIFEST, IndexedCorpus, build_indexed
 from nemo_minitron.data.prepare import PreparedData, open_corpus

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from nemo_minitron.config.synthesize import SynthesizeConfig
 from nemo_minitron.synthesis.filters import FILTERS, Text, repetition, windows
-from nemo_minitron.synthesis.settings import SynthesizeConfig
 from nemo_minitron.synthesis.store import Written
 
 _LARGEST_N = 4

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed import ranks
+from tests.support import ranks
 
 
 @pytest.fixture(scope="session")

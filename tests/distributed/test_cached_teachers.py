@@ -7,12 +7,12 @@ import torch
 
 from nemo_minitron import parallel
 from nemo_minitron.distillation import LossSettings, distillation_loss
-from nemo_minitron.distillation.cache_reader import CACHE, TeacherCache
-from nemo_minitron.distillation.cache_writer import CachePlan
-from nemo_minitron.distillation.most_probable import most_probable
-from tests.cached_teachers import random_cache
-from tests.distributed.ranks import layout
-from tests.kd_problems import Problem, close, expected, problem
+from nemo_minitron.distillation.cache.reader import CACHE, TeacherCache
+from nemo_minitron.distillation.cache.top_k_logits import most_probable
+from nemo_minitron.distillation.cache.writer import CachePlan
+from tests.support.cached_teachers import random_cache
+from tests.support.kd_problems import Problem, close, expected, problem
+from tests.support.ranks import layout
 
 TOKENS = torch.arange(24).view(3, 8)
 

@@ -17,8 +17,8 @@ from nemo_minitron.distillation import (
     loss_on_logits,
 )
 from nemo_minitron.errors import InputError
-from tests.distributed.ranks import layout
-from tests.kd_problems import Expected, Problem, close, every_setting, expected, problem
+from tests.support.kd_problems import Expected, Problem, close, every_setting, expected, problem
+from tests.support.ranks import layout
 
 
 def shard(t: torch.Tensor) -> torch.Tensor:

@@ -11,10 +11,10 @@ from torch import Tensor
 from nemo_minitron import parallel
 from nemo_minitron.distillation import HiddenTeacher, LossSettings, distillation_loss
 from nemo_minitron.distillation.intermediate import EMBEDDING, Intermediate
-from tests import kd_reference
-from tests.distributed.ranks import Layout, layout
-from tests.pruning_models import LLAMA
-from tests.reference import Reference, full_state_dict, full_weights, tiny_model
+from tests.support import kd_reference
+from tests.support.pruning_models import LLAMA
+from tests.support.ranks import Layout, layout
+from tests.support.reference import Reference, full_state_dict, full_weights, tiny_model
 
 TEACHER = LLAMA.replace(num_layers=4)
 NARROW = LLAMA.replace(num_layers=2, hidden_size=24)
@@ -53,8 +53,8 @@ class Found:
 def distil(
     student: Any, teacher: Any, between: Intermediate | None, at: Layout, settings: LossSettings = SETTINGS
 ) -> Found:
-    """One step's loss and gradients, as `nemo.distillation.DistillTransform` makes them on one stage."""
-    from nemo_minitron.nemo.between import PROJECTION, Between, add_projections
+    """One step's loss and gradients, as `nemo.distill_transform.DistillTransform` makes them on one stage."""
+    from nemo_minitron.nemo.intermediate_states import PROJECTION, Between, add_projections
 
     tokens, labels, mask = batch()
     distance = 0.0
@@ -96,7 +96,7 @@ def distil(
 
 def starts(student: Any, between: Intermediate) -> dict[str, Tensor]:
     """First values of the projections, float64."""
-    from nemo_minitron.nemo.between import PROJECTION, add_projections
+    from nemo_minitron.nemo.intermediate_states import PROJECTION, add_projections
 
     add_projections(student, between, TEACHER.hidden_size)
     projections = getattr(student, PROJECTION, None)

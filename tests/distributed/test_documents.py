@@ -14,10 +14,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.distributed import ranks, sessions
-from tests.distributed.hf_families import VOCAB_SIZE, make_model
-from tests.distributed.sessions import PATIENCE_S
-from tests.packed_stream import PackedStream, documents
+from tests.support import ranks, sessions
+from tests.support.hf_families import VOCAB_SIZE, make_model
+from tests.support.packed_stream import PackedStream, documents
+from tests.support.sessions import PATIENCE_S
 
 SEQ_LENGTH, WORDS = 64, 18
 EOD, BOS, FIRST = 0, 1, 3
@@ -222,11 +222,12 @@ def examined(overrides: list[str]) -> dict[str, Any]:
     """Scores and losses of the questions' choices as recipes/prune.py takes them."""
     from hydra import compose, initialize_config_dir
 
-    from nemo_minitron.config import PruneRecipe, parse
+    from nemo_minitron.config.recipes import PruneRecipe, parse
     from nemo_minitron.evaluation.layer_removal import lm_loss_without
     from nemo_minitron.evaluation.multiple_choice import choice_losses
-    from nemo_minitron.nemo import prune, scoring
-    from tests.distributed.ranks import ROOT, layout
+    from nemo_minitron.workflows.prune import run as prune
+    from nemo_minitron.workflows.prune import scoring
+    from tests.support.ranks import ROOT, layout
 
     layout()
     with sessions._launched(), initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from nemo_minitron.errors import InputError
 from nemo_minitron.export import written
-from tests.distributed import ranks, sessions
-from tests.distributed.hf_families import CONFIGS, CONTEXT, VOCAB_SIZE, cut, make_model
-from tests.distributed.sessions import PATIENCE_S
+from tests.support import ranks, sessions
+from tests.support.hf_families import CONFIGS, CONTEXT, VOCAB_SIZE, cut, make_model
+from tests.support.sessions import PATIENCE_S
 
 SIZES = {
     "num_layers": 2,
@@ -108,7 +108,7 @@ def test_there_and_back(run_on_ranks: Any, example: tuple[str, Example], tmp_pat
 
 
 def test_pruned_on_two_ranks(run_on_ranks: Any, example: tuple[str, Example], tmp_path: Path) -> None:
-    from nemo_minitron.nemo.checkpoints import find_source
+    from nemo_minitron.checkpoints.source import find_source
     from nemo_minitron.pruning import make_plan, resolve_target
 
     name, e = example
@@ -131,7 +131,7 @@ def test_pruned_on_two_ranks(run_on_ranks: Any, example: tuple[str, Example], tm
 
 def test_a_directory_as_nemos_own_importer_writes_it(example: tuple[str, Example], tmp_path: Path) -> None:
     """Without vocab_size, which the padded embedding then tells, and for Mistral with a window."""
-    from nemo_minitron.nemo.checkpoints import find_source
+    from nemo_minitron.checkpoints.source import find_source
 
     _, e = example
     copy = tmp_path / "nemo"

@@ -9,11 +9,11 @@ from torch import Tensor
 from nemo_minitron.arch import Architecture
 from nemo_minitron.importance import ImportanceCollector
 from nemo_minitron.pruning import PrunePlan, make_plan, prune, resolve_target
-from tests.distributed.ranks import layout
-from tests.expected_scores import width_scores
-from tests.pruned_by_hand import slice_weights
-from tests.pruning_models import FAMILIES
-from tests.reference import Reference, forward_logits, full_weights, tiny_model
+from tests.support.expected_scores import width_scores
+from tests.support.pruned_by_hand import slice_weights
+from tests.support.pruning_models import FAMILIES
+from tests.support.ranks import layout
+from tests.support.reference import Reference, forward_logits, full_weights, tiny_model
 
 SIZES = {
     "num_layers": 2,

@@ -9,8 +9,8 @@ import torch
 from nemo_minitron import parallel
 from nemo_minitron.arch import Architecture
 from nemo_minitron.errors import InputError
-from tests.distributed.ranks import RankError, layout
-from tests.reference import Reference, forward_logits, full_state_dict, full_weights, tiny_model
+from tests.support.ranks import RankError, layout
+from tests.support.reference import Reference, forward_logits, full_state_dict, full_weights, tiny_model
 
 LLAMA = Architecture(4, 16, 24, 8, 4, 6, vocab_size=32)
 GPT = Architecture(

@@ -11,9 +11,9 @@ from nemo_minitron.arch import WIDTH_AXES, Architecture
 from nemo_minitron.errors import InputError
 from nemo_minitron.importance import BlockInfluenceCollector, ImportanceCollector
 from nemo_minitron.importance.aggregation import STATISTICS
-from tests.distributed.ranks import layout
-from tests.expected_scores import block_scores, width_scores
-from tests.reference import forward_logits, full_weights, tiny_model
+from tests.support.expected_scores import block_scores, width_scores
+from tests.support.ranks import layout
+from tests.support.reference import forward_logits, full_weights, tiny_model
 
 LLAMA = Architecture(4, 16, 24, 8, 4, 6, vocab_size=32)
 GPT = LLAMA.replace(

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from nemo_minitron import parallel
 from nemo_minitron.importance import BlockInfluenceCollector, ImportanceCollector
 from nemo_minitron.importance.aggregation import STATISTICS
-from tests.distributed.ranks import layout
-from tests.expected_scores import aggregate
+from tests.support.expected_scores import aggregate
+from tests.support.ranks import layout
 
 LAYERS, S, B, H, F, HEADS, GROUPS, D = 4, 8, 3, 6, 8, 4, 2, 3
 

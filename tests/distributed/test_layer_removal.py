@@ -14,11 +14,11 @@ from nemo_minitron.evaluation.layer_removal import LayerRemoval
 from nemo_minitron.evaluation.multiple_choice import Request, Task
 from nemo_minitron.importance.depth_metrics import lm_loss_scores, task_scores
 from nemo_minitron.pruning import Kept, PrunePlan
-from tests.distributed.ranks import layout
-from tests.distributed.sessions import samples
 from tests.distributed.test_importance_layouts import FIRST_HAS_1, GPT, LAYOUTS, LLAMA
-from tests.pruned_by_hand import slice_weights
-from tests.reference import Reference, full_weights, tiny_model
+from tests.support.pruned_by_hand import slice_weights
+from tests.support.ranks import layout
+from tests.support.reference import Reference, full_weights, tiny_model
+from tests.support.sessions import samples
 
 Run = Callable[..., list[Any]]
 LENGTHS = [1, 2, 3]

@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nemo_minitron import parallel
-from nemo_minitron.nemo.checkpoints import find_source
-from tests.distributed import sessions
-from tests.distributed.ranks import ROOT, layout
-from tests.distributed.sessions import PATIENCE_S
+from nemo_minitron.checkpoints.source import find_source
 from tests.distributed.test_sessions import Example, example
+from tests.support import sessions
+from tests.support.ranks import ROOT, layout
+from tests.support.sessions import PATIENCE_S
 
 VOCAB_SIZE = 67
 SIZES = {"vocab_size": VOCAB_SIZE, "num_hidden_layers": 2, "num_key_value_heads": 4}
@@ -131,8 +131,8 @@ def written(checkpoint: str, sizes: dict[str, Any], *choice: str) -> list[list[i
     """What Megatron's text generation adds to the prompts."""
     from hydra import compose, initialize_config_dir
 
-    from nemo_minitron.config import SynthesizeRecipe, parse
-    from nemo_minitron.nemo.megatron_writer import MegatronWriter
+    from nemo_minitron.config.recipes import SynthesizeRecipe, parse
+    from nemo_minitron.nemo.text_generation import MegatronWriter
 
     layout(sizes.get("tensor_model_parallel_size", 1), sizes.get("pipeline_model_parallel_size", 1))
     with sessions._launched(), initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
@@ -183,8 +183,8 @@ def scored_and_pruned(
 ) -> dict[str, Tensor]:
     """Importance of all units and layers; then the pruned model is saved."""
     from nemo_minitron.evaluation.lm_loss import lm_loss
-    from nemo_minitron.nemo.callbacks import ImportanceCallback
-    from nemo_minitron.nemo.transforms import prune_model
+    from nemo_minitron.nemo.importance_callback import ImportanceCallback
+    from nemo_minitron.nemo.prune_transform import prune_model
 
     session = sessions.open_session(checkpoint, **sizes)
     callback = ImportanceCallback(block_lengths=[1], source_sha256="", data_sha256="")

@@ -3,7 +3,7 @@
 import torch
 
 from nemo_minitron import parallel
-from tests.distributed.ranks import layout
+from tests.support.ranks import layout
 
 
 def test_nothing_happens_where_nothing_is_initialised():

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from nemo_minitron.pruning import PrunePlan, compose, make_plan, prune, step_targets
-from tests.distributed.ranks import layout
 from tests.distributed.test_pruning_layouts import SOURCES, check_pruned, some_tokens
-from tests.reference import forward_logits, tiny_model
+from tests.support.ranks import layout
+from tests.support.reference import forward_logits, tiny_model
 
 SIZES = {
     "hidden_size": 24,

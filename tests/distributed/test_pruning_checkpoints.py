@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from nemo_minitron.pruning import PrunePlan, prune
-from tests.distributed.ranks import layout
 from tests.distributed.test_pruning_layouts import SIZES, SOURCES, random_plan, some_tokens
-from tests.pruned_by_hand import slice_weights
-from tests.reference import Reference, forward_logits, full_weights, tiny_model
+from tests.support.pruned_by_hand import slice_weights
+from tests.support.ranks import layout
+from tests.support.reference import Reference, forward_logits, full_weights, tiny_model
 
 Run = Callable[..., list[Any]]
 

@@ -13,11 +13,18 @@ from torch import Tensor
 from nemo_minitron.arch import Architecture
 from nemo_minitron.errors import InputError
 from nemo_minitron.pruning import Kept, PrunePlan, make_plan, prune, resolve_target
-from tests.distributed.ranks import layout
-from tests.pruned_by_hand import slice_weights
-from tests.pruning_models import FAMILIES, LiveBytes
-from tests.pruning_strategies import architectures, kept_sets
-from tests.reference import Reference, forward_logits, full_state_dict, full_weights, local_names, tiny_model
+from tests.support.pruned_by_hand import slice_weights
+from tests.support.pruning_models import FAMILIES, LiveBytes
+from tests.support.pruning_strategies import architectures, kept_sets
+from tests.support.ranks import layout
+from tests.support.reference import (
+    Reference,
+    forward_logits,
+    full_state_dict,
+    full_weights,
+    local_names,
+    tiny_model,
+)
 
 WIDE = {"num_layers": 8, "num_attention_heads": 16, "num_query_groups": 8}
 SOURCES = {
@@ -199,7 +206,7 @@ def check_virtual_stages() -> None:
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
-    from tests.reference import load_full, model_config
+    from tests.support.reference import load_full, model_config
 
     layout(pp=2)
     parallel_state.set_virtual_pipeline_model_parallel_world_size(2)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tests.distributed import ranks, sessions
-from tests.distributed.sessions import PATIENCE_S
+from tests.support import ranks, sessions
+from tests.support.sessions import PATIENCE_S
 
 VOCAB_SIZE, CONTEXT = 64, 32
 LAYOUTS = [

@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nemo_minitron.nemo.checkpoints import Source, find_source
-from tests.distributed import hf_families, ranks, sessions
-from tests.distributed.hf_families import CONTEXT, VOCAB_SIZE, make_model
-from tests.distributed.sessions import PATIENCE_S
+from nemo_minitron.checkpoints.source import Source, find_source
+from tests.support import hf_families, ranks, sessions
+from tests.support.hf_families import CONTEXT, VOCAB_SIZE, make_model
+from tests.support.sessions import PATIENCE_S
 
 SCALING = {
     "rope_type": "llama3",

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.distributed.sessions import PATIENCE_S
-from tests.packed_stream import Blend, PackedStream
+from tests.support.packed_stream import Blend, PackedStream
+from tests.support.sessions import PATIENCE_S
 
 LENGTHS = [5, 40, 1, 17, 3, 64, 9, 2, 28]
 SEQ_LENGTH = 8
@@ -71,7 +71,7 @@ def is_the_stream(dataset: Any, expected: Any, numbers: Any) -> None:
 
 def whatever_pads(directory: str, pads: list[int | None], text: bool) -> None:
     """`text`: a blend of the corpus with a teacher's text."""
-    from nemo_minitron.config import DataConfig
+    from nemo_minitron.config.recipes import DataConfig
     from nemo_minitron.nemo.trainer import training_data
 
     indexed, d = corpus(directory), DataConfig(seq_length=SEQ_LENGTH, seed=5)
@@ -99,7 +99,7 @@ def test_a_padding_token_is_text_like_any_other(run_on_ranks, tmp_path, text):
 
 
 def schedules_are_kept(directory: str, cases: list[tuple[int, int, int, int]]) -> None:
-    from nemo_minitron.config import DataConfig
+    from nemo_minitron.config.recipes import DataConfig
     from nemo_minitron.data.sequences import SplitSequences, schedules
     from nemo_minitron.nemo.trainer import training_data
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.functional.commands import Commands, Ended
+from tests.support.commands import Commands, Ended
 
 
 @dataclass(frozen=True)

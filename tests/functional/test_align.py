@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 
-from nemo_minitron.data.chat_template import CHAT_TEMPLATE
-from tests.distributed import ranks, sessions
-from tests.functional import conversations
-from tests.functional.commands import ROOT, Commands, Ended
+from nemo_minitron.data.chat.template import CHAT_TEMPLATE
 from tests.functional.conftest import Teacher
+from tests.support import conversations, ranks, sessions
+from tests.support.commands import ROOT, Commands, Ended
 
 PATIENCE_S = 240
 TRAIN, VALID, STEPS = 8, 6, 5

@@ -14,8 +14,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tests.distributed import hf_families, ranks, sessions
-from tests.distributed.hf_families import CONFIGS, CONTEXT, VOCAB_SIZE
+from tests.support import hf_families, ranks, sessions
+from tests.support.hf_families import CONFIGS, CONTEXT, VOCAB_SIZE
 
 pytestmark = pytest.mark.slow
 
@@ -77,7 +77,7 @@ def through_aligner(models: Models, tp: int) -> Path:
     done = subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(tp)),
-            str(ROOT / "tests" / "functional" / "aligner_logits_script.py"),
+            str(ROOT / "tests" / "support" / "aligner_logits_script.py"),
             *(str(tp), str(models.home / "tokens.safetensors"), str(output), *models.nemo.values()),
         ],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "tests" / "functional" / "aligner_sft_script.py"
+SCRIPT = ROOT / "tests" / "support" / "aligner_sft_script.py"
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the stand-ins are for hosts without CUDA")
 
@@ -63,12 +63,12 @@ def test_a_resumed_run_loses_what_an_uninterrupted_one_does(tmp_path: Path) -> N
 
 STAND_INS = """
 import torch
-from nemo_minitron import hosts
+from nemo_minitron import cpu_compat
 from nemo_minitron.errors import InputError
-assert hosts.prepare_aligner()
+assert cpu_compat.prepare_aligner()
 from nemo.collections.nlp.models.language_modeling import megatron_gpt_model
 from nemo.core.optim.optimizers import get_optimizer
-from nemo_minitron.hosts.aligner import _AmpC
+from nemo_minitron.cpu_compat.aligner import _AmpC
 
 try:
     megatron_gpt_model.get_specs("megatron_gemma2")

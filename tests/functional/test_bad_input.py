@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from tests.functional import distill_cases
-from tests.functional.cases import RANKS, Case, Places, write
-from tests.functional.commands import Commands, tree
 from tests.functional.conftest import Pruned, Teacher
+from tests.support import distill_cases
+from tests.support.cases import RANKS, Case, Places, write
+from tests.support.commands import Commands, tree
 
 # ---- damaged and hostile checkpoints -----------------------------------------------------------------------
 

@@ -13,12 +13,13 @@ import torch
 from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file
 
-from nemo_minitron.config import CacheTeacherRecipe, DistillRecipe, parse
+from nemo_minitron.config.recipes import CacheTeacherRecipe, DistillRecipe, parse
 from nemo_minitron.errors import InputError
-from nemo_minitron.nemo import cache_teacher, distill
-from nemo_minitron.recipe import register_resolvers
-from tests.functional.commands import ROOT, SEQ_LENGTH, SIZES, Commands
+from nemo_minitron.run.main import register_resolvers
+from nemo_minitron.workflows.cache_teacher import run as cache_teacher
+from nemo_minitron.workflows.distill import run as distill
 from tests.functional.conftest import Pruned, Teacher
+from tests.support.commands import ROOT, SEQ_LENGTH, SIZES, Commands
 
 STEPS, K = 6, 16
 SCHEDULE = [
@@ -130,10 +131,10 @@ def test_the_states_are_transformers_own(runs: Runs) -> None:
     """Logits out of the cache's states and output layer against Llama's in transformers."""
     from transformers import LlamaForCausalLM
 
-    from nemo_minitron.config import DataConfig
+    from nemo_minitron.config.recipes import DataConfig
     from nemo_minitron.data.prepare import prepare_data
     from nemo_minitron.data.sequences import SplitSequences
-    from nemo_minitron.distillation.cache_reader import TeacherCache
+    from nemo_minitron.distillation.cache.reader import TeacherCache
 
     config = composed("cache_teacher", runs.writing("hidden")).data
     data = prepare_data(DataConfig(**config), str(runs.teacher.huggingface))

@@ -7,8 +7,8 @@ import sys
 import time
 from pathlib import Path
 
-from tests.functional.commands import ROOT
-from tests.functional.slurm_cluster import TINY
+from tests.support.commands import ROOT
+from tests.support.slurm_cluster import TINY
 
 
 def test_the_second_is_refused_and_a_dead_one_s_lock_taken_over(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.functional.commands import ROOT, SEQ_LENGTH, Commands
+from tests.support.commands import ROOT, SEQ_LENGTH, Commands
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 

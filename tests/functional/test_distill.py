@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed import ranks, sessions
-from tests.functional.commands import ROOT, SEQ_LENGTH, SIZES, VOCAB_SIZE, Commands
 from tests.functional.conftest import Pruned, Teacher
+from tests.support import ranks, sessions
+from tests.support.commands import ROOT, SEQ_LENGTH, SIZES, VOCAB_SIZE, Commands
 
 STEPS = 6
 PATIENCE_S = 240
@@ -135,7 +135,7 @@ def test_a_nemo_script_s_first_step_is_what_transformers_computes(
     manifests = (commands.home / "cache" / "data").rglob("manifest.json")
     (train,) = (m.with_name("train") for m in manifests if teacher.result["data_sha256"] in m.read_text())
     student = pruned.run_dir / "checkpoint"
-    script = ROOT / "tests" / "functional" / "recorded_distillation.py"
+    script = ROOT / "tests" / "support" / "recorded_distillation.py"
     done = subprocess.run(
         [sys.executable, script, student, teacher.run_dir / "checkpoint", train, tmp_path],
         env=commands.environment(PYTHONPATH=str(ROOT)),

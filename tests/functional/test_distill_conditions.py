@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from nemo_minitron.errors import InputError
-from tests.distributed import ranks, sessions
 from tests.functional import test_distill
-from tests.functional.commands import Commands
 from tests.functional.conftest import Pruned, Teacher
 from tests.functional.test_distill import PATIENCE_S, STEPS, Run, lines
+from tests.support import ranks, sessions
+from tests.support.commands import Commands
 
 
 def under(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.functional.commands import ROOT
+from tests.support.commands import ROOT
 
 DOCKERFILE = ROOT / "launchers" / "docker" / "Dockerfile"
 INSTRUCTIONS = {"ARG", "FROM", "SHELL", "RUN", "ENV", "WORKDIR", "COPY", "USER", "LABEL", "ENTRYPOINT", "CMD"}

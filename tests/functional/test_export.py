@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.functional.commands import VOCAB_SIZE, Commands, Ended
 from tests.functional.conftest import Pruned, Teacher
 from tests.functional.test_student_loads import cut
+from tests.support.commands import VOCAB_SIZE, Commands, Ended
 
 
 @dataclass(frozen=True)

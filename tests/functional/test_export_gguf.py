@@ -11,9 +11,9 @@ import pytest
 import torch
 from gguf.quants import dequantize
 
-from tests import llama_cpp
-from tests.functional.commands import Commands
 from tests.functional.conftest import Pruned
+from tests.support import llama_cpp
+from tests.support.commands import Commands
 
 
 def export(commands: Commands, source: Path, to: Path, kind: str) -> dict[str, Any]:

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from tests.functional.commands import Commands
 from tests.functional.conftest import Pruned, Teacher
-from tests.functional.kill_trials import distilling, trained
-from tests.functional.slurm_cluster import REQUIRED
+from tests.support.commands import Commands
+from tests.support.kill_trials import distilling, trained
+from tests.support.slurm_cluster import REQUIRED
 
 pytestmark = pytest.mark.slow
 

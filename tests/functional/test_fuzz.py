@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.functional.commands import Commands
+from tests.support.commands import Commands
 
 ROOT = Path(__file__).resolve().parents[2]
 

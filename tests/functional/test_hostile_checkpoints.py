@@ -17,12 +17,12 @@ from typing import Any
 import pytest
 import torch
 
+from nemo_minitron.checkpoints.source import find_source
 from nemo_minitron.data.tokenizer import load_tokenizer
 from nemo_minitron.errors import InputError
-from nemo_minitron.nemo.checkpoints import find_source
-from tests.distributed import ranks, sessions
-from tests.functional.commands import SEQ_LENGTH, VOCAB_SIZE, Commands
 from tests.functional.conftest import Teacher
+from tests.support import ranks, sessions
+from tests.support.commands import SEQ_LENGTH, VOCAB_SIZE, Commands
 
 PATIENCE_S = 240
 

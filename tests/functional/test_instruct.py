@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from nemo_minitron.data.chat_template import encode_conversation, with_template
-from nemo_minitron.data.conversations import write_jsonl
+from nemo_minitron.data.chat.conversations import write_jsonl
+from nemo_minitron.data.chat.template import encode_conversation, with_template
 from nemo_minitron.data.tokenizer import load_tokenizer
-from tests.functional.commands import ROOT, Commands, tree
 from tests.functional.conftest import Teacher
+from tests.support.commands import ROOT, Commands, tree
 
 DEMO = ROOT / "assets" / "demo-teacher"
 SIZES = [f"{name}=2" for name in ("train", "seen", "valid", "test", "preference_train", "preference_valid")]
@@ -122,7 +122,7 @@ def test_the_default_template_is_nemo_s_chat_format(commands: Commands) -> None:
         mask = "User,Tool" if any(role == "tool" for role, _ in chat) else "User"
         asked.append([str(DEMO), SPECIAL, {"system": chat[0][1], "mask": mask, "conversations": turns}])
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "functional" / "nemo_chat_format.py")],
+        [sys.executable, str(ROOT / "tests" / "support" / "nemo_chat_format.py")],
         input=json.dumps(asked),
         env=commands.environment(PYTHONPATH=str(ROOT)),
         capture_output=True,

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.functional.commands import Commands
 from tests.functional.conftest import Pruned, Teacher
-from tests.functional.kill_trials import distilling, trained
+from tests.support.commands import Commands
+from tests.support.kill_trials import distilling, trained
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone]
 

@@ -1,10 +1,10 @@
-"""A few of kill_trials.py's trials; `python -m tests.functional.kill_trials 20` runs as many as one likes."""
+"""A few of kill_trials.py's trials; `python -m tests.support.kill_trials 20` runs as many as one likes."""
 
 import pytest
 
-from tests.functional import kill_trials
-from tests.functional.commands import Commands
 from tests.functional.conftest import Pruned, Teacher
+from tests.support import kill_trials
+from tests.support.commands import Commands
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone]
 

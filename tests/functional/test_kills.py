@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from tests.functional.commands import Commands
 from tests.functional.conftest import Pruned, Teacher
+from tests.support.commands import Commands
 
 pytestmark = pytest.mark.slow
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.functional.commands import ROOT
+from tests.support.commands import ROOT
 
 
 def launch(

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from nemo_minitron.nemo.checkpoints import find_source
-from tests.distributed import ranks, sessions
+from nemo_minitron.checkpoints.source import find_source
 from tests.distributed.test_padded_vocabulary import stored
 from tests.functional import test_align, test_distill, test_distill_conditions
-from tests.functional.commands import Commands
 from tests.functional.conftest import Teacher
+from tests.support import ranks, sessions
+from tests.support.commands import Commands
 
 pytestmark = pytest.mark.slow
 

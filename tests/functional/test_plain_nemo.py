@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.distributed import ranks, sessions
-from tests.functional.commands import ROOT, SEQ_LENGTH, VOCAB_SIZE, Commands
 from tests.functional.conftest import Teacher
 from tests.functional.test_prune import TARGET
+from tests.support import ranks, sessions
+from tests.support.commands import ROOT, SEQ_LENGTH, VOCAB_SIZE, Commands
 
 SCRIPT = ROOT / "examples" / "plain_nemo.py"
 

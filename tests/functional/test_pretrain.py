@@ -8,8 +8,8 @@ import stat
 from pathlib import Path
 
 from nemo_minitron.arch import Architecture
-from tests.functional.commands import SEQ_LENGTH, SIZES, VOCAB_SIZE, Commands, tree
 from tests.functional.conftest import Teacher
+from tests.support.commands import SEQ_LENGTH, SIZES, VOCAB_SIZE, Commands, tree
 
 ARCH = Architecture(**SIZES, vocab_size=VOCAB_SIZE)
 

@@ -5,8 +5,8 @@ import math
 from pathlib import Path
 
 from nemo_minitron.arch import Architecture
-from tests.functional.commands import SIZES, VOCAB_SIZE, Commands, tree
 from tests.functional.conftest import Pruned, Teacher
+from tests.support.commands import SIZES, VOCAB_SIZE, Commands, tree
 
 SOURCE = Architecture(**SIZES, vocab_size=VOCAB_SIZE, model_type="llama")
 TARGET = SOURCE.replace(hidden_size=48, ffn_hidden_size=80)

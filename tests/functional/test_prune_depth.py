@@ -8,9 +8,9 @@ import pytest
 from safetensors.torch import load_file
 
 from nemo_minitron.arch import Architecture
-from tests.functional.commands import SIZES, VOCAB_SIZE, Commands, Ended, tree
 from tests.functional.conftest import Teacher
 from tests.functional.test_prune import saved_elements
+from tests.support.commands import SIZES, VOCAB_SIZE, Commands, Ended, tree
 
 SOURCE = Architecture(**SIZES, vocab_size=VOCAB_SIZE, model_type="llama")
 QUESTIONS = [

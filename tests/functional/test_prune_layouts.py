@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed import ranks, sessions
-from tests.functional.commands import SEQ_LENGTH, VOCAB_SIZE, Commands
 from tests.functional.conftest import Pruned, Teacher
 from tests.functional.test_prune_ranks import assert_same
+from tests.support import ranks, sessions
+from tests.support.commands import SEQ_LENGTH, VOCAB_SIZE, Commands
 
 pytestmark = pytest.mark.slow
 PATIENCE_S = 240

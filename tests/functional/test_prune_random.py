@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from tests.functional.commands import Commands
 from tests.functional.conftest import Pruned, Teacher
 from tests.functional.test_prune import SOURCE, TARGET, saved_elements
+from tests.support.commands import Commands
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from tests.functional.commands import Commands
 from tests.functional.conftest import Pruned, Teacher
+from tests.support.commands import Commands
 
 
 def assert_same(run_dir: Path, result: dict[str, Any], other_dir: Path, other: dict[str, Any]) -> None:

@@ -15,14 +15,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from nemo_minitron.checkpoints.families import architecture_of
 from nemo_minitron.checkpoints.gguf import to_huggingface
-from nemo_minitron.config import DataConfig
+from nemo_minitron.config.recipes import DataConfig
 from nemo_minitron.data.datasets import gpt_dataset
 from nemo_minitron.data.prepare import PreparedData, prepare_data
-from nemo_minitron.nemo.families import architecture_of
-from tests import gguf_files, llama_cpp
-from tests.expected_scores import aggregate
-from tests.functional.commands import ROOT, Commands
+from tests.support import gguf_files, llama_cpp
+from tests.support.commands import ROOT, Commands
+from tests.support.expected_scores import aggregate
 
 pytestmark = pytest.mark.slow
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.functional.commands import ROOT
-from tests.functional.slurm_cluster import TINY
+from tests.support.commands import ROOT
+from tests.support.slurm_cluster import TINY
 
 TEACHER = ROOT / "assets" / "demo-teacher"
 SAYS = (
@@ -226,7 +226,7 @@ def test_the_package_runs_recipes_by_name(tmp_path: Path) -> None:
     listed = module()
     assert listed.returncode == 0, listed.stderr
     for recipe in ROOT.glob("recipes/*.py"):
-        assert f"  {recipe.stem} " in listed.stdout, "add it to nemo_minitron.commands.RECIPES"
+        assert f"  {recipe.stem} " in listed.stdout, "add it to nemo_minitron.run.commands.RECIPES"
     assert "must be one of pretrain, prune" in refusal(module("prunes"))
     assert "say run_dir=x" in refusal(module("prune", "hydra.run.dir=x"))
     explained = module("prune", "+conf=width", "--help")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.functional.commands import Commands
 from tests.functional.conftest import Pruned, Teacher
+from tests.support.commands import Commands
 
 
 def test_a_killed_search_goes_on_and_its_best_is_what_prune_makes(

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from tests.functional.commands import ROOT, Commands
 from tests.functional.conftest import Pruned, Teacher
-from tests.functional.kill_trials import ranks_of
-from tests.functional.slurm_cluster import SITE, Slurm, log, loopback, result
+from tests.support.commands import ROOT, Commands
+from tests.support.kill_trials import ranks_of
+from tests.support.slurm_cluster import SITE, Slurm, log, loopback, result
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
@@ -78,7 +78,9 @@ def test_what_the_job_refuses_starts_no_rank(slurm: Slurm) -> None:
     recipe = slurm.tiny("refusing", "")
     check = "lambda r: parse(PruneRecipe, OmegaConf.create({'source': 'x', 'run_dir': 'x', 'seed': -1}))"
     text = recipe.read_text().replace("lambda r: Ready()", check)
-    recipe.write_text("from nemo_minitron.config import parse\nfrom omegaconf import OmegaConf\n" + text)
+    recipe.write_text(
+        "from nemo_minitron.config.recipes import parse\nfrom omegaconf import OmegaConf\n" + text
+    )
     done = slurm.submit("--wait", recipe, *SITE, f"run_dir={slurm.home}/refused")
     assert done.returncode == 2
     assert "error: seed=-1: must be at least 0" in done.stderr

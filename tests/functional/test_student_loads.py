@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from tests.distributed import ranks, sessions
-from tests.functional.commands import SEQ_LENGTH, VOCAB_SIZE
 from tests.functional.conftest import Pruned, Teacher
+from tests.support import ranks, sessions
+from tests.support.commands import SEQ_LENGTH, VOCAB_SIZE
 
 PATIENCE_S = 240
 

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 
+from nemo_minitron.config.synthesize import SynthesizeConfig
 from nemo_minitron.data.tokenizer import load_tokenizer
 from nemo_minitron.errors import InputError
-from nemo_minitron.nemo import synthesize
-from nemo_minitron.synthesis.settings import SynthesizeConfig
 from nemo_minitron.synthesis.store import Written
-from tests.functional.commands import SEQ_LENGTH, Commands, tree
+from nemo_minitron.workflows.synthesize import run as synthesize
 from tests.functional.conftest import Pruned, Teacher
+from tests.support.commands import SEQ_LENGTH, Commands, tree
 
 DEMO = Path(__file__).resolve().parents[2] / "assets" / "demo-teacher"
 SAMPLES, BATCH, NEW, OPENING = 20, 8, 24, 8

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from nemo_minitron.checkpoints.families import FAMILIES, config_of
 from nemo_minitron.export import generation, huggingface
 from nemo_minitron.export.tensors import Weights
-from nemo_minitron.nemo.families import FAMILIES, config_of
-from tests.stacked_weights import of_family, saved, stacked
+from tests.support.stacked_weights import of_family, saved, stacked
 
 VERSION = "5.24.0"
 TOKENIZER = Path(__file__).resolve().parents[2] / "assets" / "demo-teacher"

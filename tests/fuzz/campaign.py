@@ -34,6 +34,19 @@ from tests.fuzz.places import Places, make_places
 # CPU, since others may use the machine too; what waits, for a pipe say, waits for so many times as long.
 SECONDS, WAITING, BYTES, LONGEST_LINE = 60, 4, 2 << 30, 1500
 MODULES = {
+<<<<<<< HEAD
+    "prune": "workflows.prune.run",
+    "search": "workflows.search.run",
+    "distill": "workflows.distill.run",
+    "cache_teacher": "workflows.cache_teacher.run",
+    "correct_teacher": "workflows.correct_teacher.run",
+    "pretrain": "workflows.pretrain.run",
+    "synthesize": "workflows.synthesize.run",
+    "evaluate_instruct": "workflows.evaluate_instruct.run",
+    "instruct_data": "workflows.instruct_data.run",
+    "sft": "workflows.align.sft",
+    "preference": "workflows.align.preference",
+=======
     "prune": "nemo.prune",
     "search": "nemo.search",
     "distill": "nemo.distill",
@@ -46,6 +59,7 @@ MODULES = {
     "sft": "alignment.sft",
     "preference": "alignment.preference",
     "export": "workflows.export.check",
+>>>>>>> main
 }
 _STARTS = {
     "os.system",
@@ -157,9 +171,9 @@ class Checks:
         """Exit code and line of a recipe up to its work; what Hydra itself refuses, `recipe.main` brings into form."""
         from hydra import compose
 
-        from nemo_minitron.config import parse
+        from nemo_minitron.config.recipes import parse
         from nemo_minitron.errors import InputError
-        from nemo_minitron.recipe import register_resolvers
+        from nemo_minitron.run.main import register_resolvers
 
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             register_resolvers(recipe)

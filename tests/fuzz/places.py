@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.cached_teachers import random_cache
+from tests.support.cached_teachers import random_cache
 
 ROOT = Path(__file__).resolve().parents[2]
 CONTEXT, VOCABULARY = 256, 300
@@ -121,9 +121,9 @@ def make_places(home: Path) -> Places:
     _model(home)
     _run(home)
     _odd(home / "odd")
-    from nemo_minitron.config import DataConfig
-    from nemo_minitron.nemo.checkpoints import find_source
-    from nemo_minitron.nemo.openings import converted
+    from nemo_minitron.checkpoints.source import find_source
+    from nemo_minitron.config.recipes import DataConfig
+    from nemo_minitron.workflows.preflight import converted
 
     made = converted(find_source(places.huggingface), DataConfig(cache_dir=str(home / "made-cache")))
     shutil.copytree(made.path, places.nemo)
@@ -177,8 +177,8 @@ def _run(home: Path) -> None:
     """Scores, a plan, a teacher's text and a teacher's cache, each as the recipes leave it."""
     import torch
 
+    from nemo_minitron.checkpoints.source import find_source
     from nemo_minitron.importance.scores import Scores
-    from nemo_minitron.nemo.checkpoints import find_source
     from nemo_minitron.pruning import Kept, PrunePlan
 
     source = find_source(home / "hf")

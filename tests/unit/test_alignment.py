@@ -7,17 +7,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nemo_minitron.alignment.checks import check_settings, schedule, validation_batch
+from nemo_minitron.alignment.comparisons import encode_pairs
 from nemo_minitron.alignment.conversations import encode_split
-from nemo_minitron.alignment.preferences import encode_pairs
 from nemo_minitron.alignment.runs import RunLog, keep_done, keep_one_checkpoint
 from nemo_minitron.alignment.samples import Samples
-from nemo_minitron.alignment.settings import AlignConfig
-from nemo_minitron.data.chat_template import with_template
-from nemo_minitron.data.conversations import Conversation, Preference
+from nemo_minitron.config.align import AlignConfig
+from nemo_minitron.config.trainer import TrainerConfig
+from nemo_minitron.data.chat.conversations import Conversation, Preference
+from nemo_minitron.data.chat.template import with_template
 from nemo_minitron.data.tokenizer import load_tokenizer
 from nemo_minitron.errors import InputError
-from nemo_minitron.layout import TrainerConfig
+from nemo_minitron.workflows.align.check import check_settings, schedule, validation_batch
 
 TEACHER = Path(__file__).resolve().parents[2] / "assets" / "demo-teacher"
 

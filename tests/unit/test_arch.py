@@ -4,8 +4,8 @@ import pytest
 
 from nemo_minitron.arch import Architecture
 from nemo_minitron.errors import InputError
-from tests.pruning_models import FAMILIES
-from tests.reference import full_weights
+from tests.support.pruning_models import FAMILIES
+from tests.support.reference import full_weights
 
 LLAMA_8B = Architecture(32, 4096, 14336, 32, 8, 128, vocab_size=128256)
 TINY = {
@@ -24,7 +24,7 @@ def test_counts_are_those_of_the_weights(arch):
 
 @pytest.mark.parametrize("arch", TINY.values(), ids=TINY)
 def test_megatrons_own_model_has_as_many_parameters(arch, megatron):
-    from tests.reference import tiny_model
+    from tests.support.reference import tiny_model
 
     assert sum(p.numel() for p in tiny_model(arch).parameters()) == arch.parameters()
 

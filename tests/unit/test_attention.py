@@ -34,7 +34,7 @@ def both(
     from megatron.core.transformer.enums import AttnMaskType
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from nemo_minitron.hosts.attention import HostAttention
+    from nemo_minitron.cpu_compat.attention import HostAttention
 
     config = TransformerConfig(
         num_layers=4,
@@ -183,7 +183,7 @@ def test_document_limits(one: bool) -> None:
 
 @pytest.fixture
 def lines(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    from nemo_minitron.hosts import attention
+    from nemo_minitron.cpu_compat import attention
 
     attention._say_once.cache_clear()
     found: list[str] = []
@@ -246,7 +246,7 @@ def test_memory_is_linear_in_the_sequence() -> None:
 def test_the_local_spec_has_it() -> None:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
-    from nemo_minitron.hosts.attention import HostAttention
+    from nemo_minitron.cpu_compat.attention import HostAttention
 
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
     assert spec.submodules.self_attention.submodules.core_attention is HostAttention

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from nemo_minitron.data.chat_template import (
+from nemo_minitron.data.chat.conversations import Conversation, Preference
+from nemo_minitron.data.chat.template import (
     CHAT_TEMPLATE,
     attach_template,
     encode_conversation,
@@ -21,7 +22,6 @@ from nemo_minitron.data.chat_template import (
     stop_token,
     with_template,
 )
-from nemo_minitron.data.conversations import Conversation, Preference
 from nemo_minitron.data.tokenizer import EOS
 from nemo_minitron.errors import InputError
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from nemo_minitron.closing import closing_line, count
+from nemo_minitron.checkpoints.origin import teacher_of
+from nemo_minitron.checkpoints.source import find_source
 from nemo_minitron.errors import InputError
-from nemo_minitron.nemo.checkpoints import find_source
-from nemo_minitron.nemo.origin import teacher_of
+from nemo_minitron.run.closing import closing_line, count
 
 DEMO = Path(__file__).resolve().parents[2] / "assets" / "demo-teacher"
 LINES = {

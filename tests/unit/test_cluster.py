@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from launchers import sbatch
-from nemo_minitron.cluster import ClusterConfig, check_cluster, seconds
+from nemo_minitron.config.cluster import ClusterConfig, check_cluster, seconds
+from nemo_minitron.config.trainer import TrainerConfig
 from nemo_minitron.errors import InputError
-from nemo_minitron.layout import TrainerConfig
 
 NODES = TrainerConfig(tensor_model_parallel_size=8, data_parallel_size=4, num_nodes=4)
 DEFAULTS = vars(ClusterConfig())

@@ -17,10 +17,10 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_minitron.commands import RECIPES
-from nemo_minitron.config import CommonConfig, PretrainRecipe, PruneRecipe, parse
+from nemo_minitron.config.recipes import CommonConfig, PretrainRecipe, PruneRecipe, parse
 from nemo_minitron.errors import InputError
-from nemo_minitron.recipe import register_resolvers
+from nemo_minitron.run.commands import RECIPES
+from nemo_minitron.run.main import register_resolvers
 
 ROOT = Path(__file__).resolve().parents[2]
 CONF = ROOT / "conf"

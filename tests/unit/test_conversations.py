@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from nemo_minitron.data.chat_shapes import convert_file
-from nemo_minitron.data.conversations import clean, read_conversations, read_preferences, write_jsonl
+from nemo_minitron.data.chat.conversations import clean, read_conversations, read_preferences, write_jsonl
+from nemo_minitron.data.chat.formats import convert_file
 from nemo_minitron.errors import InputError
 
 

@@ -7,7 +7,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from nemo_minitron.data.datasets import gpt_dataset
 from nemo_minitron.errors import InputError
-from tests.distributed.ranks import run_on_ranks
+from tests.support.ranks import run_on_ranks
 
 LENGTHS = [5, 40, 1, 17, 3, 64, 9, 2, 28]
 TOTAL = sum(LENGTHS)

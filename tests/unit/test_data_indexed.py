@@ -17,7 +17,7 @@ from nemo_minitron.data.corpora import Corpus, Document, Stream, load_corpus
 from nemo_minitron.data.indexed import IndexedCorpus, build_indexed
 from nemo_minitron.data.tokenizer import EOS, train_bpe
 from nemo_minitron.errors import InputError
-from tests.packed_stream import documents
+from tests.support.packed_stream import documents
 
 SOURCES = sorted(Path(json.__file__).parent.glob("*.py"))
 

@@ -12,8 +12,8 @@ from nemo_minitron.distillation import (
     distillation_loss,
     loss_on_logits,
 )
-from nemo_minitron.distillation.most_probable import most_probable
-from tests.kd_reference import loss_sums
+from nemo_minitron.distillation.cache.top_k_logits import most_probable
+from tests.support.kd_reference import loss_sums
 
 PLAIN, FUSED, CACHED = "plain", "fused", "cached"
 

@@ -19,7 +19,7 @@ from nemo_minitron.distillation import (
     shared_vocab_size,
 )
 from nemo_minitron.errors import InputError
-from tests.kd_problems import Problem, close, every_setting, expected, problem
+from tests.support.kd_problems import Problem, close, every_setting, expected, problem
 
 # The budget of a chunk of 5 tokens, so that 21 tokens end with a smaller one of 1.
 CHUNK = 6 * 2 * 4 * 50

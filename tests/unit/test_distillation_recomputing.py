@@ -5,9 +5,9 @@ import torch
 from torch.nn import functional
 
 from nemo_minitron.distillation import LossSettings
-from nemo_minitron.distillation.divergences import Scratch
-from nemo_minitron.distillation.recomputing import RecomputingForwardKL, ReportedNextToken
-from nemo_minitron.distillation.rounds import reduce_nothing, run_in_step
+from nemo_minitron.distillation.loss.batched_collectives import reduce_nothing, run_in_step
+from nemo_minitron.distillation.loss.compiled import RecomputingForwardKL, ReportedNextToken
+from nemo_minitron.distillation.loss.divergences import Scratch
 
 
 def logits(seed: int) -> torch.Tensor:

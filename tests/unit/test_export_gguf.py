@@ -13,15 +13,15 @@ from gguf import GGMLQuantizationType as Kind
 from tokenizers import Tokenizer
 
 from nemo_minitron.arch import Architecture
+from nemo_minitron.checkpoints.families import FAMILIES, architecture_of, config_of
 from nemo_minitron.checkpoints.gguf import to_huggingface
 from nemo_minitron.checkpoints.gguf.pre_tokenizers import PRE_TOKENIZERS
 from nemo_minitron.errors import InputError
 from nemo_minitron.export import consumers, gguf_model, gguf_quantiser, huggingface
 from nemo_minitron.export.gguf_tokenizer import vocabulary_of
 from nemo_minitron.export.tensors import Weights
-from nemo_minitron.nemo.families import FAMILIES, architecture_of, config_of
-from tests import gguf_files, llama_cpp
-from tests.stacked_weights import of_family, saved, stacked
+from tests.support import gguf_files, llama_cpp
+from tests.support.stacked_weights import of_family, saved, stacked
 
 TEXT = [
     "The quick brown fox jumps over the lazy dog 12345 times.",

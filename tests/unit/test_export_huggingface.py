@@ -8,13 +8,13 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from nemo_minitron.checkpoints.families import FAMILIES
 from nemo_minitron.errors import InputError
 from nemo_minitron.export import generation
 from nemo_minitron.export.safetensors_writer import INDEX, write_shards
 from nemo_minitron.export.target import bytes_of, check_target, under_another_name
 from nemo_minitron.export.tensors import Weights, parts
-from nemo_minitron.nemo.families import FAMILIES
-from tests.stacked_weights import ARCH, of_family, saved, stacked
+from tests.support.stacked_weights import ARCH, of_family, saved, stacked
 
 
 @pytest.mark.parametrize("family", FAMILIES)

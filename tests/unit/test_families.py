@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
+from nemo_minitron.checkpoints.config_keys import check_keys
+from nemo_minitron.checkpoints.families import FAMILIES, architecture_of, config_of, context_of, of_nemo_model
 from nemo_minitron.errors import InputError
-from nemo_minitron.nemo.config_keys import check_keys
-from nemo_minitron.nemo.families import FAMILIES, architecture_of, config_of, context_of, of_nemo_model
-from tests.distributed.hf_families import CONFIGS, make_model
+from tests.support.hf_families import CONFIGS, make_model
 
 SIZES = {
     "num_hidden_layers": 2,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from nemo_minitron import files
-from nemo_minitron.data.conversations import read_jsonl
+from nemo_minitron.data.chat.conversations import read_jsonl
 from nemo_minitron.data.corpora import files_corpus
 from nemo_minitron.data.tokenizer import load_tokenizer
 from nemo_minitron.errors import InputError

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
+from nemo_minitron.checkpoints.source import find_source
 from nemo_minitron.data.tokenizer import load_tokenizer
 from nemo_minitron.errors import InputError
-from nemo_minitron.nemo.checkpoints import find_source
-from nemo_minitron.nemo.openings import check_vocabulary
 from nemo_minitron.nemo.tokenizer_files import tokenizer_files
+from nemo_minitron.workflows.preflight import check_vocabulary
 
 DEMO = Path(__file__).resolve().parents[2] / "assets" / "demo-teacher"
 TEXT = "def f(x):\n    return x + 12  # <|endoftext|>"

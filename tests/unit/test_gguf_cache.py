@@ -10,11 +10,11 @@ from gguf import GGMLQuantizationType as Kind
 from hydra import compose, initialize_config_dir
 
 from nemo_minitron.checkpoints.gguf.pre_tokenizers import PRE_TOKENIZERS
-from nemo_minitron.commands import RECIPES
-from nemo_minitron.config import parse
+from nemo_minitron.config.recipes import parse
 from nemo_minitron.errors import InputError
-from nemo_minitron.recipe import register_resolvers
-from tests import gguf_files
+from nemo_minitron.run.commands import RECIPES
+from nemo_minitron.run.main import register_resolvers
+from tests.support import gguf_files
 from tests.unit.test_config import CONF, SCHEMAS
 
 # What each needs to come to its checkpoint; a refusal right after it ends the check.

@@ -14,12 +14,12 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 from tokenizers import Tokenizer
 
+from nemo_minitron.checkpoints.families import architecture_of
 from nemo_minitron.checkpoints.gguf import to_huggingface
 from nemo_minitron.checkpoints.gguf.pre_tokenizers import PRE_TOKENIZERS, name_of
+from nemo_minitron.checkpoints.source import find_source
 from nemo_minitron.errors import InputError
-from nemo_minitron.nemo.checkpoints import find_source
-from nemo_minitron.nemo.families import architecture_of
-from tests import gguf_files, llama_cpp
+from tests.support import gguf_files, llama_cpp
 
 ASCII = 40  # a printable character in every vocabulary below
 GPT2_RULES = PRE_TOKENIZERS[0].rules()

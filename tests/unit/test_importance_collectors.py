@@ -12,9 +12,9 @@ from nemo_minitron.arch import WIDTH_AXES, Architecture
 from nemo_minitron.errors import InputError
 from nemo_minitron.importance import BlockInfluenceCollector, ImportanceCollector
 from nemo_minitron.importance.aggregation import STATISTICS
-from tests.expected_scores import block_scores, width_scores
-from tests.pruning_models import FAMILIES
-from tests.reference import forward_logits, full_weights, tiny_model
+from tests.support.expected_scores import block_scores, width_scores
+from tests.support.pruning_models import FAMILIES
+from tests.support.reference import forward_logits, full_weights, tiny_model
 
 pytestmark = pytest.mark.usefixtures("megatron")
 
@@ -161,7 +161,7 @@ def test_wrappers_are_looked_through_and_nothing_is_left_behind():
 
 
 def test_recomputation_in_a_backward_pass_counts_nothing_twice():
-    from tests.reference import _forward_step
+    from tests.support.reference import _forward_step
 
     recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     model = tiny_model(LLAMA, **recompute).train()

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from nemo_minitron.hosts import after_import, imports
+from nemo_minitron.cpu_compat import after_import, imports
 
 ROOT = Path(__file__).resolve().parents[2]
 Write = Callable[[dict[str, str]], None]
@@ -271,12 +271,12 @@ def test_modelopt_is_asked_of_its_own(
 
 NEMO = """
 import json, os, pickle, sys
-import nemo_minitron, nemo_minitron.hosts
+import nemo_minitron, nemo_minitron.cpu_compat
 finders = list(sys.meta_path)
-from nemo_minitron.hosts import imports, prepare_nemo
+from nemo_minitron.cpu_compat import imports, prepare_nemo
 assert sys.meta_path == finders
 prepare_nemo()
-import nemo_minitron.nemo.distillation, nemo_minitron.nemo.training, nemo_minitron.nemo.trainer
+import nemo_minitron.nemo.distill_transform, nemo_minitron.nemo.fit, nemo_minitron.nemo.trainer
 from nemo.collections import llm
 def has_run(name):
     return name in sys.modules and type(sys.modules[name]) is not imports._Deferred
@@ -321,10 +321,10 @@ def test_what_a_run_uses_is_real_and_the_rest_has_not_run() -> None:
 
 EAGER = """
 import json, sys
-from nemo_minitron import hosts
-from nemo_minitron.hosts import imports
+from nemo_minitron import cpu_compat
+from nemo_minitron.cpu_compat import imports
 before = list(sys.meta_path)
-hosts.prepare_megatron()
+cpu_compat.prepare_megatron()
 print(json.dumps([imports.defer(), sys.meta_path == before, "torch._inductor.compile_fx" in sys.modules]))
 """
 
@@ -336,11 +336,11 @@ def test_one_variable_turns_it_off() -> None:
 SPAWNED = """
 import json
 import torch
-from nemo_minitron import hosts
-from tests.unit import deferred_samples
+from nemo_minitron import cpu_compat
+from tests.support import deferred_samples
 
 if __name__ == "__main__":
-    hosts.prepare_nemo()
+    cpu_compat.prepare_nemo()
     loader = torch.utils.data.DataLoader(
         deferred_samples.Samples(), num_workers=1, multiprocessing_context="spawn", collate_fn=deferred_samples.frames
     )
@@ -357,8 +357,8 @@ def test_a_spawned_worker_uses_a_deferred_package(tmp_path: Path) -> None:
 
 NAMES = """
 import json, sys, types
-from nemo_minitron import hosts
-hosts.prepare_nemo()
+from nemo_minitron import cpu_compat
+cpu_compat.prepare_nemo()
 import importlib
 wanted = json.loads(sys.stdin.read()) if {read} else None
 answers = {{}}

@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from nemo_minitron.data.chat_template import with_template
-from nemo_minitron.data.conversations import write_jsonl
+from nemo_minitron.data.chat.conversations import write_jsonl
+from nemo_minitron.data.chat.template import with_template
 from nemo_minitron.errors import InputError
 from nemo_minitron.evaluation.instruct import Answer, Item, answers, load_items, rows, scores
 

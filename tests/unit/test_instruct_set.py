@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from nemo_minitron.data.chat_template import encode_conversation, with_template
-from nemo_minitron.data.conversations import read_conversations, read_preferences
+from nemo_minitron.config.instruct import InstructSizes
+from nemo_minitron.data.chat.conversations import read_conversations, read_preferences
+from nemo_minitron.data.chat.template import encode_conversation, with_template
 from nemo_minitron.data.instruct import (
     CATEGORIES,
     InstructFiles,
@@ -22,7 +23,6 @@ from nemo_minitron.data.instruct.generate import SKILLS, families, samples
 from nemo_minitron.data.instruct.schema import violation
 from nemo_minitron.data.tokenizer import load_tokenizer
 from nemo_minitron.errors import InputError
-from nemo_minitron.instruct_config import InstructSizes
 
 DEMO = Path(__file__).resolve().parents[2] / "assets" / "demo-teacher"
 SIZES = InstructSizes(train=60, seen=10, valid=10, test=40, preference_train=60, preference_valid=10)

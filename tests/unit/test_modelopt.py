@@ -8,10 +8,10 @@ from torch import Tensor
 
 from nemo_minitron.arch import Architecture
 from nemo_minitron.importance import BlockInfluenceCollector, ImportanceCollector
-from tests.expected_scores import aggregate
-from tests.modelopt import modelopt_scores
-from tests.pruning_models import FAMILIES
-from tests.reference import Reference, forward_logits, full_weights, tiny_model
+from tests.support.expected_scores import aggregate
+from tests.support.modelopt import modelopt_scores
+from tests.support.pruning_models import FAMILIES
+from tests.support.reference import Reference, forward_logits, full_weights, tiny_model
 
 pytestmark = pytest.mark.usefixtures("megatron")
 PASSES = 3

@@ -10,19 +10,17 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from nemo_minitron.alignment.settings import SftRecipe
-from nemo_minitron.config import CommonConfig, DistillRecipe, PretrainRecipe, PruneRecipe, SearchRecipe
+from nemo_minitron.config.align import SftRecipe
+from nemo_minitron.config.recipes import (
+    CommonConfig,
+    DistillRecipe,
+    PretrainRecipe,
+    PruneRecipe,
+    SearchRecipe,
+)
 from nemo_minitron.errors import InputError
-from nemo_minitron.overrides import (
-    for_hydra,
-    for_parser,
-    text_keys,
-    used_groups,
-    with_home,
-)
-from nemo_minitron.overrides import (
-    given as is_given,
-)
+from nemo_minitron.run.overrides import for_hydra, for_parser, text_keys, used_groups, with_home
+from nemo_minitron.run.overrides import given as is_given
 
 PARSER = OverridesParser.create()
 # What is Hydra's own: quoted text, interpolations, null and the mark of a missing value.

@@ -17,12 +17,10 @@ import nemo_minitron
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "nemo_minitron"
-FRAMEWORK_FOLDERS = {"nemo", "alignment", "hosts", "workflows"}
+FRAMEWORK_FOLDERS = {"nemo", "alignment", "cpu_compat", "workflows"}
 FRAMEWORKS = {"nemo", "nemo_aligner", "nemo_run", "lightning", "pytorch_lightning"}
 CORE = sorted(
-    path
-    for path in PACKAGE.rglob("*.py")
-    if path.relative_to(PACKAGE).parts[0] not in FRAMEWORK_FOLDERS and path.name != "recipe.py"
+    path for path in PACKAGE.rglob("*.py") if path.relative_to(PACKAGE).parts[0] not in FRAMEWORK_FOLDERS
 )
 
 if sys.version_info >= (3, 11):

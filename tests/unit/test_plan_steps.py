@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from nemo_minitron.arch import Architecture
 from nemo_minitron.errors import InputError
 from nemo_minitron.pruning import PrunePlan, check_target, compose, make_plan, step_targets
-from tests.pruned_by_hand import slice_weights
-from tests.pruning_strategies import architectures, kept_sets
-from tests.reference import full_weights
+from tests.support.pruned_by_hand import slice_weights
+from tests.support.pruning_strategies import architectures, kept_sets
+from tests.support.reference import full_weights
 
 LLAMA_31_8B = Architecture(32, 4096, 14336, 32, 8, 128, 128256)
 SMALL = Architecture(8, 192, 512, 8, 4, 24, 1024)

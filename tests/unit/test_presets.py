@@ -6,11 +6,11 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from nemo_minitron.arch import Architecture
-from nemo_minitron.config import DistillRecipe, parse
+from nemo_minitron.config.recipes import DistillRecipe, parse
 from nemo_minitron.distillation.intermediate import Intermediate
-from nemo_minitron.nemo.distill_checks import intermediate
 from nemo_minitron.pruning import explicit_layers, resolve_target
-from nemo_minitron.recipe import register_resolvers
+from nemo_minitron.run.main import register_resolvers
+from nemo_minitron.workflows.distill.settings import intermediate
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 LLAMA_31_8B = Architecture(

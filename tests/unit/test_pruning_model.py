@@ -12,10 +12,17 @@ from torch import Tensor
 from nemo_minitron.arch import Architecture
 from nemo_minitron.errors import InputError
 from nemo_minitron.pruning import PrunePlan, make_plan, prune, resolve_target, width
-from tests.pruned_by_hand import slice_weights
-from tests.pruning_models import FAMILIES, LLAMA, LiveBytes
-from tests.pruning_strategies import architectures, kept_sets
-from tests.reference import Reference, forward_logits, full_state_dict, full_weights, local_names, tiny_model
+from tests.support.pruned_by_hand import slice_weights
+from tests.support.pruning_models import FAMILIES, LLAMA, LiveBytes
+from tests.support.pruning_strategies import architectures, kept_sets
+from tests.support.reference import (
+    Reference,
+    forward_logits,
+    full_state_dict,
+    full_weights,
+    local_names,
+    tiny_model,
+)
 
 pytestmark = pytest.mark.usefixtures("megatron")
 

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from nemo_minitron.arch import Architecture
+from nemo_minitron.checkpoints.rope import config_of, rope_of
 from nemo_minitron.errors import InputError
-from nemo_minitron.nemo.rope import config_of, rope_of
 
 LLAMA3 = {
     "rope_type": "llama3",

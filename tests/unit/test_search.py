@@ -7,7 +7,7 @@ import pytest
 
 from nemo_minitron.arch import Architecture
 from nemo_minitron.errors import InputError
-from nemo_minitron.pruning.search import (
+from nemo_minitron.search.candidates import (
     Candidate,
     Workload,
     candidates,

@@ -17,9 +17,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from nemo_minitron.checkpoints.source import find_source
 from nemo_minitron.errors import InputError
-from nemo_minitron.nemo.checkpoints import find_source
-from tests.distributed.hf_families import make_model
+from tests.support.hf_families import make_model
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 

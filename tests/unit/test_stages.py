@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from nemo_minitron.config.trainer import TrainerConfig, check_stages, check_tensor_ranks
 from nemo_minitron.errors import InputError
-from nemo_minitron.layout import TrainerConfig, check_stages, check_tensor_ranks
 
 FIRST, LAST = "num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"
 

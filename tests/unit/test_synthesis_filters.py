@@ -4,10 +4,10 @@ import random
 
 import pytest
 
+from nemo_minitron.config.synthesize import SynthesizeConfig
 from nemo_minitron.synthesis.filters import FILTERS, Sieve, Text, repetition
 from nemo_minitron.synthesis.near_duplicates import NearDuplicates
 from nemo_minitron.synthesis.report import compression, distinct, excerpts, markdown, quality
-from nemo_minitron.synthesis.settings import SynthesizeConfig
 from nemo_minitron.synthesis.store import Written
 
 

@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 
-from nemo_minitron.config import DataConfig
+from nemo_minitron.config.recipes import DataConfig
+from nemo_minitron.config.synthesize import SynthesizeConfig, check_settings, sampling
+from nemo_minitron.config.trainer import TrainerConfig
 from nemo_minitron.data.prepare import prepare_data
 from nemo_minitron.data.tokenizer import load_tokenizer
 from nemo_minitron.errors import InputError
-from nemo_minitron.layout import TrainerConfig
 from nemo_minitron.synthesis.mixture import check_mixture, prepare_text
 from nemo_minitron.synthesis.prompts import openings, read_prompts
-from nemo_minitron.synthesis.settings import SynthesizeConfig, check_settings, sampling
 from nemo_minitron.synthesis.store import Store, Written, batch_seed
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nemo_minitron.distillation.cache_format import digest
-from nemo_minitron.distillation.cache_reader import TeacherCache, covers
-from nemo_minitron.distillation.most_probable import most_probable
+from nemo_minitron.distillation.cache.format import digest
+from nemo_minitron.distillation.cache.reader import TeacherCache, covers
+from nemo_minitron.distillation.cache.top_k_logits import most_probable
 from nemo_minitron.errors import InputError
-from tests.cached_teachers import K, S, V, random_cache
+from tests.support.cached_teachers import K, S, V, random_cache
 
 ORDER = torch.tensor([9, 0, 4, 4, 7])
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.arch import Architecture
+from nemo_minitron.checkpoints.untrusted_files import check_no_pointer
 from nemo_minitron.errors import InputError
 from nemo_minitron.files import file_sha256
-from nemo_minitron.untrusted_files import check_no_pointer
 
 # How a converted file is laid out; part of the cache's key.
 _FORMAT = 2

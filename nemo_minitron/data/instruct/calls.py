@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nemo_minitron.data.instruct.families import NAMES, WORDS, Draft, Skill, system, user
+from nemo_minitron.data.instruct.template_families import NAMES, WORDS, Draft, Skill, system, user
 
 _CATEGORY = "function"
 _SYSTEM = "Answer with one call of a tool, as JSON.\n"

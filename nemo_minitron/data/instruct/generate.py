@@ -10,12 +10,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.data.conversations import Message, write_jsonl
+from nemo_minitron.config.instruct import InstructSizes as Sizes
+from nemo_minitron.data.chat.conversations import Message, write_jsonl
 from nemo_minitron.data.instruct import calls, instruction, passage, persona
 from nemo_minitron.data.instruct.checks import share_passed
-from nemo_minitron.data.instruct.families import Draft, Family, Skill, assistant
+from nemo_minitron.data.instruct.template_families import Draft, Family, Skill, assistant
 from nemo_minitron.errors import InputError
-from nemo_minitron.instruct_config import InstructSizes as Sizes
 
 SKILLS: list[Skill] = [*instruction.SKILLS, *persona.SKILLS, *passage.SKILLS, *calls.SKILLS]
 CATEGORIES = ("instruction", "persona", "passage", "function")

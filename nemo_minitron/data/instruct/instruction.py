@@ -2,7 +2,7 @@
 
 import random
 
-from nemo_minitron.data.instruct.families import WORDS, Draft, Skill, user
+from nemo_minitron.data.instruct.template_families import WORDS, Draft, Skill, user
 
 _CATEGORY = "instruction"
 _ENDS = ("!", "?", ";", "...", ":", "+")

@@ -4,7 +4,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from nemo_minitron.data.instruct.families import NAMES, TOWNS, WORDS, Draft, Skill, user
+from nemo_minitron.data.instruct.template_families import NAMES, TOWNS, WORDS, Draft, Skill, user
 
 _CATEGORY = "passage"
 UNKNOWN = "unknown"

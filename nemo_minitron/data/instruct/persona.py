@@ -3,7 +3,7 @@
 import random
 from dataclasses import dataclass
 
-from nemo_minitron.data.instruct.families import NAMES, TOWNS, Draft, Skill, assistant, system, user
+from nemo_minitron.data.instruct.template_families import NAMES, TOWNS, Draft, Skill, assistant, system, user
 
 _CATEGORY = "persona"
 # fmt: off

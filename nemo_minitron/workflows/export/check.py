@@ -4,11 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron.config.export import GGUF_QUANTISED, ExportRecipe
 from nemo_minitron.errors import InputError
 from nemo_minitron.export import consumers, gguf_quantiser, huggingface
 from nemo_minitron.export.gguf_tokenizer import Vocabulary, vocabulary_of
 from nemo_minitron.export.target import bytes_of, check_target
-from nemo_minitron.export_config import GGUF_QUANTISED, ExportRecipe
 
 # Where the export lies in a run directory if `to` does not say.
 _NAMES = {"hf": "huggingface", "gguf": "gguf"}
@@ -37,8 +37,8 @@ def check(r: ExportRecipe) -> Prepared:
     Raises:
         InputError: names the value.
     """
-    from nemo_minitron.nemo.checkpoints import find_source
-    from nemo_minitron.nemo.families import FAMILIES
+    from nemo_minitron.checkpoints.families import FAMILIES
+    from nemo_minitron.checkpoints.source import find_source
 
     if r.trainer.ranks > 1:
         raise InputError(
@@ -81,7 +81,7 @@ def _opened(
 ) -> Prepared:
     """The weights, after a conversion where the source needs one."""
     from nemo_minitron.nemo.huggingface import export_model
-    from nemo_minitron.nemo.openings import converted
+    from nemo_minitron.workflows.preflight import converted
 
     sha256 = source.sha256()
     source = converted(source, r.data)

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron.config.export import GGUF_PLAIN, ExportRecipe
 from nemo_minitron.export import gguf_model, gguf_quantiser, huggingface, llama_cpp, written
 from nemo_minitron.export.gguf_tokenizer import STOPS
-from nemo_minitron.export_config import GGUF_PLAIN, ExportRecipe
 from nemo_minitron.workflows.export import verification
 from nemo_minitron.workflows.export.check import Prepared, measured
 from nemo_minitron.workflows.export.verification import progress

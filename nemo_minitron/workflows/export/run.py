@@ -4,10 +4,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron import recipe
+from nemo_minitron.config.export import ExportRecipe
 from nemo_minitron.export import generation, huggingface
 from nemo_minitron.export.target import under_another_name
-from nemo_minitron.export_config import ExportRecipe
+from nemo_minitron.run import main as recipe
 from nemo_minitron.workflows.export import gguf, verification
 from nemo_minitron.workflows.export.check import GGUF, Prepared
 

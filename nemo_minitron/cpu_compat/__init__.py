@@ -1,0 +1,89 @@
+"""Lets NeMo, Megatron-core and NeMo-Aligner run where there is no CUDA or no Transformer Engine.
+
+Tried with nemo_toolkit 2.4.1, megatron-core 0.13.1, nemo-aligner 0.7.0 and torch 2.13.0. Every gap is one small named
+function in this package whose docstring says what breaks and where. They are applied in layers, since importing NeMo
+takes 15 s that work on Megatron alone need not pay:
+
+* `prepare_megatron()`: torch.cuda names, megatron-core;
+* `prepare_nemo()`: the above and NeMo 2;
+* `prepare_aligner()`: the above, NeMo 1 and NeMo-Aligner.
+"""
+
+import functools
+import logging
+
+from nemo_minitron.cpu_compat import imports
+
+logger = logging.getLogger("nemo_minitron")
+
+
+@functools.cache
+def _cuda_was_present() -> bool:
+    """Asked once, before any stand-in is in place."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
+@functools.cache
+def _transformer_engine_is_present() -> bool:
+    from nemo_minitron.cpu_compat import local_spec
+
+    return local_spec.transformer_engine_imports()
+
+
+@functools.cache
+def prepare_megatron() -> bool:
+    """Close the gaps of torch and megatron-core.
+
+    Returns:
+        True when stand-ins for CUDA are active; False on a machine with CUDA. There nothing is touched with
+        Transformer Engine, and without it only the local layer spec's norm and attention.
+    """
+    imports.defer()
+    if _cuda_was_present():
+        if _transformer_engine_is_present():
+            logger.info("CUDA with Transformer Engine: its layers")
+            return False
+        from nemo_minitron.cpu_compat import local_spec
+
+        local_spec.close_megatrons()
+        logger.info("CUDA without Transformer Engine: the local layers, with torch's norm and attention")
+        return False
+    from nemo_minitron.cpu_compat import cuda_names
+
+    cuda_names.close_gaps()
+    with imports.without_collections():
+        from nemo_minitron.cpu_compat import local_spec, megatron
+
+        megatron.close_gaps()
+        local_spec.close_megatrons()
+    logger.info("no CUDA here: CPU stand-ins are active (nemo_minitron.cpu_compat), ranks talk over gloo")
+    return True
+
+
+@functools.cache
+def prepare_nemo() -> bool:
+    """`prepare_megatron` and the gaps of NeMo 2. Returns as `prepare_megatron`."""
+    without_cuda = prepare_megatron()
+    if not without_cuda and _transformer_engine_is_present():
+        return False
+    with imports.without_collections():
+        from nemo_minitron.cpu_compat import local_spec, nemo2
+
+        if without_cuda:
+            nemo2.close_gaps()
+        local_spec.steps_want_a_mask()
+    return without_cuda
+
+
+@functools.cache
+def prepare_aligner() -> bool:
+    """`prepare_nemo` and the gaps of NeMo 1 and NeMo-Aligner. Returns as `prepare_megatron`."""
+    if not prepare_nemo():
+        return False
+    with imports.without_collections():
+        from nemo_minitron.cpu_compat import aligner
+
+        aligner.close_gaps()
+    return True

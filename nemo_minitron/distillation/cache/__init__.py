@@ -1,0 +1,1 @@
+"""A teacher's kept states on disk."""

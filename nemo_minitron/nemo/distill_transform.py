@@ -1,0 +1,319 @@
+"""Distillation as a NeMo model transform: turns any NeMo 2 GPT into the student of a frozen teacher."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemo_minitron import parallel
+from nemo_minitron.checkpoints.source import Source
+from nemo_minitron.distillation.cache.reader import TeacherCache
+from nemo_minitron.distillation.intermediate import Intermediate
+from nemo_minitron.distillation.loss.losses import HiddenTeacher, TopKTeacher, distillation_loss
+from nemo_minitron.distillation.loss.settings import LossSettings
+from nemo_minitron.distillation.loss.vocabulary import align_head
+from nemo_minitron.nemo.cached_teacher import CachedTeacher
+from nemo_minitron.nemo.intermediate_states import Between, add_projections
+from nemo_minitron.nemo.proven_checkpoints import place
+from nemo_minitron.nemo.teacher import Teacher, microbatch_mask, microbatch_tokens, output_weight
+from nemo_minitron.workflows.distill.settings import output_rows
+
+from megatron.core.models.gpt import GPTModel  # isort: skip
+from megatron.core.num_microbatches_calculator import get_num_microbatches  # isort: skip
+from megatron.core.pipeline_parallel import get_forward_backward_func  # isort: skip
+from nemo.lightning.megatron_parallel import MaskedTokenLossReduction  # isort: skip
+from nemo.lightning.pytorch.callbacks import ModelTransform  # isort: skip
+
+# What the last stage reports of a microbatch: sums over its tokens.
+PARTS = ("loss", "kl", "lm_loss")
+
+
+class DistillationReduction(MaskedTokenLossReduction):
+    """NeMo's loss reduction for a student whose last stage returns `PARTS` instead of a loss for each token."""
+
+    tokens = 0.0
+
+    def forward(self, batch: dict[str, Tensor], forward_out: Tensor) -> Any:
+        """NeMo's hook: (sum to differentiate, token count, what `reduce` gets)."""
+        count = batch["loss_mask"].sum()
+        parts = torch.cat([forward_out.detach(), count.view(1).to(forward_out)])
+        # The pipeline's schedule frees what the last stage returns, and refuses a view.
+        return forward_out[0].clone(), count.to(torch.int), {"parts": parts}
+
+    def reduce(self, losses_reduced_per_micro_batch: list[dict[str, Tensor]]) -> Tensor:
+        """NeMo's hook: the global batch's mean loss, nats a token; `means` has all parts', `tokens` their number."""
+        outputs = [each["parts"] for each in losses_reduced_per_micro_batch]
+        sums = torch.stack(outputs).double().sum(dim=0)
+        parallel.all_reduce(sums, "dp")
+        parallel.all_reduce(sums, "cp")
+        self.means, self.tokens = (sums[:-1] / sums[-1]).tolist(), float(sums[-1])
+        return (sums[0] / sums[-1]).to(outputs[0].dtype)
+
+
+class DistillTransform(ModelTransform):
+    """Trains a NeMo 2 GPT on its teacher's predictions; give it to the Trainer of the student.
+
+    The student's last stage hands its final hidden states to `distillation.losses`, so that the logits of a whole
+    microbatch never exist. With one pipeline stage the teacher runs inside the microbatch; with more, a forward-only
+    schedule of the teacher runs before each step, and its states wait where they are compared: memory for the global
+    batch's [s, b, h] on the last stage, and a second bubble (`ahead_bytes`, `ahead_seconds`).
+
+    Args:
+        teacher: a checkpoint of kind "nemo", with the student's vocabulary; it takes the student's layout. Or a cache,
+            written under any layout, that has every sequence of the data; then no teacher is loaded. The data's
+            positions and attention must be plain: neither begins anew inside a sequence.
+        settings: the loss on the output.
+        vocab_size: tokens that both models are compared on; None: all rows of their output layers, which must then be
+            equally many. Where those are padded differently, this is how many they have in common.
+        between: residual states to compare beside it. Where that needs projections, they are parameters of the student
+            while it is trained, and lie in its checkpoints beside the model's own.
+        precision: of the teacher, "32" or "bf16-mixed".
+        on_loaded: called with the teacher's Megatron GPTModels (none with a cache) before the first step, on every
+            rank.
+        on_step: called after each step with the split ("train", "valid") and means over the global batch, nats a token:
+            `PARTS` and, with `between`, "intermediate" and "alpha"; on every rank.
+
+    Attributes:
+        ahead_bytes: the most that waited on this stage for one step.
+        ahead_seconds: spent in the teacher's own schedules so far.
+    """
+
+    def __init__(
+        self,
+        teacher: Source | TeacherCache,
+        settings: LossSettings,
+        *,
+        vocab_size: int | None = None,
+        between: Intermediate | None = None,
+        precision: str = "32",
+        on_loaded: Callable[[list[Any]], None] | None = None,
+        on_step: Callable[[str, dict[str, float]], None] | None = None,
+    ) -> None:
+        super().__init__()
+        self.source, self.settings, self.precision = teacher, settings, precision
+        self._cache = teacher if isinstance(teacher, TeacherCache) else None
+        self.vocab_size = vocab_size or output_rows(teacher)
+        self.between, self.on_loaded, self.on_step = between, on_loaded, on_step
+        self.teacher: Teacher | None = None
+        self.ahead_bytes, self.ahead_seconds = 0, 0.0
+        self._alpha = between.alpha if between else None
+        self._student: Any = None
+        self._compared: Between | None = None
+        self._mask: Tensor | None = None
+        self._target: HiddenTeacher | TopKTeacher | None = None
+        self._cached: CachedTeacher | None = None
+        self._batches: list[Any] = []
+        self._ahead: list[tuple[Tensor | None, Any]] = []
+        self._masks: list[Tensor] = []
+        self._microbatch = 0
+        self._validation: list[dict[str, float]] = []
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Lightning's hook: losses for NeMo to reduce, and the parameters that training needs beside the model's."""
+        self.trainer = trainer
+        pl_module._training_loss_reduction = DistillationReduction()
+        pl_module._validation_loss_reduction = DistillationReduction(validation_step=True)
+        if self.between is None:
+            return
+        configure, between = pl_module.configure_model, self.between
+
+        def with_projections(*args: Any, **kwargs: Any) -> None:
+            configure(*args, **kwargs)
+            add_projections(_gpt_model(pl_module.module), between, self.source.architecture.hidden_size)
+
+        pl_module.configure_model = with_projections
+
+    def _maybe_apply_transform(self, trainer: Any) -> None:
+        if self._student is None:
+            self.apply_transform(trainer)
+
+    def apply_transform(self, trainer: Any) -> None:
+        """Load the teacher, and let the student's last stage return losses."""
+        module, chunks = trainer.lightning_module, list(trainer.strategy.megatron_parallel)
+        assert len(chunks) == 1, "virtual pipeline stages are not supported"
+        if self._cache is None:
+            length = module.config.seq_length
+            self.teacher = Teacher(self.source, trainer.strategy, module.tokenizer, length, self.precision)
+        if self.on_loaded is not None:
+            self.on_loaded([self.teacher.chunk] if self.teacher else [])
+        self._student = _gpt_model(chunks[0])
+        if self.between is not None:
+            assert self.teacher is not None, "a cache holds no states between layers"
+            self._compared = Between(self.between, self._student, self.teacher.chunk)
+        if self._student.post_process:
+            self._student._postprocess = self._postprocess
+            self._take_output_layer(output_weight(self._student))
+
+    def _take_output_layer(self, student: Tensor) -> None:
+        """The teacher's, cut where the student's [v/tp, h] is."""
+        rows = student.shape[0]
+        if self._cache is not None:
+            self._cached = CachedTeacher(self._cache, self.settings, rows, self.vocab_size, student.device)
+        else:
+            assert self.teacher is not None
+            self._head = align_head(output_weight(self.teacher.chunk), rows, self.vocab_size)
+
+    def on_megatron_step_start(self, step: Any) -> Any:
+        """NeMo's hook: what has to run before the student's schedule; the microbatches are read once and replayed."""
+        self._microbatch = 0
+        balances = self.between is not None and self._alpha is None and self.trainer.training
+        ahead = parallel.pp_size() > 1
+        if not (balances or ahead or self._cache):
+            return step
+        # What reaches a microbatch has no tokens on the last stage, and no mask on the others.
+        batches = [next(step.data) for _ in range(get_num_microbatches())]
+        if self._cache:
+            self._batches = batches
+        elif ahead:
+            self._run_ahead(batches)
+        if balances:
+            self._first_balance(step, batches)
+        return dataclasses.replace(step, data=iter(batches))
+
+    def _run_ahead(self, batches: list[Any]) -> None:
+        assert self.teacher is not None
+        begin = time.monotonic()
+        compared = self._compared
+        found = self.teacher.ahead(batches, compared.take if compared else dict)
+        hidden, states = [h for h, _ in found], [s for _, s in found]
+        if compared is not None:
+            states = compared.move(states, self.teacher.state_like(batches[0]))
+        self._ahead = list(zip(hidden, states, strict=True))
+        self._masks = [microbatch_mask(batch) for batch in batches]
+        waiting = [t for h, s in self._ahead for t in (h, *s.values()) if t is not None]
+        self.ahead_bytes = max(self.ahead_bytes, sum(t.numel() * t.element_size() for t in waiting))
+        self.ahead_seconds += time.monotonic() - begin
+
+    def _first_balance(self, step: Any, batches: list[Any]) -> None:
+        """Before the first step nothing is known of the losses: one pass without gradients."""
+        self._alpha = 0.0
+        batch, sequence = microbatch_tokens(batches[0]).shape
+        with torch.no_grad():
+            outputs = get_forward_backward_func()(
+                forward_step_func=step.forward_step_func,
+                data_iterator=iter(batches),
+                model=step.model,
+                num_microbatches=len(batches),
+                seq_length=sequence,
+                micro_batch_size=batch,
+                forward_only=True,
+            )
+        reduction = DistillationReduction()
+        if self._student.post_process:
+            reduction.reduce(outputs)
+        self._alpha = _balance(self._shared(reduction))
+        self._microbatch = 0
+
+    def on_megatron_microbatch_start(self, batch: dict[str, Any]) -> None:
+        """NeMo's hook: the teacher's states of this microbatch, and the mask, which NeMo does not hand to the model."""
+        if self._cache is not None:
+            self._read(self._batches[self._microbatch])
+            self._microbatch += 1
+            return
+        assert self.teacher is not None
+        if parallel.pp_size() > 1:
+            hidden, states = self._ahead[self._microbatch]
+            self._mask = self._masks[self._microbatch].to(self.teacher.device)
+        else:
+            hidden = self.teacher.hidden_states(batch)
+            states = self._compared.take() if self._compared else {}
+            self._mask = batch["loss_mask"]
+        self._target = HiddenTeacher(hidden, self._head) if self._student.post_process else None
+        self._microbatch += 1
+        if self._compared is not None:
+            assert self._mask is not None
+            # As Megatron's schedule scales the output's loss, which is a sum over the microbatch's tokens.
+            scale = (self._alpha or 0.0) / (float(self._mask.sum().clamp(min=1)) * get_num_microbatches())
+            self._compared.begin(states, self._mask, scale)
+
+    def _read(self, batch: Any) -> None:
+        """The mask of a microbatch, and on the last stage its teacher, from the cache."""
+        self._mask = microbatch_mask(batch).to(next(self._student.parameters()).device)
+        if self._cached is not None:
+            self._target = self._cached.target(microbatch_tokens(batch))
+
+    def _postprocess(self, hidden_states: Tensor, labels: Tensor | None = None, **rest: Any) -> Tensor:
+        """In place of Megatron's own on the last stage: the microbatch's `PARTS`, of which the first has a gradient."""
+        student = self._student
+        if labels is None:
+            return type(student)._postprocess(student, hidden_states, labels=labels, **rest)
+        assert self._mask is not None
+        assert self._target is not None
+        result = distillation_loss(
+            hidden_states,
+            output_weight(student),
+            self._target,
+            self._mask,
+            self.settings,
+            vocab_size=self.vocab_size,
+            labels=labels,
+        )
+        assert result.ce is not None
+        return torch.stack([result.loss, *(part.detach().to(result.loss) for part in (result.kd, result.ce))])
+
+    def _shared(self, reduction: Any) -> dict[str, float]:
+        """A step's means, known on the last stage, on every rank; with the distances of all stages."""
+        values = [0.0] * (len(PARTS) + 1)
+        if self._student.post_process:
+            values = [*reduction.means, reduction.tokens]
+        assert self._mask is not None
+        shared = torch.tensor(values, dtype=torch.float64, device=self._mask.device)
+        *means, tokens = parallel.broadcast_pp(shared, parallel.pp_size() - 1).tolist()
+        parts = dict(zip(PARTS, means, strict=True))
+        if self._compared is not None:
+            parts["intermediate"] = self._compared.total() / tokens
+        return parts
+
+    def on_megatron_step_end(self, step: Any, reduced: Tensor) -> None:
+        """NeMo's hook: the step's losses reach every rank.
+
+        Raises:
+            FloatingPointError: a loss that is not finite; the optimizer has not stepped.
+        """
+        training = bool(self.trainer.training)
+        module = self.trainer.lightning_module
+        parts = self._shared(module.training_loss_reduction if training else module.validation_loss_reduction)
+        self._ahead, self._masks, self._batches, self._target = [], [], [], None
+        if self._compared is not None:
+            self._compared.end()
+        if not training:
+            self._validation.append(parts)
+            return
+        if not all(map(math.isfinite, parts.values())):
+            raise FloatingPointError(f"{place(self.trainer.global_step)}: {parts}")
+        if self._alpha is not None:
+            parts["alpha"] = self._alpha
+        if self.between is not None and self.between.alpha is None:
+            self._alpha = _balance(parts)
+        if self.on_step is not None:
+            self.on_step("train", parts)
+
+    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Lightning's hook: the validation's means."""
+        seen, self._validation = self._validation, []
+        if seen and self.on_step is not None:
+            self.on_step("valid", {name: sum(parts[name] for parts in seen) / len(seen) for name in seen[0]})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Lightning's hook: what a run that goes on has to know."""
+        return {"alpha": self._alpha}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Lightning's hook."""
+        if self.between is not None and self.between.alpha is None:
+            self._alpha = state_dict["alpha"]
+
+
+def _gpt_model(chunk: Any) -> Any:
+    # Not by its attributes: NeMo's DDP passes those of the model on.
+    while not isinstance(chunk, GPTModel):
+        chunk = chunk.module
+    return chunk
+
+
+def _balance(parts: dict[str, float]) -> float:
+    return parts["loss"] / parts["intermediate"] if parts["intermediate"] else 0.0

@@ -1,0 +1,97 @@
+"""Losses of every training step, in a file that survives kills."""
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+
+from nemo_minitron.nemo.proven_checkpoints import place
+from nemo_minitron.run import main as recipe
+
+
+class StepLog(pl.Callback):
+    """Writes a JSON line for each step and each validation (rank 0): `step`, `split`, `loss` in nats a token, and more.
+
+    A run that goes on after it was killed drops the lines of the steps that it repeats.
+
+    Args:
+        path: of a JSONL file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._parts: dict[str, dict[str, float]] = {}
+
+    def add(self, split: str, parts: dict[str, float]) -> None:
+        """Say what else the line of the running step or validation holds."""
+        self._parts.setdefault(split, {}).update(parts)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Lightning's hook."""
+        if recipe.rank() == 0:
+            kept = [entry for entry in read_steps(self.path) if entry["step"] < trainer.global_step]
+            self.path.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Lightning's hook; the optimizer has stepped.
+
+        Raises:
+            FloatingPointError: the loss is not finite.
+        """
+        step, loss = trainer.global_step - 1, float(trainer.callback_metrics["reduced_train_loss"])
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"{place(step)}: the loss is {loss}")
+        self._write("train", step, loss)
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        """Lightning's hook."""
+        if trainer.training or trainer.validating:
+            self._write("valid", max(trainer.global_step - 1, 0), float(trainer.callback_metrics["val_loss"]))
+
+    def _write(self, split: str, step: int, loss: float) -> None:
+        self.write(split, step, {"loss": loss, **self._parts.pop(split, {})})
+
+    def write(self, split: str, step: int, parts: dict[str, float]) -> None:
+        """Append a line."""
+        if recipe.rank() == 0:
+            with open(self.path, "a") as file:
+                file.write(json.dumps({"step": step, "split": split, **parts}) + "\n")
+
+
+class TokenRate(pl.Callback):
+    """Tokens a second in the progress bar, over the steps of this process after its first, which warms up.
+
+    Args:
+        tokens: of a step, over all ranks.
+    """
+
+    def __init__(self, tokens: int) -> None:
+        self._tokens, self._steps, self._begin = tokens, 0, 0.0
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Lightning's hook."""
+        now = time.monotonic()
+        if self._steps:
+            rate = self._tokens * self._steps / (now - self._begin)
+            pl_module.log("tokens_per_s", round(rate, 1), prog_bar=True, rank_zero_only=True, batch_size=1)
+        else:
+            self._begin = now
+        self._steps += 1
+
+
+def read_steps(path: Path) -> list[dict[str, Any]]:
+    """The lines of a step log; none where there is no file, and without a last line that a kill cut short."""
+    entries = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            entries.append(json.loads(line))
+        except ValueError:
+            break
+    return entries

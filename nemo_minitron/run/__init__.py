@@ -1,0 +1,1 @@
+"""What runs a recipe: Hydra, the run directory, its lock, the job spec of a launcher."""

@@ -1,0 +1,1 @@
+"""Candidates of a search and its report."""

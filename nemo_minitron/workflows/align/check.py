@@ -1,0 +1,320 @@
+"""What the alignment recipes refuse before a model is loaded, and what they prepare once for all ranks."""
+
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.alignment.conversations import EncodedSplit
+from nemo_minitron.checkpoints.origin import absolute
+from nemo_minitron.checkpoints.source import CHECKPOINT, Source, find_source
+from nemo_minitron.config.align import AlignConfig
+from nemo_minitron.config.recipes import DataConfig, cache_dir
+from nemo_minitron.config.trainer import TrainerConfig
+from nemo_minitron.data.chat.template import with_template
+from nemo_minitron.data.held_out import refuse_shared
+from nemo_minitron.data.instruct import cached_instruct_set
+from nemo_minitron.data.prepare import PreparedData, prepare_data
+from nemo_minitron.data.tokenizer import load_tokenizer, tokenizer_sha256
+from nemo_minitron.errors import InputError
+from nemo_minitron.export import generation
+from nemo_minitron.files import read_text
+from nemo_minitron.run import main as recipe
+from nemo_minitron.workflows.preflight import check_source, check_vocabulary, converted
+
+STEPS = "steps.jsonl"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What is known and made before a model is loaded; the student is of kind "nemo".
+
+    `tokenizer`: a Hugging Face directory with the chat template. `corpus`: of the LM loss. `max_epochs`: those that are
+    begun.
+    """
+
+    student: Source
+    tokenizer: Path
+    corpus: PreparedData
+    train: EncodedSplit
+    valid: EncodedSplit
+    trainer: TrainerConfig
+    max_epochs: int
+
+    def to_config(self) -> dict[str, Any]:
+        """For the launcher's ranks."""
+        return {
+            "student": str(self.student.path),
+            "tokenizer": str(self.tokenizer),
+            "corpus": self.corpus.to_config(),
+            "train": self.train.to_config(),
+            "valid": self.valid.to_config(),
+        }
+
+
+def prepare(
+    r: Any,
+    encode: Callable[[str, list[str], Any], EncodedSplit],
+    *,
+    own_set: tuple[str, str],
+    whole_batches: bool,
+) -> Prepared:
+    """Everything that alignment recipes check and make before ranks start.
+
+    Args:
+        r: a recipe with `student` and `align`.
+        encode: makes a split of its name, its files and the tokenizer.
+        own_set: the files of `data.instruct.InstructFiles` that stand for `align.train` and `align.valid` where neither
+            is given.
+        whole_batches: whether validation takes batches as large as training's.
+
+    Raises:
+        InputError: a setting that is none; a checkpoint that does not fit the layout or the tokenizer; what `encode`
+            refuses; less data than a batch.
+    """
+    ready = r.prepared or {}
+    check_settings(r.align, r.trainer)
+    student = find_source(ready.get("student", r.student), "student", r.data)
+    check_source("student", student, r.trainer, r.data.seq_length)
+    _check_nemo_file(r, student)
+    if ready:
+        tokenizer = Path(ready["tokenizer"])
+        train, valid = (EncodedSplit(**ready[name]) for name in ("train", "valid"))
+    else:
+        tokenizer = prepared_tokenizer(r.align, student, r.data)
+        loaded = load_tokenizer(str(tokenizer))
+        files = _files(r, own_set)
+        # The smaller one first: too few of them are told at once.
+        valid = encode("valid", files["valid"], loaded)
+        validation_batch(r.align, r.trainer, valid.samples, whole_batches=whole_batches)
+        train = encode("train", files["train"], loaded)
+    trainer, epochs = schedule(r.align, r.trainer, train.samples, valid.samples, whole_batches=whole_batches)
+    corpus = prepare_data(r.data, str(student.tokenizer), ready.get("corpus"))
+    check_vocabulary(student, corpus)
+    if not ready:
+        keep_resumable(r)
+    return Prepared(converted(student, r.data), tokenizer, corpus, train, valid, trainer, epochs)
+
+
+def _check_nemo_file(r: Any, student: Source) -> None:
+    """Refuse a .nemo file whose tables would be longer than the vocabulary: nothing in it says so to its readers."""
+    rows, ranks = student.architecture.vocab_size, r.trainer.tensor_model_parallel_size
+    if r.align.save_nemo and rows % ranks:
+        raise InputError(
+            f"align.save_nemo=true: trainer.tensor_model_parallel_size={ranks} does not divide the student's "
+            f"vocab_size {rows}, and the file would hold padding; must be false, or a size that divides"
+        )
+
+
+def has_cuda() -> bool:
+    """Whether the run is on GPUs."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def check_settings(a: AlignConfig, t: TrainerConfig) -> None:
+    """Refuse settings that do not fit each other, and what needs Transformer Engine or CUDA where they are not.
+
+    Raises:
+        InputError: names the key, its value and what would be legal.
+    """
+    if a.packed_sequence and importlib.util.find_spec("transformer_engine") is None:
+        raise InputError("align.packed_sequence=true: needs Transformer Engine, which is not here")
+    if a.packed_sequence:
+        raise InputError(
+            "align.packed_sequence=true: NeMo-Aligner does not pack conversations; must be false"
+        )
+    if a.samples and t.context_parallel_size > 1:
+        raise InputError(
+            f"align.samples={a.samples}: must be 0 under trainer.context_parallel_size={t.context_parallel_size}"
+        )
+    if t.precision != "32" and not has_cuda():
+        raise InputError(f"trainer.precision={t.precision}: alignment on the CPU runs in 32")
+    if a.peft == "lora" and t.sequence_parallel and importlib.util.find_spec("transformer_engine") is None:
+        raise InputError("align.peft=lora: under trainer.sequence_parallel=true it needs Transformer Engine")
+    if a.peft == "lora" and a.lora.dim % t.tensor_model_parallel_size:
+        raise InputError(
+            f"align.lora.dim={a.lora.dim}: must be a multiple of trainer.tensor_model_parallel_size="
+            f"{t.tensor_model_parallel_size}"
+        )
+
+
+def schedule(
+    a: AlignConfig, t: TrainerConfig, train: int, valid: int, *, whole_batches: bool
+) -> tuple[TrainerConfig, int]:
+    """The trainer's settings with steps and batches, and the epochs that they begin.
+
+    Args:
+        train, valid: samples.
+        whole_batches: see `validation_batch`.
+
+    Raises:
+        InputError: batches that do not divide, fewer samples than a batch has, or than answers shall be written.
+    """
+    if train < a.global_batch_size:
+        raise InputError(f"align.train: {train} samples are less than one batch of {a.global_batch_size}")
+    validated = validation_batch(a, t, valid, whole_batches=whole_batches)
+    in_epoch = train // a.global_batch_size
+    steps = a.max_steps or a.max_epochs * in_epoch
+    every = min(a.val_check_interval or steps, steps)
+    validations = min(a.limit_val_batches or valid, valid // validated)
+    if a.samples > validations * validated:
+        raise InputError(
+            f"align.samples={a.samples}: must be at most {validations * validated}, the samples of a validation"
+        )
+    settled = dataclasses.replace(
+        t,
+        max_steps=steps,
+        global_batch_size=a.global_batch_size,
+        val_check_interval=every,
+        limit_val_batches=validations,
+    )
+    return settled, -(-steps // in_epoch)
+
+
+def validation_batch(a: AlignConfig, t: TrainerConfig, valid: int, *, whole_batches: bool) -> int:
+    """Samples of one step of a validation, over all ranks.
+
+    Args:
+        valid: samples.
+        whole_batches: whether validation takes batches as large as training's; else one micro-batch a data-parallel
+            rank, which is smaller where there are not as many samples.
+
+    Raises:
+        InputError: batches that do not divide, or fewer samples than a batch has.
+    """
+    dp = t.data_parallel_size
+    smallest = t.micro_batch_size * dp
+    if a.global_batch_size % smallest:
+        raise InputError(
+            f"align.global_batch_size={a.global_batch_size}: must be a multiple of trainer.micro_batch_size "
+            f"{t.micro_batch_size} x trainer.data_parallel_size {dp}"
+        )
+    batch = a.global_batch_size if whole_batches else min(smallest, max(valid // dp, 1) * dp)
+    if valid < batch:
+        raise InputError(f"align.valid: {valid} samples are less than one batch of {batch}")
+    return batch
+
+
+def prepared_tokenizer(a: AlignConfig, student: Source, d: DataConfig) -> Path:
+    """A directory with the student's tokenizer and the chat template of the run.
+
+    Raises:
+        InputError: a template that cannot be read or encoded, a tokenizer with more entries than the model has rows, or
+            with others than the student's.
+    """
+    tokenizer = _fitting_tokenizer(student, d)
+    if a.chat_template:
+        try:
+            tokenizer.chat_template = read_text(a.chat_template, 1 << 20)
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"align.chat_template={a.chat_template}: cannot be read ({error})") from None
+    with_template(tokenizer, f"align.chat_template={a.chat_template or 'null'}")
+    settings = generation.gathered(student.tokenizer)
+    named = (
+        f"{tokenizer_sha256(tokenizer)}\n{tokenizer.chat_template}\n{json.dumps(settings, sort_keys=True)}"
+    )
+    key = hashlib.sha256(named.encode()).hexdigest()[:24]
+    final = cache_dir(d, "tokenizers") / f"chat-{key}"
+    if not (final / "tokenizer").is_dir():
+        temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
+        # NeMo calls the directory in a checkpoint's context as it is called here.
+        tokenizer.save_pretrained(str(temporary / "tokenizer"))
+        generation.write(settings, temporary / "tokenizer")
+        try:
+            os.replace(temporary, final)
+        except OSError:  # another process was faster, with the same files
+            shutil.rmtree(temporary)
+    return final / "tokenizer"
+
+
+def _fitting_tokenizer(student: Source, d: DataConfig) -> Any:
+    tokenizer = own = load_tokenizer(str(student.tokenizer))
+    if d.tokenizer:
+        tokenizer = load_tokenizer(d.tokenizer)
+    if len(tokenizer) > student.architecture.vocab_size:
+        raise InputError(
+            f"student: its vocabulary has {student.architecture.vocab_size} rows, the tokenizer has {len(tokenizer)} "
+            "entries"
+        )
+    if differing := set(tokenizer.get_vocab().items()) ^ set(own.get_vocab().items()):
+        token, number = min(differing, key=lambda entry: entry[1])
+        raise InputError(
+            f"data.tokenizer={d.tokenizer}: another vocabulary than the student's; they differ at "
+            f"id {number}, {token!r}"
+        )
+    return tokenizer
+
+
+def _files(r: Any, own_set: tuple[str, str]) -> dict[str, list[str]]:
+    given = {name: getattr(r.align, name) for name in ("train", "valid")}
+    if all(value is None for value in given.values()):
+        own = cached_instruct_set(cache_dir(r.data, "instruct"), r.data.seed)
+        given = {name: str(getattr(own, file)) for name, file in zip(given, own_set, strict=True)}
+    for name, value in given.items():
+        if value is None:
+            raise InputError(
+                f"align.{name}=null: give a JSONL file, as for the other split, or leave out both"
+            )
+    files = {
+        name: [str(Path(file).expanduser()) for file in ([value] if isinstance(value, str) else value)]
+        for name, value in given.items()
+    }
+    refuse_shared(files["train"], files["valid"], "align.train", "align.valid")
+    return files
+
+
+def keep_resumable(r: Any) -> None:
+    """Put the checkpoints of a run that was killed in order; a run that is overwritten begins anew."""
+    from nemo_minitron.alignment.runs import ALIGNER, keep_one_checkpoint
+
+    directory = Path(r.run_dir)
+    if r.overwrite and (directory / recipe.RESULT).exists():
+        recipe.fresh(directory / ALIGNER)
+    keep_one_checkpoint(directory)
+
+
+def summary(r: Any, prepared: Prepared, directory: Path, metrics: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The fields of `result.json` that all alignment recipes have.
+
+    Args:
+        metrics: further ones of a validation.
+    """
+    from nemo_minitron.nemo.step_log import read_steps
+
+    t = prepared.trainer
+    valid = [line for line in read_steps(directory / STEPS) if line["split"] == "valid"]
+    return {
+        "student": absolute(r.student),
+        "params": prepared.student.architecture.parameters(),
+        "peft": r.align.peft,
+        "steps": t.max_steps,
+        "global_batch_size": t.global_batch_size,
+        "seed": r.seed,
+        "valid_loss_nats_before": valid[0]["loss"],
+        "valid_loss_nats_after": valid[-1]["loss"],
+        **{f"valid_{name}_after": valid[-1][name] for name in metrics},
+        **_counts(prepared),
+        "ranks": t.ranks,
+        "tensor_model_parallel_size": t.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": t.pipeline_model_parallel_size,
+        "data_parallel_size": t.data_parallel_size,
+        "peak_rss_gib": recipe.peak_rss_gib(),
+        "checkpoint": str((directory / CHECKPOINT).resolve()),
+    }
+
+
+def _counts(prepared: Prepared) -> dict[str, int]:
+    return {
+        f"{name}_{key}": value
+        for name, split in (("train", prepared.train), ("valid", prepared.valid))
+        for key, value in split.to_config().items()
+        if key != "path"
+    }

@@ -1,0 +1,100 @@
+"""The work of `recipes/sft.py`: supervised fine-tuning on conversations with NeMo-Aligner."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.alignment.conversations import EncodedSplit, encode_split
+from nemo_minitron.config.align import SftRecipe
+from nemo_minitron.config.recipes import cache_dir
+from nemo_minitron.data.chat.formats import convert_file
+from nemo_minitron.workflows.align import check as checks
+from nemo_minitron.workflows.align.check import Prepared
+
+
+def check(r: SftRecipe) -> Prepared:
+    """Refuse what cannot work; convert the checkpoint and encode the conversations once.
+
+    Raises:
+        InputError: as `checks.prepare`; a conversation that cannot be trained on, by file and line.
+    """
+    return checks.prepare(r, partial(_encode, r), own_set=("train", "valid"), whole_batches=False)
+
+
+def _encode(r: SftRecipe, name: str, files: list[str], tokenizer: Any) -> EncodedSplit:
+    return encode_split(
+        (sample for file in files for sample in convert_file(file)),
+        tokenizer,
+        name=name,
+        seq_length=r.data.seq_length,
+        longer=r.align.longer,
+        directory=cache_dir(r.data, "conversations"),
+    )
+
+
+def run(r: SftRecipe, prepared: Prepared, directory: Path) -> dict[str, Any]:
+    """Train, or go on where a killed run stopped; leave the result as a NeMo 2 directory.
+
+    Returns:
+        The fields of `result.json`.
+    """
+    from nemo_minitron.alignment import training
+
+    training.save_result(_train(r, prepared, directory), prepared, directory)
+    losses = training.lm_losses(r, prepared, directory)
+    return {"recipe": "sft", **checks.summary(r, prepared, directory), **losses}
+
+
+def _train(r: SftRecipe, prepared: Prepared, directory: Path) -> Any:
+    from nemo_minitron.alignment import loaders, training
+    from nemo_minitron.alignment.samples import sampling_trainer
+
+    cfg = training.run_configuration(r, prepared, directory, key="sft", data=_data_config(r, prepared))
+    trainer, model = training.open_model(cfg, "sft", model_class, prepared.student)
+    from nemo_aligner.utils.train_script_utils import retrieve_custom_trainer_state_dict
+
+    done = retrieve_custom_trainer_state_dict(trainer)
+    train, valid = (
+        loaders.sft_dataset(cfg, split, model.tokenizer) for split in ("train_ds", "validation_ds")
+    )
+    training.fit(
+        sampling_trainer(model, str(prepared.tokenizer), r.align, directory, done["step"] if done else 0),
+        trainer,
+        model,
+        cfg,
+        training.run_log(directory, done),
+        done=done,
+        train=loaders.sft_loader(cfg, "train_ds", train, done["consumed_samples"] if done else 0),
+        valid=loaders.sft_loader(cfg, "validation_ds", valid),
+    )
+    return model
+
+
+def model_class() -> Any:
+    """Aligner's; imported late."""
+    from nemo_aligner.models.nlp.gpt.gpt_sft_model import GPTSFTModel
+
+    return GPTSFTModel
+
+
+def _data_config(r: SftRecipe, prepared: Prepared) -> dict[str, Any]:
+    t = prepared.trainer
+    validated = checks.validation_batch(r.align, t, prepared.valid.samples, whole_batches=False)
+
+    def split(of: EncodedSplit, global_batch_size: int) -> dict[str, Any]:
+        return {
+            "file_path": of.path,
+            "micro_batch_size": min(t.micro_batch_size, global_batch_size // t.data_parallel_size),
+            "global_batch_size": global_batch_size,
+            "max_seq_length": r.data.seq_length,
+            "min_seq_length": 1,
+            "memmap_workers": 1,
+            "index_mapping_dir": str(Path(of.path).parent),
+        }
+
+    return {
+        "num_workers": 0,
+        "chat": True,
+        "train_ds": split(prepared.train, t.global_batch_size),
+        "validation_ds": split(prepared.valid, validated),
+    }

@@ -1,0 +1,247 @@
+"""The work of `recipes/distill.py`: train a student on its teacher's predictions, and measure both."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron import parallel
+from nemo_minitron.checkpoints import origin
+from nemo_minitron.checkpoints.source import CHECKPOINT, Source, find_source
+from nemo_minitron.config.recipes import DistillRecipe
+from nemo_minitron.config.trainer import TrainerConfig
+from nemo_minitron.data.prepare import PreparedData, prepare_data
+from nemo_minitron.distillation.cache.reader import TeacherCache
+from nemo_minitron.distillation.intermediate import Intermediate
+from nemo_minitron.distillation.loss.settings import LossSettings
+from nemo_minitron.errors import InputError
+from nemo_minitron.run import main as recipe
+from nemo_minitron.synthesis.mixture import TeacherText, check_mixture, prepare_text
+from nemo_minitron.workflows.distill import cache as cache_checks
+from nemo_minitron.workflows.distill import settings as checks
+from nemo_minitron.workflows.preflight import check_source, check_vocabulary, converted
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What is known and made before a model is loaded; sources are of kind "nemo".
+
+    `teacher_named`: where the user has the teacher, or where the student says that it came from.
+    """
+
+    student: Source
+    teacher: Source | TeacherCache | None
+    data: PreparedData
+    trainer: TrainerConfig
+    settings: LossSettings | None
+    between: Intermediate | None
+    text: TeacherText | None
+    teacher_named: str | None = None
+
+    def to_config(self) -> dict[str, Any]:
+        """For the launcher's ranks."""
+        return {
+            "student": str(self.student.path),
+            "teacher": str(self.teacher.path) if isinstance(self.teacher, Source) else None,
+            "teacher_cache": str(self.teacher.directory) if isinstance(self.teacher, TeacherCache) else None,
+            "teacher_named": self.teacher_named,
+            "data": self.data.to_config(),
+            "sdg": self.text.to_config() if self.text else None,
+        }
+
+
+def check(r: DistillRecipe) -> Prepared:
+    """Refuse what cannot work; convert the checkpoints and index the data once.
+
+    Raises:
+        InputError: a loss, a weight or a map that is none; checkpoints or a cache that do not fit each other, the
+            layout or the data.
+    """
+    ready = r.prepared or {}
+    trainer, settings = checks.training_layout(r), checks.loss_settings(r)
+    check_mixture(r.sdg, r.distill.sdg_weight)
+    student = find_source(ready.get("student", r.student), "student", r.data)
+    check_source("student", student, trainer, r.data.seq_length)
+    teacher, cache = None, cache_checks.open_cache(r, student, settings)
+    named = ready.get("teacher_named") or r.teacher
+    if settings is not None and cache is None:
+        named = named or origin.teacher_of(r.student, r.data)
+        teacher = find_source(ready.get("teacher") or named, "teacher", r.data)
+        check_source("teacher", teacher, trainer, r.data.seq_length)
+        checks.check_vocabularies(student, teacher)
+    between = checks.intermediate(r, student.architecture, teacher.architecture if teacher else None)
+    data = prepare_data(r.data, str(student.tokenizer), ready.get("data"))
+    check_vocabulary(student, data, trained=not r.distill.from_scratch)
+    if teacher is not None:
+        check_vocabulary(teacher, data)
+    text = prepare_text(r.sdg, r.distill.sdg_weight, r.data, data, ready.get("sdg"))
+    if cache is not None and text is not None:
+        raise InputError(
+            f"teacher_cache={r.teacher_cache}, sdg={r.sdg}: a cache has the corpus's states only"
+        )
+    if cache is not None and not ready:
+        cache_checks.check_sequences(cache, r, data)
+    teacher = None if teacher is None else converted(teacher, r.data)
+    return Prepared(
+        converted(student, r.data), teacher or cache, data, trainer, settings, between, text, named
+    )
+
+
+def run(r: DistillRecipe, prepared: Prepared, directory: Path, *, who: str = "student") -> dict[str, Any]:
+    """Train, or go on where a killed run stopped; measure the student before and after.
+
+    Args:
+        r: the recipe.
+        prepared: of `check`.
+        directory: the run's.
+        who: what progress calls the model that learns.
+
+    Returns:
+        The fields of `result.json`.
+
+    Raises:
+        FloatingPointError: a loss or a gradient that is not finite; the last good checkpoint is kept.
+    """
+    before = None if r.distill.from_scratch else _lm_loss(r, prepared, prepared.student, f"{who} before").nats
+    trained = _train(r, prepared, directory)
+    after = _finish(r, prepared, directory, f"{who} after")
+    d, t = r.distill, prepared.trainer
+    return {
+        "recipe": "distill",
+        "student": origin.absolute(r.student),
+        "teacher": _teacher_name(prepared),
+        "teacher_cache": str(r.teacher_cache) if isinstance(prepared.teacher, TeacherCache) else None,
+        "data": r.data.name,
+        "data_sha256": prepared.data.indexed.manifest_sha256,
+        "sdg": r.sdg,
+        "sdg_sha256": prepared.text.indexed.manifest_sha256 if prepared.text else None,
+        "sdg_weight": d.sdg_weight,
+        "loss": d.loss,
+        "ce_weight": d.ce_weight,
+        "from_scratch": d.from_scratch,
+        "params": prepared.student.architecture.parameters(),
+        "steps": d.max_steps,
+        "tokens": d.max_steps * d.global_batch_size * r.data.seq_length,
+        "seed": r.seed,
+        "lm_loss_nats_teacher": trained.get("teacher", {}).get("lm_loss"),
+        "lm_loss_nats_before": before,
+        "lm_loss_nats_after": after.nats,
+        "eval_samples": after.samples,
+        "eval_tokens": after.tokens,
+        "kl_nats_after": trained.get("valid", {}).get("kl"),
+        "ranks": t.ranks,
+        "tensor_model_parallel_size": t.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": t.pipeline_model_parallel_size,
+        "peak_rss_gib": recipe.peak_rss_gib(),
+        "teacher_states_gib": round(trained["ahead"].get("bytes", 0) / 2**30, 6),
+        "teacher_schedule_s": round(trained["ahead"].get("seconds", 0.0), 2),
+        "checkpoint": str((directory / CHECKPOINT).resolve()),
+    }
+
+
+def _teacher_name(prepared: Prepared) -> str | None:
+    """Where the teacher is, or was when its cache was written."""
+    teacher = prepared.teacher
+    if isinstance(teacher, TeacherCache):
+        return teacher.contents.teacher
+    return None if teacher is None else str(prepared.teacher_named)
+
+
+def _lm_loss(r: DistillRecipe, prepared: Prepared, source: Source, label: str) -> Any:
+    from nemo_minitron.nemo.session import Session
+
+    session = Session(source, r.trainer, seq_length=source.seq_length)
+    return session.lm_loss(prepared.data, r.data, "valid", r.eval.samples, label)
+
+
+def _finish(r: DistillRecipe, prepared: Prepared, directory: Path, label: str) -> Any:
+    """The held-out loss of the student as it is then saved.
+
+    Raises:
+        FloatingPointError: it is not finite; nothing is saved.
+    """
+    from nemo_minitron.nemo import fit
+    from nemo_minitron.nemo.session import Session
+
+    last = find_source(fit.last_checkpoint(directory), "student")
+    dtype = r.trainer.checkpoint_dtype or prepared.student.dtype
+    session = Session(last, r.trainer, seq_length=last.seq_length)
+    session.round(dtype)
+    after = session.lm_loss(prepared.data, r.data, "valid", r.eval.samples, label)
+    if not math.isfinite(after.nats):
+        raise FloatingPointError(f"step {r.distill.max_steps - 1}: after it the LM loss is {after.nats}")
+    fit.finish(session, directory, dtype)
+    return after
+
+
+def _train(r: DistillRecipe, prepared: Prepared, directory: Path) -> dict[str, Any]:
+    """What the run says of the teacher and of its last validation."""
+    from nemo_minitron.nemo import fit, models, session, trainer
+    from nemo_minitron.nemo.counted_tokens import CountedTokens
+    from nemo_minitron.nemo.step_log import StepLog, read_steps
+
+    data, t, source, text = prepared.data, prepared.trainer, prepared.student, prepared.text
+    steps = StepLog(directory / "steps.jsonl")
+    transform = None if prepared.teacher is None else _transform(r, prepared, steps)
+    counted = CountedTokens(steps, t.global_batch_size * r.data.seq_length)
+    config = models.to_config(source.architecture, seq_length=source.seq_length, precision=t.precision)
+    trainer.recompute(config, t)
+    trainer.seed_everything(r.seed)
+<<<<<<< HEAD:nemo_minitron/workflows/distill/run.py
+    tokenizer = session.nemo_tokenizer(data.tokenizer_dir)
+    fit.fit(
+=======
+    tokenizer = session.nemo_tokenizer(data.tokenizer_dir, source.tokenizer)
+    training.fit(
+>>>>>>> main:nemo_minitron/nemo/distill.py
+        models.to_model(config, tokenizer, trainer.optimizer(r.distill.optim, t)),
+        trainer.training_data(
+            data.indexed, tokenizer, r.data, t, data.index_cache, text.paths(data) if text else None
+        ),
+        trainer.trainer(t, training=True, callbacks=[*([transform] if transform else []), counted, steps]),
+        directory,
+        save_every_n_steps=t.val_check_interval,
+        start=None if r.distill.from_scratch else source.path,
+        new_parameters=prepared.between is not None,
+    )
+    found = {entry["split"]: entry for entry in read_steps(steps.path)}
+    return {**found, "ahead": {} if transform is None else _ahead(transform)}
+
+
+def _ahead(transform: Any) -> dict[str, float]:
+    """What the teacher's own schedules took, on the stage where it was the most."""
+    stages = parallel.gather_over_pp((transform.ahead_bytes, transform.ahead_seconds))
+    return {"bytes": max(b for b, _ in stages), "seconds": max(s for _, s in stages)}
+
+
+def _transform(r: DistillRecipe, prepared: Prepared, steps: Any) -> Any:
+    from nemo_minitron.nemo.distill_transform import DistillTransform
+    from nemo_minitron.workflows.teacher_loss import teacher_loss
+
+    teacher = prepared.teacher
+    assert teacher is not None
+    assert prepared.settings is not None
+
+    def loaded(chunks: list[Any]) -> None:
+        if isinstance(teacher, TeacherCache):
+            loss = teacher.manifest.lm_loss_nats
+        else:
+            loss = teacher_loss(
+                chunks,
+                prepared.data,
+                r.data,
+                r.eval.samples,
+                micro_batch_size=r.trainer.micro_batch_size,
+                where=f"teacher={prepared.teacher_named}",
+            )
+        steps.write("teacher", 0, {"lm_loss": loss})
+
+    return DistillTransform(
+        teacher,
+        prepared.settings,
+        vocab_size=checks.shared_vocabulary(prepared.student, checks.output_rows(teacher)),
+        between=prepared.between,
+        precision=r.trainer.precision,
+        on_loaded=loaded,
+        on_step=steps.add,
+    )

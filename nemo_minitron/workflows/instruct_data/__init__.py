@@ -1,0 +1,1 @@
+"""Recipe instruct_data."""

@@ -1,0 +1,74 @@
+"""What every recipe asks of a checkpoint before it is opened."""
+
+<<<<<<< HEAD:nemo_minitron/workflows/preflight.py
+from nemo_minitron.checkpoints.source import Source, find_source
+from nemo_minitron.config.recipes import DataConfig, cache_dir
+from nemo_minitron.config.trainer import TrainerConfig, check_stages, check_tensor_ranks
+=======
+from pathlib import Path
+
+from nemo_minitron.config import DataConfig, cache_dir
+>>>>>>> main:nemo_minitron/nemo/openings.py
+from nemo_minitron.data.prepare import PreparedData
+from nemo_minitron.data.tokenizer import load_tokenizer
+from nemo_minitron.errors import InputError
+
+
+def check_source(key: str, source: Source, t: TrainerConfig, seq_length: int) -> None:
+    """Refuse a checkpoint that the layout or the samples do not fit.
+
+    Args:
+        key: what the configuration calls it, such as "source".
+        source: the checkpoint.
+        t: the layout.
+        seq_length: of the samples, in tokens.
+
+    Raises:
+        InputError: names the setting, its value and the size that it does not fit.
+    """
+    arch = source.architecture
+    if seq_length > source.seq_length:
+        raise InputError(f"data.seq_length={seq_length}: the {key} was made for {source.seq_length} tokens")
+    shared = {f"the {key}'s {axis}": getattr(arch, axis) for axis in ("num_query_groups", "ffn_hidden_size")}
+    check_tensor_ranks("trainer.tensor_model_parallel_size", t.tensor_model_parallel_size, shared)
+    check_stages(t, arch.num_layers, f"the {key}'s num_layers")
+
+
+def check_vocabulary(source: Source, data: PreparedData, *, trained: bool = True) -> None:
+    """Refuse data of a tokenizer whose ids are not the model's: no rows for them, or rows of other tokens.
+
+    Args:
+        source: the model.
+        data: what it reads.
+        trained: whether its weights know its own tokenizer.
+
+    Raises:
+        InputError: names both sizes, or the first id that stands for something else.
+    """
+    if data.indexed.vocab_size > source.architecture.vocab_size:
+        raise InputError(
+            f"data.tokenizer has {data.indexed.vocab_size} entries, the model's vocabulary "
+            f"{source.architecture.vocab_size}"
+        )
+    if not trained or source.tokenizer == Path(data.tokenizer_dir):
+        return
+    own = {number: token for token, number in load_tokenizer(source.tokenizer).get_vocab().items()}
+    found = ((number, token) for token, number in data.tokenizer.get_vocab().items())
+    if differing := [(number, token) for number, token in found if own.get(number, token) != token]:
+        number, token = min(differing)
+        raise InputError(
+            f"data.tokenizer={data.tokenizer_dir}: id {number} is {token!r}, for the model {own[number]!r}; must have "
+            "the model's ids"
+        )
+
+
+def converted(source: Source, d: DataConfig) -> Source:
+    """The NeMo 2 form of a checkpoint: Hugging Face directories are converted once, before ranks start, into
+    the cache."""
+    from nemo_minitron.nemo.huggingface import import_checkpoint
+
+    if source.kind == "nemo":
+        return source
+    found = find_source(import_checkpoint(source, cache_dir(d, "checkpoints")))
+    assert found.architecture == source.architecture, "NeMo's importer changed the architecture"
+    return found

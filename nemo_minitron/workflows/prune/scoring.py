@@ -1,0 +1,148 @@
+"""Which scores a pruning needs, made on an open session: units by activations, layers by the metric asked for."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.arch import Architecture
+from nemo_minitron.config.recipes import PruneConfig, PruneRecipe
+from nemo_minitron.data.prepare import PreparedData
+from nemo_minitron.errors import InputError, of_setting
+
+
+def check_importance(p: PruneConfig, arch: Architecture, sha256: str) -> Any:
+    """The given scores, checked against the source; None where they are to be made.
+
+    Raises:
+        InputError: an unknown layer metric; scores of another model; a metric without its
+            task.
+    """
+    from nemo_minitron.importance import block_influence, depth_metrics
+    from nemo_minitron.importance.scores import Scores
+
+    if p.scores is not None:
+        with of_setting("prune.scores"):
+            scores = Scores.load(p.scores)
+        scores.check_matches(arch, sha256)
+        return scores
+    metrics = (*block_influence.METRICS, *depth_metrics.METRICS)
+    if p.layer_metric not in metrics:
+        raise InputError(
+            f"prune.layer_metric={p.layer_metric}: must be one of {', '.join(metrics)}, or be in prune.scores"
+        )
+    if p.layer_metric == "task" and p.task_file is None and p.importance == "activation":
+        raise InputError("prune.layer_metric=task: needs the questions, prune.task_file=FILE.jsonl")
+    return None
+
+
+def score(
+    session: Any,
+    r: PruneRecipe,
+    data: PreparedData,
+    task: Any,
+    *,
+    gone: Sequence[int],
+    choose_layers: bool,
+    source_sha256: str,
+) -> Any:
+    """Score what the session's model has now, over the calibration samples; every rank makes this call.
+
+    Block influence comes with the widths' passes, for single layers and for the block of as many as go; what needs
+    passes of its own is made only where it decides.
+
+    Args:
+        task: of `load_task`, or None.
+        gone: how many layers may go; 0 where none does.
+        choose_layers: whether `prune.layer_metric` decides which layers go.
+        source_sha256: identity of the model that is scored.
+
+    Returns:
+        `Scores`, the same on every rank.
+
+    Raises:
+        InputError: NaN or infinity in the activations or losses.
+    """
+    from nemo_minitron.nemo.importance_callback import ImportanceCallback
+
+    lengths = sorted({1, *filter(None, gone)}) if any(gone) else []
+    callback = ImportanceCallback(
+        batch=r.prune.batch,
+        sequence=r.prune.sequence,
+        include_final_norm=r.prune.include_final_norm,
+        block_lengths=lengths,
+        source_sha256=source_sha256,
+        data_sha256=data.indexed.manifest_sha256,
+    )
+    callback.attach(session.chunks)
+    session.lm_loss(data, r.data, "train", r.prune.calibration_samples, "scoring")
+    scores = callback.finish(session.model.config)
+    if not lengths or not choose_layers:
+        return scores
+    if not r.prune.contiguous:
+        lengths = [1]
+    elif 1 not in gone:
+        lengths = lengths[1:]
+    return dataclasses.replace(scores, tensors=scores.tensors | _by_removal(session, r, data, task, lengths))
+
+
+def _by_removal(
+    session: Any, r: PruneRecipe, data: PreparedData, task: Any, lengths: Sequence[int]
+) -> dict[str, Any]:
+    from nemo_minitron.importance.depth_metrics import lm_loss_scores, task_scores
+    from nemo_minitron.nemo.session import progress_bar
+
+    micro_batch_size = session.layout.micro_batch_size
+    if r.prune.layer_metric == "lm_loss":
+        samples = r.prune.calibration_samples
+        progress = progress_bar("scoring layers", samples)
+        dataset = session.dataset(data, r.data, "train")
+        return lm_loss_scores(
+            session.chunks,
+            dataset,
+            samples,
+            lengths,
+            micro_batch_size=micro_batch_size,
+            progress=progress,
+        )
+    if r.prune.layer_metric == "task":
+        return task_scores(
+            session.chunks,
+            task,
+            lengths,
+            micro_batch_size=micro_batch_size,
+            normalize=r.prune.task_normalize,
+            progress=progress_bar("scoring layers", len(task.requests)),
+        )
+    return {}
+
+
+def step_sha256(source_sha256: str, plans: Sequence[Any]) -> str:
+    """Identity of the model that `plans` have made of the source: the source's own before the first."""
+    if not plans:
+        return source_sha256
+    kept = json.dumps([plan.to_dict()["kept"] for plan in plans], sort_keys=True)
+    return hashlib.sha256(f"{source_sha256} {kept}".encode()).hexdigest()
+
+
+def scores_name(step: int) -> str:
+    """The file of a step's scores; the first ones' indices are those of the source."""
+    return "scores.safetensors" if step == 0 else f"scores-{step + 1}.safetensors"
+
+
+def keep_scores(made: Sequence[tuple[Any, Any]], directory: Path) -> None:
+    """Write the scores of each step, and the picture of the first with what its own plan keeps.
+
+    Args:
+        made: (scores, plan) of each step; a random one has no scores, and leaves nothing.
+    """
+    from nemo_minitron.importance.pictures import importance_picture
+
+    for step, (scores, plan) in enumerate(made):
+        if scores is None:
+            continue
+        scores.save(directory / scores_name(step))
+        if step == 0:
+            importance_picture(scores, plan.kept, directory / "importance.png")

@@ -1,0 +1,54 @@
+"""The teacher's own loss: one that lost its weights on the way teaches nothing."""
+
+import logging
+import math
+from typing import Any
+
+from nemo_minitron.config.recipes import DataConfig
+from nemo_minitron.data.prepare import PreparedData
+from nemo_minitron.errors import InputError
+
+logger = logging.getLogger("nemo_minitron")
+# Nats. Random weights cost as much as a guess among all tokens, or more.
+BETTER_THAN_A_GUESS = 0.1
+
+
+def teacher_loss(
+    chunks: list[Any],
+    data: PreparedData,
+    d: DataConfig,
+    samples: int | None,
+    *,
+    micro_batch_size: int,
+    where: str,
+) -> float:
+    """LM loss in nats of a loaded teacher over the first `samples` held-out sequences; every rank calls.
+
+    Args:
+        chunks: this rank's Megatron GPTModels.
+        where: how a refusal begins, such as "teacher=DIR".
+
+    Raises:
+        InputError: it guesses.
+    """
+    from nemo_minitron.data.statistics import unigram_entropy_nats
+    from nemo_minitron.nemo.session import split_loss
+
+    loss = split_loss(
+        chunks, data, d, "valid", samples, micro_batch_size=micro_batch_size, label="teacher"
+    ).nats
+    guess = math.log(len(data.tokenizer))
+    if not loss < guess - BETTER_THAN_A_GUESS:
+        raise InputError(
+            f"{where}: its LM loss is {loss:.3f} nats on the held-out data, where guessing costs "
+            f"{guess:.3f}: its weights are not those that were trained, or the data is not for it"
+        )
+    logger.info("teacher: LM loss %.3f nats on held-out data", loss)
+    frequencies = unigram_entropy_nats(data.indexed.valid_prefix)
+    if loss >= frequencies:
+        logger.warning(
+            "teacher: its LM loss, %.3f nats, is no better than the frequency of each token (%.3f)",
+            loss,
+            frequencies,
+        )
+    return loss
