@@ -4,11 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-<<<<<<< HEAD:nemo_minitron/checkpoints/origin.py
 from nemo_minitron.checkpoints.source import CHECKPOINT, find_source
-=======
-from nemo_minitron.config import DataConfig
->>>>>>> main:nemo_minitron/nemo/origin.py
+from nemo_minitron.config.recipes import DataConfig
 from nemo_minitron.errors import InputError
 from nemo_minitron.files import read_text
 

@@ -13,13 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-<<<<<<< HEAD
 from nemo_minitron.checkpoints.families import FAMILIES, config_of
 from nemo_minitron.checkpoints.untrusted_files import read_json
 from nemo_minitron.checkpoints.weight_files import EMBEDDING, HEAD, read_headers
-from nemo_minitron.data.tokenizer import load_tokenizer
-=======
->>>>>>> main
 from nemo_minitron.errors import InputError
 from nemo_minitron.export.distributed_reader import DistributedReader
 from nemo_minitron.export.huggingface import SHARD_BYTES, SOURCE_DTYPE, Model, dtype_of, write

@@ -20,14 +20,8 @@ from nemo_minitron.data.prepare import PreparedData
 from nemo_minitron.evaluation.lm_loss import LMLoss, lm_loss
 from nemo_minitron.evaluation.multiple_choice import Task, accuracy_and_margin, choice_losses
 from nemo_minitron.nemo import models, trainer
-<<<<<<< HEAD
-from nemo_minitron.run import main as recipe
-=======
-from nemo_minitron.nemo.checkpoints import Source, weights_may_only_be_tensors
-from nemo_minitron.nemo.saved_dtype import saving_in
 from nemo_minitron.nemo.tokenizer_files import tokenizer_files
-from nemo_minitron.nemo.true_rows import cut_padding
->>>>>>> main
+from nemo_minitron.run import main as recipe
 
 from nemo.collections.llm.inference.base import _setup_trainer_and_restore_model  # isort: skip
 from nemo.lightning.ckpt_utils import ckpt_to_context_subdir  # isort: skip

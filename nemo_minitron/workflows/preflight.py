@@ -1,14 +1,10 @@
 """What every recipe asks of a checkpoint before it is opened."""
 
-<<<<<<< HEAD:nemo_minitron/workflows/preflight.py
+from pathlib import Path
+
 from nemo_minitron.checkpoints.source import Source, find_source
 from nemo_minitron.config.recipes import DataConfig, cache_dir
 from nemo_minitron.config.trainer import TrainerConfig, check_stages, check_tensor_ranks
-=======
-from pathlib import Path
-
-from nemo_minitron.config import DataConfig, cache_dir
->>>>>>> main:nemo_minitron/nemo/openings.py
 from nemo_minitron.data.prepare import PreparedData
 from nemo_minitron.data.tokenizer import load_tokenizer
 from nemo_minitron.errors import InputError

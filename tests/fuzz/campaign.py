@@ -34,7 +34,6 @@ from tests.fuzz.places import Places, make_places
 # CPU, since others may use the machine too; what waits, for a pipe say, waits for so many times as long.
 SECONDS, WAITING, BYTES, LONGEST_LINE = 60, 4, 2 << 30, 1500
 MODULES = {
-<<<<<<< HEAD
     "prune": "workflows.prune.run",
     "search": "workflows.search.run",
     "distill": "workflows.distill.run",
@@ -46,20 +45,7 @@ MODULES = {
     "instruct_data": "workflows.instruct_data.run",
     "sft": "workflows.align.sft",
     "preference": "workflows.align.preference",
-=======
-    "prune": "nemo.prune",
-    "search": "nemo.search",
-    "distill": "nemo.distill",
-    "cache_teacher": "nemo.cache_teacher",
-    "correct_teacher": "nemo.correct_teacher",
-    "pretrain": "nemo.pretrain",
-    "synthesize": "nemo.synthesize",
-    "evaluate_instruct": "nemo.evaluate_instruct",
-    "instruct_data": "data.instruct_files",
-    "sft": "alignment.sft",
-    "preference": "alignment.preference",
     "export": "workflows.export.check",
->>>>>>> main
 }
 _STARTS = {
     "os.system",

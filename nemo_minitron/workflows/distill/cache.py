@@ -4,12 +4,8 @@ import hashlib
 import json
 from typing import Any
 
-<<<<<<< HEAD:nemo_minitron/workflows/distill/cache.py
 from nemo_minitron.checkpoints.source import Source, find_source
-from nemo_minitron.config.recipes import DistillRecipe
-=======
-from nemo_minitron.config import DataConfig, DistillRecipe
->>>>>>> main:nemo_minitron/nemo/cache_checks.py
+from nemo_minitron.config.recipes import DataConfig, DistillRecipe
 from nemo_minitron.data.limits import refuse_limits
 from nemo_minitron.data.prepare import PreparedData
 from nemo_minitron.data.sequences import Schedule, SplitSequences, schedules

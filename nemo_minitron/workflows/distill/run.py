@@ -187,13 +187,8 @@ def _train(r: DistillRecipe, prepared: Prepared, directory: Path) -> dict[str, A
     config = models.to_config(source.architecture, seq_length=source.seq_length, precision=t.precision)
     trainer.recompute(config, t)
     trainer.seed_everything(r.seed)
-<<<<<<< HEAD:nemo_minitron/workflows/distill/run.py
-    tokenizer = session.nemo_tokenizer(data.tokenizer_dir)
-    fit.fit(
-=======
     tokenizer = session.nemo_tokenizer(data.tokenizer_dir, source.tokenizer)
-    training.fit(
->>>>>>> main:nemo_minitron/nemo/distill.py
+    fit.fit(
         models.to_model(config, tokenizer, trainer.optimizer(r.distill.optim, t)),
         trainer.training_data(
             data.indexed, tokenizer, r.data, t, data.index_cache, text.paths(data) if text else None
