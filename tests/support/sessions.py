@@ -158,8 +158,8 @@ def searched(overrides: list[str]) -> dict[str, Any]:
     """The work of recipes/search.py in one process, of a source that needs no conversion; what goes to result.json."""
     from hydra import compose, initialize_config_dir
 
-    from nemo_minitron.config import SearchRecipe, parse
-    from nemo_minitron.nemo import search
+    from nemo_minitron.config.recipes import SearchRecipe, parse
+    from nemo_minitron.workflows.search import run as search
 
     layout(1, 1)
     with _launched(), initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
