@@ -13,12 +13,14 @@ import functools
 import logging
 
 from nemo_minitron.cpu_compat import imports
+from nemo_minitron.cpu_compat.product_choice import Choice
 
 logger = logging.getLogger("nemo_minitron")
+_choices: list[Choice] = []
 
 
 @functools.cache
-def _cuda_was_present() -> bool:
+def cuda_was_present() -> bool:
     """Asked once, before any stand-in is in place."""
     import torch
 
@@ -41,7 +43,7 @@ def prepare_megatron() -> bool:
         Transformer Engine, and without it only the local layer spec's norm and attention.
     """
     imports.defer()
-    if _cuda_was_present():
+    if cuda_was_present():
         if _transformer_engine_is_present():
             logger.info("CUDA with Transformer Engine: its layers")
             return False
@@ -59,7 +61,22 @@ def prepare_megatron() -> bool:
         megatron.close_gaps()
         local_spec.close_megatrons()
     logger.info("no CUDA here: CPU stand-ins are active (nemo_minitron.cpu_compat), ranks talk over gloo")
+    _use_products()
     return True
+
+
+def take_products(choice: Choice) -> None:
+    """Let this process make its products so: at once where `prepare_megatron` has run, else when it does."""
+    _choices[:] = [choice]
+    if prepare_megatron.cache_info().currsize:
+        _use_products()
+
+
+def _use_products() -> None:
+    from nemo_minitron.cpu_compat import products
+
+    for choice in _choices:
+        products.use(choice)
 
 
 @functools.cache

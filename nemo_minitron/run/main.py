@@ -24,9 +24,9 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nemo_minitron import __version__
+from nemo_minitron import __version__, cpu_compat
 from nemo_minitron.config.recipes import CommonConfig, SchemaT, parse
-from nemo_minitron.cpu_compat import imports
+from nemo_minitron.cpu_compat import imports, product_choice
 from nemo_minitron.errors import FailedRun, InputError, InterruptedRun
 from nemo_minitron.run import job_spec, overrides, sweep, terminal
 from nemo_minitron.run.closing import closing_line
@@ -217,6 +217,7 @@ class _Run:
         if parsed.cluster is not None:
             raise InputError("cluster: launchers/slurm.sh submits; here nothing would")
         _check_unfinished(parsed)
+        product_choice.choose()  # a wrong environment variable is refused before any work
         if rank() == 0:
             check_writable(directory)
             if (directory / LOCK).exists():  # at once, before a long check
@@ -224,16 +225,20 @@ class _Run:
         prepared = self.check(parsed)
         if rank() == 0:
             self._take(directory, config)
+        choice = product_choice.settle(directory, write=rank() == 0)
         if os.environ.get("NEMO_MINITRON_PREPARE") == "1":
             write_text(directory / "resolved.yaml", OmegaConf.to_yaml(_resolved(config, prepared)))
             print(directory.resolve(), flush=True)
             return None
-        return {**self.run(parsed, prepared, directory)}
+        cpu_compat.take_products(choice)
+        return {**self.run(parsed, prepared, directory), "cpu_products": str(choice)}
 
     def _take(self, directory: Path, config: DictConfig) -> None:
         """From here on the run directory is this run's: its configuration is kept, an older result goes."""
         make(directory)
         claim(directory)
+        if (directory / RESULT).exists():  # overwritten, not gone on with
+            (directory / product_choice.RECORD).unlink(missing_ok=True)
         (directory / RESULT).unlink(missing_ok=True)
         terminal.log_to_file(directory / f"{self.name}.log")
         if config.get("prepared") is None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -57,11 +58,13 @@ class Runs:
     def from_cache(self, name: str, cache: str, *more: str) -> list[str]:
         return self.distilling(name, f"teacher_cache={self.path(cache)}", *more)
 
-    def in_turn(self, *asked: tuple[str, list[str]]) -> None:
-        """Run several in one process for all."""
+    def in_turn(self, *asked: tuple[str, list[str]]) -> list[str]:
+        """Run several in one process for all; what each said on stderr."""
         cases = [{"recipe": recipe, "overrides": overrides, "env": {}} for recipe, overrides in asked]
-        for answer in self.commands.ask(cases, script="in_turn.py"):
+        answers = self.commands.ask(cases, script="in_turn.py")
+        for answer in answers:
             assert answer["code"] == 0, answer["err"][-3000:]
+        return [answer["err"] for answer in answers]
 
     def result(self, name: str) -> dict[str, Any]:
         return json.loads((self.path(name) / "result.json").read_text())
@@ -314,6 +317,18 @@ def test_written_under_one_layout_and_read_under_it(runs: Runs, name: str) -> No
         torch.testing.assert_close(ours["hidden"], theirs["hidden"], rtol=0, atol=1e-5)
     runs.commands.run("distill", *runs.from_cache(f"from-{name}", "hidden", *sizes), nproc=2).result()
     runs.same_losses(f"from-{name}", "live", 1e-4)
+
+
+@pytest.mark.slow
+def test_a_small_cache_is_not_made_to_wait_for_a_large_measurement(runs: Runs) -> None:
+    """Four sequences are kept: the teacher's own loss is of four, not of the `eval.samples`, 32, of other recipes."""
+    few = ["cache.train_samples=3", "cache.valid_samples=1"]
+    said, more = runs.in_turn(
+        ("cache_teacher", runs.writing("few", *few)),
+        ("cache_teacher", runs.writing("many", "cache.train_samples=63", "cache.valid_samples=1")),
+    )
+    assert re.search(r"teacher: 100%\S* 4/4 ", said)
+    assert re.search(r"teacher: 100%\S* 32/32 ", more)
 
 
 @pytest.mark.slow

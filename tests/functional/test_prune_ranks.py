@@ -28,7 +28,14 @@ def assert_same(run_dir: Path, result: dict[str, Any], other_dir: Path, other: d
 def test_two_tensor_parallel_ranks(commands: Commands, teacher: Teacher, pruned: Pruned) -> None:
     run_dir = commands.home / "tp2"
     result = commands.prune(
-        teacher.huggingface, run_dir, "trainer.tensor_model_parallel_size=2", nproc=2
+        teacher.huggingface,
+        run_dir,
+        "trainer.tensor_model_parallel_size=2",
+        nproc=2,
+        env={"NEMO_MINITRON_PRODUCTS": "onednn"},
     ).result()
     assert (result["ranks"], result["tensor_model_parallel_size"]) == (2, 2)
     assert_same(run_dir, result, pruned.run_dir, pruned.result)
+    # Other products than the one process's: the record says so, and the ranks took it.
+    assert result["cpu_products"].startswith("float32 by onednn")
+    assert json.loads((run_dir / "cpu_products.json").read_text())["float32"] == "onednn"

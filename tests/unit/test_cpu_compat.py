@@ -127,7 +127,8 @@ def test_nothing_is_touched_where_there_is_cuda_and_transformer_engine() -> None
     assert seen["filters"]
     assert [name for name in seen["imported"] if not name.startswith("nemo_minitron")] == []
     assert {name for name in seen["imported"] if "cpu_compat" in name} == {
-        f"nemo_minitron.cpu_compat{file}" for file in ("", ".imports", ".after_import", ".local_spec")
+        f"nemo_minitron.cpu_compat{file}"
+        for file in ("", ".imports", ".after_import", ".local_spec", ".product_choice")
     }
 
 

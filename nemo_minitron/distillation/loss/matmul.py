@@ -2,13 +2,15 @@
 
 Shapes: n tokens, v the rank's columns, h one side's hidden size. CUDA has products of 16-bit inputs with a float32
 result. On a CPU the head is walked in blocks of rows that stay in its cache, widened to float32 if need be, and float32
-goes to oneDNN where torch has it: MKL, the BLAS of torch's CPU builds, leaves half the speed of AMD's CPUs unused.
+goes to the library that is faster on the processor (`cpu_compat.product_choice`).
 """
 
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+
+from nemo_minitron.cpu_compat import product_choice, products
 
 _ROWS = 2048
 
@@ -73,12 +75,8 @@ def _blocks(head: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
         yield rows, head[rows].to(dtype)
 
 
-# oneDNN's full-precision product behind torch.compile's linear layers; torch has no public name for it.
-_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-
-
 def _times_transposed(a: Tensor, b: Tensor) -> Tensor:
-    """a [m, k] @ b [n, k].T, on a CPU, without autograd."""
-    if _ONEDNN and a.dtype == torch.float32:
-        return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+    """a [m, k] @ b [n, k].T, on a CPU, without autograd; float32 by the library that is faster on this processor."""
+    if a.dtype == torch.float32 and product_choice.current().float32 == "onednn" and products.has_onednn():
+        return products.linear(a, b)
     return a @ b.t()

@@ -177,10 +177,10 @@ def _controls(r: PruneRecipe, prepared: Prepared, loss: float, directory: Path) 
     return {"control_lm_loss_nats": losses, "beats_all_controls": loss < min(losses)}
 
 
-def save(session: Any, directory: Path) -> None:
-    """The checkpoint appears under its name when it is whole."""
+def save(session: Any, directory: Path, dtype: str | None = None) -> None:
+    """The checkpoint appears under its name when it is whole; `dtype` as `Session.save`."""
     temporary = recipe.fresh(directory / f".{CHECKPOINT}.tmp")
-    session.save(temporary)
+    session.save(temporary, dtype)
     if recipe.rank() == 0:
         os.replace(temporary, directory / CHECKPOINT)
     session.trainer.strategy.barrier("renamed")
