@@ -4,12 +4,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron.checkpoints.untrusted_files import read_json
 from nemo_minitron.config.export import ExportRecipe
 from nemo_minitron.data.chat.template import CONFIG
 from nemo_minitron.export import card, modelfile
 from nemo_minitron.export.gguf_tokenizer import STOPS
 from nemo_minitron.export.lineage import Lineage
-from nemo_minitron.untrusted_files import read_json
 from nemo_minitron.workflows.export.check import GGUF, Prepared
 from nemo_minitron.workflows.export.gguf import file_name
 
