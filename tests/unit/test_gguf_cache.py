@@ -44,7 +44,8 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_recipe_with_a_checkpoint_is_tried() -> None:
-    assert set(TAKES) == set(RECIPES) - {"pretrain", "instruct_data"}
+    # llama.cpp reads the file itself where one talks to it.
+    assert set(TAKES) == set(RECIPES) - {"pretrain", "instruct_data", "chat"}
 
 
 @pytest.mark.parametrize("recipe", TAKES)
