@@ -97,7 +97,8 @@ def _limit(metric: str, value: Any, own: int) -> float:
         number = math.nan
     if isinstance(value, bool) or not 0 < number < math.inf:
         raise InputError(
-            f"search.budget.{metric}={value}: must be a positive number, or a fraction of the source's {own} as 1/2 or 0.5"
+            f"search.budget.{metric}={value}: must be a positive number, or a fraction of the source's {own} as 1/2 or "
+            "0.5"
         )
     return number
 
