@@ -95,7 +95,10 @@ def _target(p: PruneConfig, arch: Architecture) -> tuple[Architecture, list[int]
     from nemo_minitron.pruning.ranking import check_protected, explicit_layers
 
     sizes = {axis: getattr(p, axis) for axis in (*WIDTH_AXES, "num_layers")}
-    target, drop = resolve_target(arch, sizes), p.drop_layers
+    try:
+        target, drop = resolve_target(arch, sizes), p.drop_layers
+    except InputError as error:  # which begins with the axis
+        raise InputError(f"prune.{error}") from None
     if drop == "late":
         last = arch.num_layers - 1
         drop = list(range(last - (arch.num_layers - target.num_layers), last))
