@@ -296,3 +296,22 @@ def export_checkpoint(source: "Source", output: Path) -> Path:
     output.mkdir(parents=True, exist_ok=True)
     write(model, output, SHARD_BYTES)
     return output
+
+
+def exported_once(source: "Source", cache: Path) -> Path:
+    """The Hugging Face form of a checkpoint: NeMo 2 directories are exported once, into the cache.
+
+    Raises:
+        InputError: as `export_model`.
+    """
+    if source.kind == "huggingface":
+        return source.path
+    tokenizer = "".join(file_sha256(file) for file in sorted(source.tokenizer.iterdir()) if file.is_file())
+    final = cache / hashlib.sha256(f"{source.sha256()}{tokenizer}".encode()).hexdigest()[:24]
+    if not final.is_dir():
+        temporary = cache / f".{final.name}.{os.getpid()}.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        export_checkpoint(source, temporary)
+        os.replace(temporary, final)
+    return final

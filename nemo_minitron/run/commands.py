@@ -24,6 +24,7 @@ RECIPES = {
     "sft": ("config.align:SftRecipe", "workflows.align.sft"),
     "preference": ("config.align:PreferenceRecipe", "workflows.align.preference"),
     "export": ("config.export:ExportRecipe", "workflows.export.check workflows.export.run"),
+    "chat": ("config.chat:ChatRecipe", "workflows.chat.check workflows.chat.run"),
     "instruct_data": ("config.instruct:InstructDataRecipe", "workflows.instruct_data.run"),
     "evaluate_instruct": ("config.instruct:EvaluateInstructRecipe", "workflows.evaluate_instruct.run"),
 }

@@ -193,6 +193,39 @@ def test_a_student_has_its_source_s_dtype_or_the_one_asked_for(
     assert torch.equal(written[name], forms.model.get_parameter(name)[kept[1]].half())
 
 
+def corpus(home: Path, tokenizer: Path) -> list[str]:
+    """Overrides: random words, and a little of everything."""
+    for name, number in (("train", 1), ("valid", 2)):
+        words = torch.randint(1, VOCAB_SIZE, (400,), generator=torch.Generator().manual_seed(number))
+        (home / f"{name}.txt").write_text(" ".join(f"w{word}" for word in words))
+    return [
+        *("data=files", f"data.train={home}/train.txt", f"data.valid={home}/valid.txt"),
+        *(f"data.tokenizer={tokenizer}", f"data.seq_length={CONTEXT}", f"data.cache_dir={home}/cache"),
+        *("eval.samples=2", "trainer.micro_batch_size=2", "prune.calibration_samples=4"),
+    ]
+
+
+@pytest.mark.parametrize(("asked", "dtype"), [("null", "float16"), ("bfloat16", "bfloat16")])
+def test_the_student_that_a_search_ends_with_has_that_dtype_too(
+    run_on_ranks: Any, forms: Forms, tmp_path: Path, asked: str, dtype: str
+) -> None:
+    from tokenizers import pre_tokenizers
+    from transformers import AutoTokenizer
+
+    source = forms.found["float16, output layer only"][0]
+    tokenizer = AutoTokenizer.from_pretrained(find_source(source).tokenizer)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save_pretrained(tmp_path / "split")
+    overrides = [
+        *corpus(tmp_path, tmp_path / "split"),
+        *(f"source={source}", "search.budget.parameters=9/10", "search.slack=0.5", f"run_dir={tmp_path}/run"),
+        "search.grid={ffn_hidden_size:[20],hidden_size:null,num_attention_heads:null,num_layers:null}",
+        f"trainer.checkpoint_dtype={asked}",
+    ]
+    (result,) = run_on_ranks(1, sessions.searched, overrides, timeout=PATIENCE_S)
+    assert set(dtypes_of(Path(result["checkpoint"])).values()) == {dtype}
+
+
 def test_a_student_carries_the_tokenizer_that_its_data_was_read_with(
     run_on_ranks: Any, forms: Forms, tmp_path: Path
 ) -> None:
@@ -206,18 +239,9 @@ def test_a_student_carries_the_tokenizer_that_its_data_was_read_with(
     tokenizer.chat_template = "{{ messages[0].content }}"
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.save_pretrained(tmp_path / "foreign")
-    for name, number in (("train", 1), ("valid", 2)):
-        words = torch.randint(1, VOCAB_SIZE, (400,), generator=torch.Generator().manual_seed(number))
-        (tmp_path / f"{name}.txt").write_text(" ".join(f"w{word}" for word in words))
     overrides = [
-        *("prune=width", f"source={source}", "prune.ffn_hidden_size=20", "prune.calibration_samples=4"),
-        *("data=files", f"data.train={tmp_path}/train.txt", f"data.valid={tmp_path}/valid.txt"),
-        *(
-            f"data.tokenizer={tmp_path}/foreign",
-            f"data.seq_length={CONTEXT}",
-            f"data.cache_dir={tmp_path}/cache",
-        ),
-        *("eval.samples=2", "trainer.micro_batch_size=2", f"run_dir={tmp_path}/run"),
+        *corpus(tmp_path, tmp_path / "foreign"),
+        *("prune=width", f"source={source}", "prune.ffn_hidden_size=20", f"run_dir={tmp_path}/run"),
     ]
     run_on_ranks(1, sessions.pruned_under, overrides, {}, timeout=PATIENCE_S)
     kept = AutoTokenizer.from_pretrained(find_source(tmp_path / "run" / "checkpoint").tokenizer)

@@ -1,6 +1,7 @@
 """Every family's checkpoint from NeMo 2 into NeMo-Aligner's model and back, against transformers' own models."""
 
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -32,7 +34,9 @@ LLAMA31 = {
         "original_max_position_embeddings": 4096,
     },
 }
-FAMILIES = [*CONFIGS, "llama31"]
+# Two in half precision: what is trained has the dtype of what it began with.
+HALVES = {"llama31-float16": torch.float16, "qwen2-bfloat16": torch.bfloat16}
+FAMILIES = [*CONFIGS, "llama31", *HALVES]
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,8 @@ class Models:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    from transformers import AutoModelForCausalLM
+
     home = tmp_path_factory.mktemp("families")
     tokens = torch.randint(VOCAB_SIZE, (4, CONTEXT), generator=torch.Generator().manual_seed(4))
     save_file({"tokens": tokens}, home / "tokens.safetensors")
@@ -53,7 +59,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(hf_families.CONFIGS, "llama31", LLAMA31)
         for name in FAMILIES:
-            logits[name] = logits_of(hf_families.make_model(home / name, name), tokens)
+            model = hf_families.make_model(home / name, re.sub("-b?float16", "", name))
+            if name in HALVES:
+                model.to(HALVES[name]).save_pretrained(home / name)
+                # Read again: the frequencies of the model itself were rounded too.
+                model = AutoModelForCausalLM.from_pretrained(home / name, attn_implementation="eager").eval()
+            logits[name] = logits_of(model, tokens)
             (nemo[name],) = ranks.run_on_ranks(
                 1, sessions.imported, str(home / name), str(home / "cache"), timeout=PATIENCE_S
             )
@@ -98,3 +109,7 @@ def test_logits_at_every_hop(models: Models, tp: int) -> None:
         ranks.run_on_ranks(1, sessions.exported, str(checkpoint), str(exported), timeout=PATIENCE_S)
         back = AutoModelForCausalLM.from_pretrained(exported, attn_implementation="eager").eval()
         torch.testing.assert_close(logits_of(back, tokens), expected, rtol=0, atol=0)
+        dtype = HALVES.get(name, torch.float32)
+        assert {w.dtype for w in load_file(exported / "model.safetensors").values()} == {dtype}
+        said = yaml.safe_load((checkpoint / "context" / "model.yaml").read_text())["config"]
+        assert (said["fp16"], said["bf16"]) == (dtype == torch.float16, dtype == torch.bfloat16)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -57,11 +58,13 @@ class Runs:
     def from_cache(self, name: str, cache: str, *more: str) -> list[str]:
         return self.distilling(name, f"teacher_cache={self.path(cache)}", *more)
 
-    def in_turn(self, *asked: tuple[str, list[str]]) -> None:
-        """Run several in one process for all."""
+    def in_turn(self, *asked: tuple[str, list[str]]) -> list[str]:
+        """Run several in one process for all; what each said on stderr."""
         cases = [{"recipe": recipe, "overrides": overrides, "env": {}} for recipe, overrides in asked]
-        for answer in self.commands.ask(cases, script="in_turn.py"):
+        answers = self.commands.ask(cases, script="in_turn.py")
+        for answer in answers:
             assert answer["code"] == 0, answer["err"][-3000:]
+        return [answer["err"] for answer in answers]
 
     def result(self, name: str) -> dict[str, Any]:
         return json.loads((self.path(name) / "result.json").read_text())
@@ -214,6 +217,10 @@ REFUSED: dict[str, tuple[Callable[[Runs], list[str]], list[str]]] = {
         lambda r: r.from_cache("refused", "hidden", "distill.limit_val_batches=3"),
         ["lacks 8 of the 24 valid sequences"],
     ),
+    "documents apart": (
+        lambda r: r.from_cache("refused", "hidden", "data.reset_attention_mask=true"),
+        ["data.reset_attention_mask=true: a teacher_cache holds one whose documents see each other; must be"],
+    ),
     "intermediate states": (
         lambda r: r.from_cache("refused", "hidden", "distill=demo_intermediate", *SCHEDULE),
         ["distill.intermediate compares states before it", "live teacher"],
@@ -251,6 +258,12 @@ REFUSED_WRITING: dict[str, tuple[list[str], list[str]]] = {
     "form": (["cache.form=logits"], ["cache.form=logits", "hidden, top_k"]),
     "no k": (["cache=top_k"], ["distill.top_k=null", "such as 64"]),
     "k": (["cache=top_k", "distill.top_k=513"], ["distill.top_k=513", "at most 512"]),
+    "documents apart": (
+        ["data.reset_attention_mask=true"],
+        [
+            "data.reset_attention_mask=true: a cache holds a teacher whose documents see each other; must be false"
+        ],
+    ),
     "no sequences": (["cache.train_samples=0"], ["cache.train_samples=0", "at least 1"]),
     "no loss": (["distill.loss=cross_entropy"], ["distill.loss=cross_entropy", "no use"]),
 }
@@ -314,6 +327,18 @@ def test_written_under_one_layout_and_read_under_it(runs: Runs, name: str) -> No
         torch.testing.assert_close(ours["hidden"], theirs["hidden"], rtol=0, atol=1e-5)
     runs.commands.run("distill", *runs.from_cache(f"from-{name}", "hidden", *sizes), nproc=2).result()
     runs.same_losses(f"from-{name}", "live", 1e-4)
+
+
+@pytest.mark.slow
+def test_a_small_cache_is_not_made_to_wait_for_a_large_measurement(runs: Runs) -> None:
+    """Four sequences are kept: the teacher's own loss is of four, not of the `eval.samples`, 32, of other recipes."""
+    few = ["cache.train_samples=3", "cache.valid_samples=1"]
+    said, more = runs.in_turn(
+        ("cache_teacher", runs.writing("few", *few)),
+        ("cache_teacher", runs.writing("many", "cache.train_samples=63", "cache.valid_samples=1")),
+    )
+    assert re.search(r"teacher: 100%\S* 4/4 ", said)
+    assert re.search(r"teacher: 100%\S* 32/32 ", more)
 
 
 @pytest.mark.slow

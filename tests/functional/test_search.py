@@ -71,9 +71,13 @@ def test_a_killed_search_goes_on_and_its_best_is_what_prune_makes(
 def test_a_candidate_killed_while_it_learns_ends_where_distill_does(
     commands: Commands, teacher: Teacher, pruned: Pruned
 ) -> None:
-    """Both candidates; the second one's training is killed between two checkpoints, and the first is not redone."""
+    """Both candidates; the second one's training is killed between two checkpoints, and the first is not redone.
+
+    They learn from float32 weights, as they were measured, and are measured again in the dtype that was asked for.
+    """
     run_dir, alone = commands.home / "searched-distilling", commands.home / "distilled-as-candidate"
     schedule = ["distill.optim.warmup_steps=1", "distill.limit_val_batches=2", "distill.val_check_interval=2"]
+    schedule += ["trainer.checkpoint_dtype=bfloat16"]
     overrides = [
         *commands.data(),
         *schedule,

@@ -28,25 +28,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from nemo_minitron.run.commands import RECIPES
 from tests.fuzz import files, overrides
 from tests.fuzz.places import Places, make_places
 
 # CPU, since others may use the machine too; what waits, for a pipe say, waits for so many times as long.
 SECONDS, WAITING, BYTES, LONGEST_LINE = 60, 4, 2 << 30, 1500
-MODULES = {
-    "prune": "workflows.prune.run",
-    "search": "workflows.search.run",
-    "distill": "workflows.distill.run",
-    "cache_teacher": "workflows.cache_teacher.run",
-    "correct_teacher": "workflows.correct_teacher.run",
-    "pretrain": "workflows.pretrain.run",
-    "synthesize": "workflows.synthesize.run",
-    "evaluate_instruct": "workflows.evaluate_instruct.run",
-    "instruct_data": "workflows.instruct_data.run",
-    "sft": "workflows.align.sft",
-    "preference": "workflows.align.preference",
-    "export": "workflows.export.check",
-}
+MODULES = {name: work.split()[0] for name, (_, work) in RECIPES.items()}
 _STARTS = {
     "os.system",
     "os.exec",
@@ -128,7 +116,7 @@ class Checks:
         from tests.unit.test_config import CONF, SCHEMAS
 
         self.places, self.schemas = places, SCHEMAS
-        assert set(MODULES) <= set(SCHEMAS)
+        assert set(MODULES) == set(SCHEMAS)
         self.modules = {name: importlib.import_module(f"nemo_minitron.{m}") for name, m in MODULES.items()}
         self.keys = {name: sorted(set(overrides.keys(SCHEMAS[name]))) for name in MODULES}
         self.watch = Watch(places.home.parent)

@@ -154,6 +154,20 @@ def exported(source: str, output: str) -> str:
         return str(export_checkpoint(find_source(source), Path(output)))
 
 
+def searched(overrides: list[str]) -> dict[str, Any]:
+    """The work of recipes/search.py in one process, of a source that needs no conversion; what goes to result.json."""
+    from hydra import compose, initialize_config_dir
+
+    from nemo_minitron.config.recipes import SearchRecipe, parse
+    from nemo_minitron.workflows.search import run as search
+
+    layout(1, 1)
+    with _launched(), initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
+        recipe = parse(SearchRecipe, compose("search", overrides=overrides))
+        Path(recipe.run_dir).mkdir(parents=True)
+        return search.run(recipe, search.check(recipe), Path(recipe.run_dir))
+
+
 def pruned_under(overrides: list[str], sizes: dict[str, Any]) -> dict[str, Any]:
     """The work of recipes/prune.py under a layout, of a source that needs no conversion; what goes to result.json."""
     import torch.distributed as dist

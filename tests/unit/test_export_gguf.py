@@ -1,9 +1,7 @@
 """GGUF files out of stacked, fused weights: run by llama.cpp and read back, beside transformers with these weights."""
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import gguf
 import numpy as np
@@ -12,7 +10,6 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 from tokenizers import Tokenizer
 
-from nemo_minitron.arch import Architecture
 from nemo_minitron.checkpoints.families import FAMILIES, architecture_of, config_of
 from nemo_minitron.checkpoints.gguf import to_huggingface
 from nemo_minitron.checkpoints.gguf.pre_tokenizers import PRE_TOKENIZERS
@@ -21,75 +18,11 @@ from nemo_minitron.export import consumers, gguf_model, gguf_quantiser, huggingf
 from nemo_minitron.export.gguf_tokenizer import vocabulary_of
 from nemo_minitron.export.tensors import Weights
 from tests.support import gguf_files, llama_cpp
+from tests.support.export_students import ROWS, TEMPLATE, TEXT, Student, arch_of, made
 from tests.support.stacked_weights import of_family, saved, stacked
 
-TEXT = [
-    "The quick brown fox jumps over the lazy dog 12345 times.",
-    "don't stop; we'LL go  on\n\n to x_y = 1",
-] * 3
 PROMPT = "The lazy fox jumps over 12345"
-ROWS, ASCII = 340, 40
-# llama.cpp's loaders of these have queries as wide as the residual stream.
-SQUARE = {"qwen2": {"kv_channels": 6}, "nemotron": {"kv_channels": 6, "rotary_percent": 2 / 3}}
-TEMPLATE = (
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-
-
-@dataclass(frozen=True)
-class Student:
-    """A random model with a trained tokenizer, and where it lies as a Hugging Face directory."""
-
-    model: huggingface.Model
-    tokenizer: Any
-    settings: dict[str, Any]
-    directory: Path
-
-    @property
-    def vocabulary(self) -> Any:
-        rows = self.model.weights.architecture.vocab_size
-        return vocabulary_of(self.tokenizer, self.settings, rows, "student")
-
-    def written(self, file: Path, kind: str) -> gguf_model.Report:
-        return gguf_model.write(self.model, self.vocabulary, file, kind)
-
-    def transformers(self) -> Any:
-        from transformers import AutoModelForCausalLM
-
-        return AutoModelForCausalLM.from_pretrained(self.directory).eval()
-
-
-def byte_level(directory: Path) -> Any:
-    """A byte-level BPE with turn marks; two rows of the embeddings have no token."""
-    from transformers import PreTrainedTokenizerFast
-
-    bpe = gguf_files.byte_level(TEXT, ROWS - 2, PRE_TOKENIZERS[2].rules())
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, eos_token="<|end|>", bos_token="<|end|>", pad_token="<|end|>"
-    )
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(directory)
-    return tokenizer
-
-
-def made(place: Path, arch: Architecture) -> Student:
-    (place / "tokenizer").mkdir(parents=True)
-    byte_level(place / "tokenizer")
-    weights = Weights(arch, saved(place / "weights", stacked(arch)))
-    model = huggingface.Model(weights, config_of(arch, 128), place / "tokenizer", torch.float32)
-    (place / "hf").mkdir()
-    huggingface.write(model, place / "hf", 10**9)
-    settings = huggingface.generation_settings(place / "tokenizer", arch.vocab_size)
-    tokenizer = huggingface.load_tokenizer(place / "tokenizer", arch.vocab_size)
-    return Student(model, tokenizer, settings, place / "hf")
-
-
-def arch_of(name: str) -> Architecture:
-    arch = of_family(name, vocab_size=ROWS, **SQUARE.get(name, {}))
-    if name == "llama":
-        return arch.replace(rope_scaling_factor=32.0, rope_original_context=16, rotary_base=5e5)
-    return arch
+ASCII = 40
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

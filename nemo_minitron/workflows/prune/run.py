@@ -95,7 +95,10 @@ def _target(p: PruneConfig, arch: Architecture) -> tuple[Architecture, list[int]
     from nemo_minitron.pruning.ranking import check_protected, explicit_layers
 
     sizes = {axis: getattr(p, axis) for axis in (*WIDTH_AXES, "num_layers")}
-    target, drop = resolve_target(arch, sizes), p.drop_layers
+    try:
+        target, drop = resolve_target(arch, sizes), p.drop_layers
+    except InputError as error:  # which begins with the axis
+        raise InputError(f"prune.{error}") from None
     if drop == "late":
         last = arch.num_layers - 1
         drop = list(range(last - (arch.num_layers - target.num_layers), last))
@@ -177,10 +180,10 @@ def _controls(r: PruneRecipe, prepared: Prepared, loss: float, directory: Path) 
     return {"control_lm_loss_nats": losses, "beats_all_controls": loss < min(losses)}
 
 
-def save(session: Any, directory: Path) -> None:
-    """The checkpoint appears under its name when it is whole."""
+def save(session: Any, directory: Path, dtype: str | None = None) -> None:
+    """The checkpoint appears under its name when it is whole; `dtype` as `Session.save`."""
     temporary = recipe.fresh(directory / f".{CHECKPOINT}.tmp")
-    session.save(temporary)
+    session.save(temporary, dtype)
     if recipe.rank() == 0:
         os.replace(temporary, directory / CHECKPOINT)
     session.trainer.strategy.barrier("renamed")

@@ -134,7 +134,8 @@ class Trials:
         if not (student / CHECKPOINT).is_dir():
             session = self._student(candidate)
             student.mkdir(parents=True, exist_ok=True)
-            prune.save(session, student)
+            # As it was measured: `trainer.checkpoint_dtype` is of what the search ends with.
+            prune.save(session, student, self.prepared.source.dtype)
             del session
             gc.collect()
         training = short_distillation(self.r, str(student / CHECKPOINT), str(directory))

@@ -3,8 +3,6 @@
 Every writer is called with a batch of prompts and a seed, and the same call gives the same text.
 """
 
-import os
-import shutil
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,7 +12,7 @@ from nemo_minitron.checkpoints.source import Source, find_source
 from nemo_minitron.config.recipes import SynthesizeRecipe, cache_dir
 from nemo_minitron.config.synthesize import MEGATRON, SynthesizeConfig
 from nemo_minitron.data.tokenizer import load_tokenizer
-from nemo_minitron.nemo.huggingface import load_huggingface
+from nemo_minitron.nemo.huggingface import exported_once, load_huggingface
 from nemo_minitron.workflows.preflight import converted
 
 
@@ -38,7 +36,7 @@ def make_writer(r: SynthesizeRecipe, teacher: Source, longest_prompt: int) -> Wr
         from nemo_minitron.nemo.text_generation import MegatronWriter
 
         return MegatronWriter(r, converted(teacher, r.data), longest_prompt + s.max_new_tokens)
-    directory = _huggingface(teacher, cache_dir(r.data, "exports"))
+    directory = exported_once(teacher, cache_dir(r.data, "exports"))
     return HuggingFaceWriter(directory, s) if s.backend == "huggingface" else VllmWriter(directory, s)
 
 
@@ -123,19 +121,3 @@ class VllmWriter:
         steps = list(zip(output.token_ids, output.logprobs, strict=True))
         steps = steps[:-1] if ended else steps
         return [token for token, _ in steps], ended, -sum(found[token].logprob for token, found in steps)
-
-
-def _huggingface(source: Source, cache: Path) -> Path:
-    """The Hugging Face form of a checkpoint: NeMo 2 directories are exported once, into the cache."""
-    from nemo_minitron.nemo.huggingface import export_checkpoint
-
-    if source.kind == "huggingface":
-        return source.path
-    final = cache / source.sha256()[:24]
-    if not final.is_dir():
-        temporary = cache / f".{final.name}.{os.getpid()}.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.parent.mkdir(parents=True, exist_ok=True)
-        export_checkpoint(source, temporary)
-        os.replace(temporary, final)
-    return final
