@@ -96,7 +96,7 @@ def _target(p: PruneConfig, arch: Architecture) -> tuple[Architecture, list[int]
 
     sizes = {axis: getattr(p, axis) for axis in (*WIDTH_AXES, "num_layers")}
     try:
-        target, drop = resolve_target(arch, sizes), p.drop_layers
+        target, drop = resolve_target(arch, sizes, p.multiple_of), p.drop_layers
     except InputError as error:  # which begins with the axis
         raise InputError(f"prune.{error}") from None
     if drop == "late":

@@ -62,6 +62,10 @@ def check(r: SearchRecipe) -> Prepared:
             raise InputError(
                 f"prune.{name}={getattr(r.prune, name)}: a search chooses layers by prune.layer_metric; set it to null"
             )
+    if r.prune.multiple_of is not None:
+        raise InputError(
+            f"prune.multiple_of={r.prune.multiple_of}: a search takes the sizes of its grid as they are"
+        )
     if r.prune.iterations != 1:
         raise InputError(f"prune.iterations={r.prune.iterations}: a search scores the source once; must be 1")
     # An axis that the grid leaves open has the size that the preset gives it.
