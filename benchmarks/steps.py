@@ -10,10 +10,10 @@ Sides, each in a process of its own that stays and takes turns with the other, r
   for `distill` our loss on hidden states;
 * transformers: LlamaForCausalLM with sdpa, torch's products; `distill` is KL on both models' logits.
 
-`train` is forward, cross-entropy, backward and AdamW (ours Megatron's choice, theirs torch's as it comes), `distill` the same on a student of 81M (hidden 448, MLP
-960) with a frozen teacher of 135M. Weights are random, of SmolLM2-135M's sizes and the same on both sides, so that
-losses can be compared; --model DIR takes a Llama's Hugging Face directory instead, for the teacher under `distill`.
---bf16: parameters and activations in bfloat16.
+`train` is forward, cross-entropy, backward and AdamW (ours Megatron's choice, theirs torch's as it comes), `distill`
+the same on a student of 81M (hidden 448, MLP 960) with a frozen teacher of 135M. Weights are random, of SmolLM2-135M's
+sizes (--size 1b: of Llama-3.2-1B's) and the same on both sides, so that losses can be compared; --model DIR takes a
+Llama's Hugging Face directory instead, for the teacher under `distill`. --bf16: parameters and activations in bfloat16.
 
 Prints a JSON line: `tflop`, what the products of a run take; medians over runs of wall and CPU seconds (all threads of
 the process), of the loss (`value`; of a forward pass the mean logit) and of the peak of memory beyond imports, weights,
