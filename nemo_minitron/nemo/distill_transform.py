@@ -7,6 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from nemo.lightning.megatron_parallel import MaskedTokenLossReduction
+from nemo.lightning.pytorch.callbacks import ModelTransform
 from torch import Tensor
 
 from nemo_minitron import parallel
@@ -21,12 +26,6 @@ from nemo_minitron.nemo.intermediate_states import Between, add_projections
 from nemo_minitron.nemo.proven_checkpoints import place
 from nemo_minitron.nemo.teacher import Teacher, microbatch_mask, microbatch_tokens, output_weight
 from nemo_minitron.workflows.distill.settings import output_rows
-
-from megatron.core.models.gpt import GPTModel  # isort: skip
-from megatron.core.num_microbatches_calculator import get_num_microbatches  # isort: skip
-from megatron.core.pipeline_parallel import get_forward_backward_func  # isort: skip
-from nemo.lightning.megatron_parallel import MaskedTokenLossReduction  # isort: skip
-from nemo.lightning.pytorch.callbacks import ModelTransform  # isort: skip
 
 # What the last stage reports of a microbatch: sums over its tokens.
 PARTS = ("loss", "kl", "lm_loss")

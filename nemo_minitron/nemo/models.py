@@ -6,21 +6,18 @@ import os
 from typing import Any
 
 import torch
+from megatron.core.transformer.enums import AttnBackend
+from nemo.collections import llm
+from nemo.collections.llm.fn.activation import openai_gelu, squared_relu
+from nemo.collections.llm.gpt.model.base import HAVE_TE, local_layer_spec
+from nemo.collections.llm.gpt.model.llama import Llama31Config
+from nemo.utils import logging
 from torch.nn import functional as F
 
-from nemo_minitron import cpu_compat, padding, parallel
+from nemo_minitron import padding, parallel
 from nemo_minitron.arch import Architecture
 from nemo_minitron.checkpoints.families import FAMILIES, NEMO_ROPE_SCALING
 from nemo_minitron.errors import InputError
-
-cpu_compat.prepare_nemo()
-
-from megatron.core.transformer.enums import AttnBackend  # noqa: E402
-from nemo.collections import llm  # noqa: E402
-from nemo.collections.llm.fn.activation import openai_gelu, squared_relu  # noqa: E402
-from nemo.collections.llm.gpt.model.base import HAVE_TE, local_layer_spec  # noqa: E402
-from nemo.collections.llm.gpt.model.llama import Llama31Config  # noqa: E402
-from nemo.utils import logging  # noqa: E402
 
 _ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": openai_gelu, "squared_relu": squared_relu}
 _NAMES = {function: name for name, function in _ACTIVATIONS.items()}

@@ -9,14 +9,13 @@ from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
+import nemo.lightning as nl
 import torch
+from megatron.core.num_microbatches_calculator import get_current_global_batch_size
+from nemo.lightning.ckpt_utils import ckpt_to_dir
 
 from nemo_minitron import parallel
 from nemo_minitron.run import main as recipe
-
-import nemo.lightning as nl  # isort: skip
-from megatron.core.num_microbatches_calculator import get_current_global_batch_size  # isort: skip
-from nemo.lightning.ckpt_utils import ckpt_to_dir  # isort: skip
 
 # Megatron-core's check of gradients (0.13.1, distributed/param_and_grad_buffer.py), which knows of no step.
 _IN_GRADIENTS = "in local grad norm"

@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from nemo.collections.llm.inference.base import _setup_trainer_and_restore_model
+from nemo.lightning.ckpt_utils import ckpt_to_context_subdir
+from nemo.lightning.io.pl import TrainerContext
 
 from nemo_minitron.arch import Architecture
 from nemo_minitron.checkpoints.saved_dtype import saving_in
@@ -22,10 +25,6 @@ from nemo_minitron.evaluation.multiple_choice import Task, accuracy_and_margin, 
 from nemo_minitron.nemo import models, trainer
 from nemo_minitron.nemo.tokenizer_files import tokenizer_files
 from nemo_minitron.run import main as recipe
-
-from nemo.collections.llm.inference.base import _setup_trainer_and_restore_model  # isort: skip
-from nemo.lightning.ckpt_utils import ckpt_to_context_subdir  # isort: skip
-from nemo.lightning.io.pl import TrainerContext  # isort: skip
 
 logger = logging.getLogger("nemo_minitron")
 

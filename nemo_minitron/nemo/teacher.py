@@ -3,18 +3,17 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import nemo.lightning as nl
 import torch
+from megatron.core import dist_checkpointing
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from nemo.collections.llm.gpt.model.base import gpt_data_step
+from nemo.lightning._strategy_lib import set_model_parallel_attributes
 from torch import Tensor
 
 from nemo_minitron import parallel
 from nemo_minitron.checkpoints.source import Source, weights_may_only_be_tensors
 from nemo_minitron.nemo import models
-
-import nemo.lightning as nl  # isort: skip
-from megatron.core import dist_checkpointing  # isort: skip
-from megatron.core.pipeline_parallel import get_forward_backward_func  # isort: skip
-from nemo.collections.llm.gpt.model.base import gpt_data_step  # isort: skip
-from nemo.lightning._strategy_lib import set_model_parallel_attributes  # isort: skip
 
 
 class Teacher:

@@ -33,20 +33,20 @@ from tests.fuzz.places import Places, make_places
 
 # CPU, since others may use the machine too; what waits, for a pipe say, waits for so many times as long.
 SECONDS, WAITING, BYTES, LONGEST_LINE = 60, 4, 2 << 30, 1500
-MODULES = {
-    "prune": "workflows.prune.run",
-    "search": "workflows.search.run",
-    "distill": "workflows.distill.run",
-    "cache_teacher": "workflows.cache_teacher.run",
-    "correct_teacher": "workflows.correct_teacher.run",
-    "pretrain": "workflows.pretrain.run",
-    "synthesize": "workflows.synthesize.run",
-    "evaluate_instruct": "workflows.evaluate_instruct.run",
-    "instruct_data": "workflows.instruct_data.run",
-    "sft": "workflows.align.sft",
-    "preference": "workflows.align.preference",
-    "export": "workflows.export.check",
-}
+CHECKED = [
+    "prune",
+    "search",
+    "distill",
+    "cache_teacher",
+    "correct_teacher",
+    "pretrain",
+    "synthesize",
+    "evaluate_instruct",
+    "instruct_data",
+    "sft",
+    "preference",
+    "export",
+]
 _STARTS = {
     "os.system",
     "os.exec",
@@ -128,9 +128,11 @@ class Checks:
         from tests.unit.test_config import CONF, SCHEMAS
 
         self.places, self.schemas = places, SCHEMAS
-        assert set(MODULES) <= set(SCHEMAS)
-        self.modules = {name: importlib.import_module(f"nemo_minitron.{m}") for name, m in MODULES.items()}
-        self.keys = {name: sorted(set(overrides.keys(SCHEMAS[name]))) for name in MODULES}
+        assert set(CHECKED) <= set(SCHEMAS)
+        self.modules = {
+            name: importlib.import_module(f"nemo_minitron.workflows.{name}.check") for name in CHECKED
+        }
+        self.keys = {name: sorted(set(overrides.keys(SCHEMAS[name]))) for name in CHECKED}
         self.watch = Watch(places.home.parent)
         initialize_config_dir(version_base="1.3", config_dir=str(CONF)).__enter__()
 
@@ -211,7 +213,7 @@ Case = tuple[str, list[str], list[str], str]
 
 def override_case(checks: Checks, rng: random.Random) -> Case:
     """Recipe, all overrides, those that are odd, what was done."""
-    recipe = rng.choice(sorted(MODULES))
+    recipe = rng.choice(sorted(CHECKED))
     given = overrides.draw(rng, checks.keys[recipe], checks.places.odd_paths())
     return recipe, [*checks.places.base(recipe), *given], given, " ".join(given)[:300]
 
@@ -274,7 +276,7 @@ def main() -> int:
     begin = time.monotonic()
     checks = Checks(make_places(home / "places"))
     os.chdir(home / "user")
-    for name in MODULES:
+    for name in CHECKED:
         # Not watched: libraries look at the machine when they are first imported.
         code, said = checks.answer(name, checks.places.base(name))
         assert code == 0, (name, said)

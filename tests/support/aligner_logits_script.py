@@ -17,7 +17,7 @@ from nemo_minitron.checkpoints.source import Source, find_source
 from nemo_minitron.config.align import AlignConfig
 from nemo_minitron.config.trainer import TrainerConfig
 from nemo_minitron.run import main as recipe
-from nemo_minitron.workflows.align import sft
+from nemo_minitron.workflows.sft import run as sft
 
 
 def logits_of(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from nemo_minitron import parallel
@@ -13,8 +14,6 @@ from nemo_minitron.distillation.cache.writer import CachePlan
 from nemo_minitron.evaluation.lm_loss import evaluating
 from nemo_minitron.nemo.session import progress_bar
 from nemo_minitron.nemo.teacher import give_hidden_states, output_weight
-
-from megatron.core.pipeline_parallel import get_forward_backward_func  # isort: skip
 
 Keep = Callable[[Tensor], dict[str, Tensor]]
 
