@@ -5,7 +5,6 @@ configuration made from the checkpoint's architecture, where Aligner would run w
 write a file into it. Out: megatron-core's sharded saving under NeMo 2's names.
 """
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,8 @@ from nemo_minitron import parallel
 from nemo_minitron.checkpoints.source import Source, weights_may_only_be_tensors
 from nemo_minitron.checkpoints.true_rows import cut_padding
 from nemo_minitron.config.trainer import TrainerConfig
-from nemo_minitron.run import main as recipe
+from nemo_minitron.environment import rank
+from nemo_minitron.files import put, remove_stale
 
 
 def load_model(cls: Any, cfg: DictConfig, trainer: Any, source: Source) -> Any:
@@ -64,8 +64,8 @@ def save_model(
 
     dtype = dtype or source.dtype
     temporary = output.with_name(f".{output.name}.tmp")
-    if recipe.rank() == 0:
-        recipe.fresh(temporary)
+    if rank() == 0:
+        remove_stale(temporary)
         (temporary / "weights").mkdir(parents=True)
         common = _write_context(source, temporary / "context", tokenizer, dtype)
     else:
@@ -76,10 +76,10 @@ def save_model(
     cast(weights, dtype)
     dist_checkpointing.save({**common, **weights}, str(temporary / "weights"))
     parallel.barrier()
-    if recipe.rank() == 0:
+    if rank() == 0:
         cut_padding(temporary / "weights", source.architecture.vocab_size)
-        recipe.fresh(output)
-        os.replace(temporary, output)
+        remove_stale(output)
+        put(temporary, output)
     parallel.barrier()
 
 

@@ -11,8 +11,8 @@ from nemo_minitron.alignment import lora, runs
 from nemo_minitron.alignment.checkpoints import load_model, save_model
 from nemo_minitron.alignment.prepared import STEPS, Prepared, has_cuda
 from nemo_minitron.checkpoints.source import CHECKPOINT, Source, find_source
+from nemo_minitron.environment import rank
 from nemo_minitron.padding import leave_out_padding
-from nemo_minitron.run import main as recipe
 
 
 def run_configuration(
@@ -116,7 +116,7 @@ def fit(
 def run_log(directory: Path, done: dict[str, Any] | None) -> runs.RunLog:
     """The log of a run that goes on after `done`."""
     steps = done["step"] if done else 0
-    return runs.RunLog(directory / STEPS, write=recipe.rank() == 0, done=steps)
+    return runs.RunLog(directory / STEPS, write=rank() == 0, done=steps)
 
 
 def save_result(model: Any, prepared: Prepared, directory: Path) -> None:

@@ -32,6 +32,7 @@ from nemo_minitron.checkpoints.gguf import is_gguf, to_huggingface
 from nemo_minitron.checkpoints.untrusted_files import check_regular, read_json
 from nemo_minitron.checkpoints.weight_files import check_tensors, dtype_of, read_headers
 from nemo_minitron.config.recipes import DataConfig, cache_dir
+from nemo_minitron.environment import RESULT, rank
 from nemo_minitron.errors import InputError
 from nemo_minitron.files import file_sha256
 
@@ -121,7 +122,7 @@ def find_source(path: str | Path, key: str = "source", data: DataConfig | None =
         raise InputError(f"{where}: {foreign.of_no_directory(directory)}")
     if (directory / CHECKPOINT).is_dir():
         directory = directory / CHECKPOINT
-        if not (Path(path) / "result.json").is_file():
+        if not (Path(path) / RESULT).is_file():
             raise InputError(f"{where}: this run did not finish (no result.json)")
     if (directory / "weights").is_dir() or (directory / "context").is_dir():
         return _nemo(directory.resolve(), where)
@@ -151,9 +152,8 @@ def _said(line: str) -> None:
 
 
 def _tell_of_unread_keys(keys: list[str], where: str) -> None:
-    from nemo_minitron.run import main as recipe
 
-    if keys and recipe.rank() == 0:
+    if keys and rank() == 0:
         more = f" and {len(keys) - 20} more" if len(keys) > 20 else ""
         _said(f"{where}: config.json: not read: {', '.join(key[:60] for key in keys[:20])}{more}")
 

@@ -21,12 +21,12 @@ from nemo_minitron.importance.aggregation import (
 from nemo_minitron.importance.hook_points import (
     PLACES,
     Site,
-    decoder_of,
     describe,
     ffn_sites,
     head_sites,
     norm_sites,
 )
+from nemo_minitron.megatron_gpt import decoder_of
 from nemo_minitron.parallel import GroupName
 
 

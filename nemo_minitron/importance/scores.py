@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nemo_minitron.arch import Architecture
 from nemo_minitron.errors import InputError
-from nemo_minitron.files import check_regular
+from nemo_minitron.files import check_regular, replacing
 
 VERSION = 1
 _KEY = "nemo_minitron.scores"
@@ -62,13 +62,8 @@ class Scores:
         """Write the file whole or not at all; an existing one is replaced."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "tensors"}
         values["architecture"] = self.architecture.to_dict()
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
+        with replacing(Path(path)) as temporary:
             save_file(self.tensors, temporary, {_KEY: json.dumps({"version": VERSION, **values})})
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Scores":

@@ -8,7 +8,8 @@ from typing import Any
 from nemo_minitron import parallel
 from nemo_minitron.checkpoints.source import CHECKPOINT, is_unfinished, weights_may_only_be_tensors
 from nemo_minitron.checkpoints.true_rows import cut_padding
-from nemo_minitron.run import main as recipe
+from nemo_minitron.environment import rank
+from nemo_minitron.files import put, remove_stale
 
 
 def fit(
@@ -59,9 +60,9 @@ def fit(
 def _name_last(directory: Path, vocab_size: int) -> Path:
     """RUN/checkpoint names the last checkpoint, which is returned."""
     last, link = last_checkpoint(directory), directory / CHECKPOINT
-    if recipe.rank() == 0:
+    if rank() == 0:
         cut_padding(last / "weights", vocab_size)
-        recipe.fresh(link)
+        remove_stale(link)
         link.symlink_to(os.path.relpath(last, directory), target_is_directory=True)
     parallel.barrier()
     return last
@@ -78,12 +79,12 @@ def finish(session: Any, directory: Path, dtype: str) -> None:
         dtype: of the weights, in torch's word.
     """
     final, link = directory / "nemo" / "final", directory / CHECKPOINT
-    temporary = recipe.fresh(final.with_name(".final.tmp"))
+    temporary = remove_stale(final.with_name(".final.tmp"))
     session.save(temporary, dtype)
-    if recipe.rank() == 0:
-        recipe.fresh(final)
-        os.replace(temporary, final)
-        recipe.fresh(link)
+    if rank() == 0:
+        remove_stale(final)
+        put(temporary, final)
+        remove_stale(link)
         link.symlink_to(os.path.relpath(final, directory), target_is_directory=True)
     parallel.barrier()
 

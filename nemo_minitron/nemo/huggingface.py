@@ -20,7 +20,7 @@ from nemo_minitron.errors import InputError
 from nemo_minitron.export.distributed_reader import DistributedReader
 from nemo_minitron.export.huggingface import SHARD_BYTES, SOURCE_DTYPE, Model, dtype_of, write
 from nemo_minitron.export.tensors import Weights
-from nemo_minitron.files import file_sha256
+from nemo_minitron.files import file_sha256, making_once, put
 
 if TYPE_CHECKING:
     from nemo_minitron.checkpoints.source import Source
@@ -86,7 +86,7 @@ def import_checkpoint(source: "Source", cache: Path) -> Path:
     try:
         _importer(source, _import_dtype(source)).apply(temporary / "nemo")
         (temporary / "done").touch()
-        os.replace(temporary, final)
+        put(temporary, final)
     except OSError:
         # Another process was faster; its copy is the same.
         if not (final / "done").is_file():
@@ -309,9 +309,6 @@ def exported_once(source: "Source", cache: Path) -> Path:
     tokenizer = "".join(file_sha256(file) for file in sorted(source.tokenizer.iterdir()) if file.is_file())
     final = cache / hashlib.sha256(f"{source.sha256()}{tokenizer}".encode()).hexdigest()[:24]
     if not final.is_dir():
-        temporary = cache / f".{final.name}.{os.getpid()}.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.parent.mkdir(parents=True, exist_ok=True)
-        export_checkpoint(source, temporary)
-        os.replace(temporary, final)
+        with making_once(final) as temporary:
+            export_checkpoint(source, temporary)
     return final

@@ -2,7 +2,6 @@
 
 import functools
 import importlib
-import os
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from torch.nn import functional as F
 from nemo_minitron import padding, parallel
 from nemo_minitron.arch import Architecture
 from nemo_minitron.checkpoints.families import FAMILIES, NEMO_ROPE_SCALING
+from nemo_minitron.environment import verbose
 from nemo_minitron.errors import InputError
 
 _ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": openai_gelu, "squared_relu": squared_relu}
@@ -25,7 +25,7 @@ _NAMES = {function: name for name, function in _ACTIVATIONS.items()}
 
 def quiet_nemo() -> None:
     """Recipes show progress and results, not NeMo's list of process groups; NEMO_MINITRON_VERBOSE=1 shows that too."""
-    if os.environ.get("NEMO_MINITRON_VERBOSE") != "1":
+    if not verbose():
         logging.setLevel(logging.ERROR)
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+from nemo_minitron.environment import rank
 from nemo_minitron.nemo.proven_checkpoints import place
-from nemo_minitron.run import main as recipe
 
 
 class StepLog(pl.Callback):
@@ -31,7 +31,7 @@ class StepLog(pl.Callback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Lightning's hook."""
-        if recipe.rank() == 0:
+        if rank() == 0:
             kept = [entry for entry in read_steps(self.path) if entry["step"] < trainer.global_step]
             self.path.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
 
@@ -58,7 +58,7 @@ class StepLog(pl.Callback):
 
     def write(self, split: str, step: int, parts: dict[str, float]) -> None:
         """Append a line."""
-        if recipe.rank() == 0:
+        if rank() == 0:
             with open(self.path, "a") as file:
                 file.write(json.dumps({"step": step, "split": split, **parts}) + "\n")
 

@@ -4,7 +4,6 @@ out."""
 import dataclasses
 import json
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from nemo_minitron.arch import Architecture
 from nemo_minitron.errors import InputError
-from nemo_minitron.files import read_text
+from nemo_minitron.files import read_text, write_text
 from nemo_minitron.pruning import ranking
 from nemo_minitron.pruning.checks import check_plan
 from nemo_minitron.pruning.target import check_target
@@ -78,18 +77,7 @@ class PrunePlan:
         """Write the plan as JSON: a whole file or none."""
         place = Path(path)
         text = json.dumps({name: self.to_dict()[name] for name in _KEYS}, allow_nan=False)
-        descriptor, temporary = tempfile.mkstemp(dir=place.parent, prefix=f".{place.name}.")
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                file.write(text + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            # mkstemp is private to the user; the plan is meant to be read as any other file.
-            os.chmod(temporary, 0o666 & ~_umask())
-            os.replace(temporary, place)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        write_text(place, text + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "PrunePlan":
@@ -102,12 +90,6 @@ class PrunePlan:
             return _from_dict(_read_json(Path(path)))
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
-
-
-def _umask() -> int:
-    current = os.umask(0o077)
-    os.umask(current)
-    return current
 
 
 def _read_json(path: Path) -> Any:

@@ -12,6 +12,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from nemo_minitron.environment import INTERRUPTED_BY_USER
+
 # name: the module of its schema in config/, and the schema; its work is in workflows/NAME/{check,run}.py
 RECIPES = {
     "pretrain": "recipes:PretrainRecipe",
@@ -64,7 +66,7 @@ def run_recipe(name: str, schemas: str, schema: str, work: str) -> None:
         check = importlib.import_module(f"{work}.check").check
     except KeyboardInterrupt:
         print("\ninterrupted: before the run began", file=sys.stderr)
-        sys.exit(terminal.INTERRUPTED_BY_USER)
+        sys.exit(INTERRUPTED_BY_USER)
     recipe.main(name, described, check, lambda *given: importlib.import_module(f"{work}.run").run(*given))
 
 

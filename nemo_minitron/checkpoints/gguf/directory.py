@@ -13,7 +13,7 @@ from typing import Any
 from nemo_minitron.arch import Architecture
 from nemo_minitron.checkpoints.untrusted_files import check_no_pointer
 from nemo_minitron.errors import InputError
-from nemo_minitron.files import file_sha256
+from nemo_minitron.files import file_sha256, put
 
 # How a converted file is laid out; part of the cache's key.
 _FORMAT = 2
@@ -60,7 +60,7 @@ def to_huggingface(path: Path, cache: Path, where: str, architecture_of: Archite
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         _convert(path, temporary, where, architecture_of)
-        os.replace(temporary, final)
+        put(temporary, final)
     except OSError as error:
         # Another process was faster; its copy is the same.
         if not (final / "config.json").is_file():

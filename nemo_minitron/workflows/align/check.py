@@ -4,8 +4,6 @@ import dataclasses
 import hashlib
 import importlib.util
 import json
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,10 +19,10 @@ from nemo_minitron.data.held_out import refuse_shared
 from nemo_minitron.data.instruct import cached_instruct_set
 from nemo_minitron.data.prepare import prepare_data
 from nemo_minitron.data.tokenizer import load_tokenizer, tokenizer_sha256
+from nemo_minitron.environment import RESULT
 from nemo_minitron.errors import InputError
 from nemo_minitron.export import generation
-from nemo_minitron.files import read_text
-from nemo_minitron.run import main as recipe
+from nemo_minitron.files import making_once, read_text, remove_stale
 from nemo_minitron.workflows.preflight import check_source, check_vocabulary, converted
 
 
@@ -187,14 +185,10 @@ def prepared_tokenizer(a: AlignConfig, student: Source, d: DataConfig) -> Path:
     key = hashlib.sha256(named.encode()).hexdigest()[:24]
     final = cache_dir(d, "tokenizers") / f"chat-{key}"
     if not (final / "tokenizer").is_dir():
-        temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
-        # NeMo calls the directory in a checkpoint's context as it is called here.
-        tokenizer.save_pretrained(str(temporary / "tokenizer"))
-        generation.write(settings, temporary / "tokenizer")
-        try:
-            os.replace(temporary, final)
-        except OSError:  # another process was faster, with the same files
-            shutil.rmtree(temporary)
+        with making_once(final) as temporary:
+            # NeMo calls the directory in a checkpoint's context as it is called here.
+            tokenizer.save_pretrained(str(temporary / "tokenizer"))
+            generation.write(settings, temporary / "tokenizer")
     return final / "tokenizer"
 
 
@@ -239,6 +233,6 @@ def keep_resumable(r: Any) -> None:
     from nemo_minitron.alignment.runs import ALIGNER, keep_one_checkpoint
 
     directory = Path(r.run_dir)
-    if r.overwrite and (directory / recipe.RESULT).exists():
-        recipe.fresh(directory / ALIGNER)
+    if r.overwrite and (directory / RESULT).exists():
+        remove_stale(directory / ALIGNER)
     keep_one_checkpoint(directory)

@@ -6,8 +6,8 @@ from typing import Any
 from nemo_minitron.alignment.prepared import STEPS, Prepared
 from nemo_minitron.checkpoints.origin import absolute
 from nemo_minitron.checkpoints.source import CHECKPOINT
+from nemo_minitron.environment import peak_rss_gib
 from nemo_minitron.nemo.step_log import read_steps
-from nemo_minitron.run import main as recipe
 
 
 def summary(r: Any, prepared: Prepared, directory: Path, metrics: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -33,7 +33,7 @@ def summary(r: Any, prepared: Prepared, directory: Path, metrics: tuple[str, ...
         "tensor_model_parallel_size": t.tensor_model_parallel_size,
         "pipeline_model_parallel_size": t.pipeline_model_parallel_size,
         "data_parallel_size": t.data_parallel_size,
-        "peak_rss_gib": recipe.peak_rss_gib(),
+        "peak_rss_gib": peak_rss_gib(),
         "checkpoint": str((directory / CHECKPOINT).resolve()),
     }
 

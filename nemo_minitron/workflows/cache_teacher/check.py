@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.checkpoints.source import Source, find_source
+from nemo_minitron.config.document_limits import refuse_limits
 from nemo_minitron.config.recipes import CacheTeacherRecipe
-from nemo_minitron.data.limits import refuse_limits
 from nemo_minitron.data.prepare import PreparedData, prepare_data
 from nemo_minitron.distillation.cache.format import Contents
 from nemo_minitron.distillation.cache.reader import CACHE

@@ -8,8 +8,9 @@ from typing import Any
 from nemo_minitron import parallel
 from nemo_minitron.config.recipes import CacheTeacherRecipe
 from nemo_minitron.data.sequences import SplitSequences
+from nemo_minitron.environment import peak_rss_gib, rank
+from nemo_minitron.files import remove_stale
 from nemo_minitron.nemo.session import Session
-from nemo_minitron.run import main as recipe
 from nemo_minitron.workflows.cache_teacher.check import Prepared
 from nemo_minitron.workflows.cache_teacher.teacher_states import write_states
 from nemo_minitron.workflows.teacher_loss import teacher_loss
@@ -22,9 +23,9 @@ def run(r: CacheTeacherRecipe, prepared: Prepared, directory: Path) -> dict[str,
         The fields of `result.json`.
     """
     plan, mbs = prepared.plan, r.trainer.micro_batch_size
-    if recipe.rank() == 0:
+    if rank() == 0:
         if r.overwrite:
-            recipe.fresh(plan.directory)
+            remove_stale(plan.directory)
         plan.begin()
     session = Session(prepared.teacher, r.trainer)
     where, most = f"teacher={r.teacher}", plan.contents.sequences
@@ -40,7 +41,7 @@ def run(r: CacheTeacherRecipe, prepared: Prepared, directory: Path) -> dict[str,
     write_states(session.chunks[0], plan, rest, _sequences(r, prepared), micro_batch_size=mbs)
     parallel.barrier()
     seconds = time.monotonic() - begin
-    if recipe.rank() == 0:
+    if rank() == 0:
         plan.finish(loss)
     parallel.barrier()
     written = sum(len(plan.shards[n]) for n in rest) * plan.contents.seq_length
@@ -48,7 +49,7 @@ def run(r: CacheTeacherRecipe, prepared: Prepared, directory: Path) -> dict[str,
         "lm_loss_nats_teacher": loss,
         "write_s": round(seconds, 2),
         "tokens_per_s": round(written / seconds, 1),
-        "peak_rss_gib": recipe.peak_rss_gib(),
+        "peak_rss_gib": peak_rss_gib(),
     }
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from nemo_minitron.checkpoints.gguf import is_gguf
 from nemo_minitron.config.chat import ChatRecipe
 from nemo_minitron.data.chat.template import render_prompt
+from nemo_minitron.environment import RESULT
 from nemo_minitron.errors import InputError
 from nemo_minitron.files import read_text
 
@@ -50,7 +51,7 @@ def check(r: ChatRecipe) -> Prepared:
 def _exported(path: Path) -> Path:
     """What a run of recipes/export.py wrote, or the path itself."""
     try:
-        result = json.loads(read_text(path / "result.json"))
+        result = json.loads(read_text(path / RESULT))
     except (OSError, ValueError):
         return path
     if (

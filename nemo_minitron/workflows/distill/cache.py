@@ -5,8 +5,8 @@ import json
 from typing import Any
 
 from nemo_minitron.checkpoints.source import Source, find_source
+from nemo_minitron.config.document_limits import refuse_limits
 from nemo_minitron.config.recipes import DataConfig, DistillRecipe
-from nemo_minitron.data.limits import refuse_limits
 from nemo_minitron.data.prepare import PreparedData
 from nemo_minitron.data.sequences import Schedule, SplitSequences, schedules
 from nemo_minitron.data.tokenizer import load_tokenizer

@@ -9,12 +9,13 @@ from nemo_minitron.checkpoints import origin
 from nemo_minitron.checkpoints.source import CHECKPOINT, Source, find_source
 from nemo_minitron.config.recipes import DistillRecipe
 from nemo_minitron.distillation.cache.reader import TeacherCache
+from nemo_minitron.environment import peak_rss_gib
 from nemo_minitron.nemo import fit, models, session, trainer
 from nemo_minitron.nemo.counted_tokens import CountedTokens
 from nemo_minitron.nemo.distill_transform import DistillTransform
 from nemo_minitron.nemo.session import Session
 from nemo_minitron.nemo.step_log import StepLog, read_steps
-from nemo_minitron.run import main as recipe
+from nemo_minitron.nemo.teacher import output_rows
 from nemo_minitron.workflows.distill import settings as checks
 from nemo_minitron.workflows.distill.check import Prepared
 from nemo_minitron.workflows.teacher_loss import teacher_loss
@@ -65,7 +66,7 @@ def run(r: DistillRecipe, prepared: Prepared, directory: Path, *, who: str = "st
         "ranks": t.ranks,
         "tensor_model_parallel_size": t.tensor_model_parallel_size,
         "pipeline_model_parallel_size": t.pipeline_model_parallel_size,
-        "peak_rss_gib": recipe.peak_rss_gib(),
+        "peak_rss_gib": peak_rss_gib(),
         "teacher_states_gib": round(trained["ahead"].get("bytes", 0) / 2**30, 6),
         "teacher_schedule_s": round(trained["ahead"].get("seconds", 0.0), 2),
         "checkpoint": str((directory / CHECKPOINT).resolve()),
@@ -155,7 +156,7 @@ def _transform(r: DistillRecipe, prepared: Prepared, steps: Any) -> Any:
     return DistillTransform(
         teacher,
         prepared.settings,
-        vocab_size=checks.shared_vocabulary(prepared.student, checks.output_rows(teacher)),
+        vocab_size=checks.shared_vocabulary(prepared.student, output_rows(teacher)),
         between=prepared.between,
         precision=r.trainer.precision,
         on_loaded=loaded,

@@ -8,7 +8,6 @@ from nemo_minitron.checkpoints.source import Source
 from nemo_minitron.config.recipes import DistillRecipe
 from nemo_minitron.config.trainer import TrainerConfig
 from nemo_minitron.data.tokenizer import load_tokenizer
-from nemo_minitron.distillation.cache.reader import TeacherCache
 from nemo_minitron.distillation.intermediate import Intermediate, check_map, late_map
 from nemo_minitron.distillation.loss.settings import LossSettings
 from nemo_minitron.errors import InputError
@@ -64,12 +63,6 @@ def check_vocabularies(student: Source, teacher: Source) -> None:
 def true_vocabulary(source: Source) -> int:
     """Entries of its tokenizer: the rows of its output layer without padding."""
     return len(load_tokenizer(str(source.tokenizer)))
-
-
-def output_rows(teacher: Source | TeacherCache) -> int:
-    """Rows of the teacher's output layer, padding included."""
-    cached = isinstance(teacher, TeacherCache)
-    return teacher.contents.vocab_size if cached else teacher.architecture.vocab_size
 
 
 def shared_vocabulary(student: Source, teacher_rows: int) -> int:

@@ -11,9 +11,10 @@ import torch
 from nemo_minitron.checkpoints.source import Source, find_source
 from nemo_minitron.config.instruct import EvaluateInstructRecipe
 from nemo_minitron.data.chat.conversations import write_jsonl
+from nemo_minitron.environment import peak_rss_gib
 from nemo_minitron.evaluation import instruct
+from nemo_minitron.files import remove_stale
 from nemo_minitron.nemo.huggingface import export_checkpoint, load_huggingface
-from nemo_minitron.run import main as recipe
 from nemo_minitron.workflows.evaluate_instruct.check import Prepared
 
 ANSWERS = "answers.jsonl"
@@ -25,7 +26,7 @@ def run(r: EvaluateInstructRecipe, prepared: Prepared, directory: Path) -> dict[
     Returns:
         The fields of `result.json`; the scores are those of `evaluation.instruct.scores`.
     """
-    recipe.fresh(directory / ANSWERS)
+    remove_stale(directory / ANSWERS)
     model = load_model(prepared.source, directory)
     said = instruct.answers(
         model,
@@ -47,7 +48,7 @@ def run(r: EvaluateInstructRecipe, prepared: Prepared, directory: Path) -> dict[
         "chat_template_sha256": hashlib.sha256(prepared.tokenizer.chat_template.encode()).hexdigest(),
         **instruct.scores(prepared.items, said),
         "answers": str(path.resolve()),
-        "peak_rss_gib": recipe.peak_rss_gib(),
+        "peak_rss_gib": peak_rss_gib(),
     }
 
 

@@ -10,12 +10,12 @@ from nemo_minitron.checkpoints.source import CHECKPOINT, find_source
 from nemo_minitron.config.recipes import PretrainRecipe
 from nemo_minitron.data.prepare import open_corpus
 from nemo_minitron.data.statistics import bits_per_byte, compression_bits_per_byte, unigram_entropy_nats
+from nemo_minitron.environment import peak_rss_gib
 from nemo_minitron.nemo import fit, models, session, trainer
 from nemo_minitron.nemo.counted_tokens import CountedTokens
 from nemo_minitron.nemo.huggingface import export_checkpoint
 from nemo_minitron.nemo.session import Session
 from nemo_minitron.nemo.step_log import StepLog
-from nemo_minitron.run import main as recipe_module
 from nemo_minitron.workflows.pretrain.check import Prepared
 
 
@@ -81,7 +81,7 @@ def _measure(recipe: PretrainRecipe, prepared: Prepared, last: Any, directory: P
         "data_sha256": data.indexed.manifest_sha256,
         "python": platform.python_version(),
         "command": " ".join(["python", *map(shlex.quote, sys.argv)]),
-        "peak_rss_gib": recipe_module.peak_rss_gib(),
+        "peak_rss_gib": peak_rss_gib(),
     }
 
 

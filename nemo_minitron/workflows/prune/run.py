@@ -1,7 +1,6 @@
 """The work of `recipes/prune.py`: load, score, plan, prune, measure before and after, save."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +8,12 @@ from nemo_minitron.arch import Architecture
 from nemo_minitron.checkpoints import origin
 from nemo_minitron.checkpoints.source import CHECKPOINT
 from nemo_minitron.config.recipes import PruneConfig, PruneRecipe
+from nemo_minitron.environment import peak_rss_gib, rank
+from nemo_minitron.files import put, remove_stale
 from nemo_minitron.nemo.prune_transform import prune_model
 from nemo_minitron.nemo.session import Session
 from nemo_minitron.pruning import compose
 from nemo_minitron.pruning.target import PRUNABLE, rounded_from
-from nemo_minitron.run import main as recipe
 from nemo_minitron.workflows.prune import iterations, plans, scoring
 from nemo_minitron.workflows.prune.check import Prepared
 
@@ -26,14 +26,14 @@ def run(r: PruneRecipe, prepared: Prepared, directory: Path) -> dict[str, Any]:
     """
     stale = [path.name for path in directory.glob("scores-*.safetensors")]
     for name in (CHECKPOINT, "scores.safetensors", "plan.json", "importance.png", *stale):
-        recipe.fresh(directory / name)
+        remove_stale(directory / name)
     session = Session(
         prepared.source, r.trainer, seq_length=prepared.source.seq_length, tokenizer=r.data.tokenizer
     )
     before = _evaluate(session, r, prepared, "before")
     made = iterations.score_and_prune(session, r, prepared)
     after = _evaluate(session, r, prepared, "after")
-    if recipe.rank() == 0:
+    if rank() == 0:
         compose([plan for _, plan in made]).save(directory / "plan.json")
         scoring.keep_scores(made, directory)
     save(session, directory)
@@ -62,7 +62,7 @@ def _controls(r: PruneRecipe, prepared: Prepared, loss: float, directory: Path) 
         losses.append(
             session.lm_loss(prepared.data, r.data, "valid", r.eval.samples, f"random seed {seed}").nats
         )
-    if recipe.rank() == 0:
+    if rank() == 0:
         rows = [("importance", loss), *((f"random, seed {seed}", nats) for seed, nats in enumerate(losses))]
         lines = [
             "| kept by | LM loss, nats |",
@@ -75,10 +75,10 @@ def _controls(r: PruneRecipe, prepared: Prepared, loss: float, directory: Path) 
 
 def save(session: Any, directory: Path, dtype: str | None = None) -> None:
     """The checkpoint appears under its name when it is whole; `dtype` as `Session.save`."""
-    temporary = recipe.fresh(directory / f".{CHECKPOINT}.tmp")
+    temporary = remove_stale(directory / f".{CHECKPOINT}.tmp")
     session.save(temporary, dtype)
-    if recipe.rank() == 0:
-        os.replace(temporary, directory / CHECKPOINT)
+    if rank() == 0:
+        put(temporary, directory / CHECKPOINT)
     session.trainer.strategy.barrier("renamed")
 
 
@@ -109,7 +109,7 @@ def _result(
         "ranks": r.trainer.ranks,
         "tensor_model_parallel_size": r.trainer.tensor_model_parallel_size,
         "pipeline_model_parallel_size": r.trainer.pipeline_model_parallel_size,
-        "peak_rss_gib": recipe.peak_rss_gib(),
+        "peak_rss_gib": peak_rss_gib(),
         "checkpoint": str((directory / CHECKPOINT).resolve()),
         **_task_result(r.prune, p.task, before, after),
     }

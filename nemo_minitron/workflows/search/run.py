@@ -6,8 +6,8 @@ from typing import Any
 from nemo_minitron.checkpoints import origin
 from nemo_minitron.checkpoints.source import CHECKPOINT
 from nemo_minitron.config.recipes import SearchRecipe
+from nemo_minitron.environment import peak_rss_gib, rank
 from nemo_minitron.pruning.target import PRUNABLE
-from nemo_minitron.run import main as recipe
 from nemo_minitron.search.candidates import (
     Candidate,
     search_grid,
@@ -33,7 +33,7 @@ def run(r: SearchRecipe, prepared: Prepared, directory: Path) -> dict[str, Any]:
         key=lambda c: (c.name not in distilled, distilled.get(c.name, pruned[c.name]), c.name),
     )
     teacher = trials.teacher_loss()
-    if recipe.rank() == 0:
+    if rank() == 0:
         write_report(
             tried, pruned, distilled, prepared.source.architecture, teacher, prepared.load, directory
         )
@@ -89,6 +89,6 @@ def _result(
         "params_after": best.costs["parameters"],
         "lm_loss_nats_after": pruned[best.name],
         "lm_loss_nats_distilled": distilled.get(best.name),
-        "peak_rss_gib": recipe.peak_rss_gib(),
+        "peak_rss_gib": peak_rss_gib(),
         "checkpoint": str((directory / CHECKPOINT).resolve()),
     }

@@ -4,18 +4,18 @@ import dataclasses
 import gc
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from nemo_minitron.checkpoints.source import CHECKPOINT
 from nemo_minitron.config.recipes import SearchRecipe
+from nemo_minitron.environment import rank
+from nemo_minitron.files import remove_stale, write_text
 from nemo_minitron.importance.pictures import importance_picture
 from nemo_minitron.importance.scores import Scores
 from nemo_minitron.nemo.prune_transform import prune_model
 from nemo_minitron.nemo.session import Session
 from nemo_minitron.pruning.target import PRUNABLE
-from nemo_minitron.run import main as recipe
 from nemo_minitron.search.candidates import Candidate
 from nemo_minitron.workflows.distill import check as distill_check
 from nemo_minitron.workflows.distill import run as distill
@@ -59,7 +59,7 @@ class Trials:
             )
             self._remember(name, result["lm_loss_nats_after"])
         for left in (CHECKPOINT, "nemo", "student"):
-            recipe.fresh(directory / left)
+            remove_stale(directory / left)
         return self.remembered[name]
 
     def teacher_loss(self) -> float:
@@ -71,10 +71,10 @@ class Trials:
     def keep(self, candidate: Candidate) -> None:
         """Save the candidate's student, plan and picture as `recipes/prune.py` would."""
         for name in (CHECKPOINT, "plan.json", "importance.png"):
-            recipe.fresh(self.directory / name)
+            remove_stale(self.directory / name)
         plan = self._plan(candidate)
         session = self._student(candidate)
-        if recipe.rank() == 0:
+        if rank() == 0:
             plan.save(self.directory / "plan.json")
             if self.scores is not None:
                 importance_picture(self.scores, plan.kept, self.directory / "importance.png")
@@ -138,7 +138,7 @@ class Trials:
             choose_layers=True,
             source_sha256=self.prepared.source_sha256,
         )
-        if recipe.rank() == 0:
+        if rank() == 0:
             scores.save(path)
         self._remember("scores", 0.0)
         return scores
@@ -168,10 +168,7 @@ class Trials:
 
     def _remember(self, name: str, nats: float) -> None:
         self.remembered[name] = nats
-        if recipe.rank() == 0:
+        if rank() == 0:
             path = self.directory / CANDIDATES / f"{name}.json"
-            path.parent.mkdir(exist_ok=True)
-            temporary = path.with_suffix(".tmp")
             entry = {"name": name, "fingerprint": self._fingerprint(name), "lm_loss_nats": nats}
-            temporary.write_text(json.dumps(entry) + "\n")
-            os.replace(temporary, path)
+            write_text(path, json.dumps(entry) + "\n")

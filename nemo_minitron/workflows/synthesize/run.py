@@ -11,13 +11,14 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from nemo_minitron import parallel
 from nemo_minitron.config.recipes import SynthesizeRecipe
+from nemo_minitron.environment import peak_rss_gib, rank
 from nemo_minitron.errors import InputError
+from nemo_minitron.files import write_text
 from nemo_minitron.nemo.session import progress_bar
-from nemo_minitron.run import main as recipe
 from nemo_minitron.synthesis import report
 from nemo_minitron.synthesis.filters import Sieve, Text
 from nemo_minitron.synthesis.mixture import TEXT
-from nemo_minitron.synthesis.store import Written, batch_seed, replace_file
+from nemo_minitron.synthesis.store import Written, batch_seed
 from nemo_minitron.workflows.synthesize.check import Prepared
 from nemo_minitron.workflows.synthesize.generators import make_writer
 
@@ -31,11 +32,11 @@ def run(r: SynthesizeRecipe, prepared: Prepared, directory: Path) -> dict[str, A
     Raises:
         InputError: no text passes the filters; the samples stay, for other settings of them.
     """
-    if recipe.rank() == 0:
+    if rank() == 0:
         prepared.store.begin()
     tokens, seconds = _write(r, prepared)
     parallel.barrier()
-    found = _judge(r, prepared, directory) if recipe.rank() == 0 else {}
+    found = _judge(r, prepared, directory) if rank() == 0 else {}
     parallel.barrier()
     t = r.trainer
     return {
@@ -53,7 +54,7 @@ def run(r: SynthesizeRecipe, prepared: Prepared, directory: Path) -> dict[str, A
         "ranks": t.ranks,
         "tensor_model_parallel_size": t.tensor_model_parallel_size,
         "pipeline_model_parallel_size": t.pipeline_model_parallel_size,
-        "peak_rss_gib": recipe.peak_rss_gib(),
+        "peak_rss_gib": peak_rss_gib(),
         "text": str((directory / TEXT).resolve()),
     }
 
@@ -111,11 +112,11 @@ def _judge(r: SynthesizeRecipe, prepared: Prepared, directory: Path) -> dict[str
     ]
     path = directory / TEXT
     path.parent.mkdir(exist_ok=True)
-    replace_file(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     quality = report.quality(s, written, kept, sieve.dropped, _reference(prepared, kept))
     shown = report.excerpts(kept, s.excerpts)
-    replace_file(directory / "report.json", json.dumps({**quality, "excerpts": shown}, indent=2) + "\n")
-    replace_file(directory / "report.md", report.markdown(quality, shown))
+    write_text(directory / "report.json", json.dumps({**quality, "excerpts": shown}, indent=2) + "\n")
+    write_text(directory / "report.md", report.markdown(quality, shown))
     print(directory / "report.md", file=sys.stderr)
     return quality
 
