@@ -11,11 +11,14 @@ from typing import Any
 from omegaconf import DictConfig
 
 from nemo_minitron import parallel
+from nemo_minitron.checkpoints.saved_dtype import cast, name_dtype
 from nemo_minitron.checkpoints.source import Source, weights_may_only_be_tensors
 from nemo_minitron.checkpoints.true_rows import cut_padding
 from nemo_minitron.config.trainer import TrainerConfig
 from nemo_minitron.environment import rank
 from nemo_minitron.files import put, remove_stale
+from nemo_minitron.nemo import models, trainer
+from nemo_minitron.nemo.session import nemo_tokenizer
 
 
 def load_model(cls: Any, cfg: DictConfig, trainer: Any, source: Source) -> Any:
@@ -60,8 +63,6 @@ def save_model(
     """
     from megatron.core import dist_checkpointing
 
-    from nemo_minitron.checkpoints.saved_dtype import cast
-
     dtype = dtype or source.dtype
     temporary = output.with_name(f".{output.name}.tmp")
     if rank() == 0:
@@ -87,10 +88,6 @@ def _write_context(source: Source, context: Path, tokenizer: Path, dtype: str) -
     """NeMo 2's context of the model, and what it expects beside the weights."""
     import lightning.pytorch
     from nemo.lightning.io.pl import TrainerContext
-
-    from nemo_minitron.checkpoints.saved_dtype import name_dtype
-    from nemo_minitron.nemo import models, trainer
-    from nemo_minitron.nemo.session import nemo_tokenizer
 
     config = models.to_config(source.architecture, seq_length=source.seq_length)
     model = models.to_model(config, nemo_tokenizer(tokenizer))

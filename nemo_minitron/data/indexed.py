@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemo_minitron.data.beginning import AUTO, beginning
-from nemo_minitron.data.corpora import SPLITS, Corpus, Document
+from nemo_minitron.data.corpus import SPLITS, Corpus, Document
 from nemo_minitron.data.tokenizer import tokenizer_sha256
 from nemo_minitron.errors import InputError
 from nemo_minitron.files import file_sha256, put, read_text

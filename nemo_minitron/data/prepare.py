@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from nemo_minitron.config.document_limits import check_ends
 from nemo_minitron.config.recipes import DataConfig, cache_dir
-from nemo_minitron.data.corpora import Corpus, load_corpus
+from nemo_minitron.data.corpora import load_corpus
+from nemo_minitron.data.corpus import Corpus
 from nemo_minitron.data.indexed import MANIFEST, IndexedCorpus, build_indexed, exclusive
 from nemo_minitron.data.tokenizer import load_tokenizer, train_bpe
 from nemo_minitron.files import replacing

@@ -10,6 +10,9 @@ from nemo_minitron.checkpoints.source import CHECKPOINT, is_unfinished, weights_
 from nemo_minitron.checkpoints.true_rows import cut_padding
 from nemo_minitron.environment import rank
 from nemo_minitron.files import put, remove_stale
+from nemo_minitron.nemo.preemption import SaveAndEnd
+from nemo_minitron.nemo.proven_checkpoints import Checkpoints, is_not_finite, place
+from nemo_minitron.nemo.step_log import TokenRate
 
 
 def fit(
@@ -42,9 +45,6 @@ def fit(
         InterruptedRun: the signal came; the checkpoint is saved.
     """
     from megatron.core.dist_checkpointing.validation import StrictHandling
-
-    from nemo_minitron.nemo.preemption import SaveAndEnd
-    from nemo_minitron.nemo.step_log import TokenRate
 
     # Last, so that others have done their part of the step; not through the constructor, see `trainer.trainer`.
     trainer.callbacks.append(SaveAndEnd())
@@ -94,8 +94,6 @@ def _train(model: Any, data: Any, trainer: Any, log: Any, resume: Any) -> None:
     ModelOpt and a dozen more, 4 s on each rank. A checkpoint with ModelOpt's state is left to NeMo's."""
     from nemo.lightning import configure_no_restart_validation_training_loop
 
-    from nemo_minitron.nemo.proven_checkpoints import is_not_finite, place
-
     try:
         configure_no_restart_validation_training_loop(trainer)
         log.setup(trainer, resume_if_exists=resume.resume_if_exists)
@@ -109,8 +107,6 @@ def _train(model: Any, data: Any, trainer: Any, log: Any, resume: Any) -> None:
 
 def _logger(directory: Path, every_n_steps: int) -> Any:
     import nemo.lightning as nl
-
-    from nemo_minitron.nemo.proven_checkpoints import Checkpoints
 
     checkpoints = Checkpoints(
         every_n_train_steps=every_n_steps,

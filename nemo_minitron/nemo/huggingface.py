@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.checkpoints.families import FAMILIES, config_of
+from nemo_minitron.checkpoints.saved_dtype import saving_in
+from nemo_minitron.checkpoints.source import contents
 from nemo_minitron.checkpoints.untrusted_files import read_json
 from nemo_minitron.checkpoints.weight_files import EMBEDDING, HEAD, read_headers
 from nemo_minitron.errors import InputError
@@ -21,6 +23,8 @@ from nemo_minitron.export.distributed_reader import DistributedReader
 from nemo_minitron.export.huggingface import SHARD_BYTES, SOURCE_DTYPE, Model, dtype_of, write
 from nemo_minitron.export.tensors import Weights
 from nemo_minitron.files import file_sha256, making_once, put
+from nemo_minitron.nemo import models
+from nemo_minitron.nemo.session import nemo_tokenizer
 
 if TYPE_CHECKING:
     from nemo_minitron.checkpoints.source import Source
@@ -113,9 +117,6 @@ def _importer(source: "Source", dtype: str) -> Any:
         source: of kind "huggingface".
         dtype: of the converted weights, "float32" or "bfloat16".
     """
-    from nemo_minitron.nemo import models
-    from nemo_minitron.nemo.session import nemo_tokenizer
-
     models.quiet_nemo()
     base = _connector(source, "Importer")
 
@@ -137,8 +138,6 @@ def _importer(source: "Source", dtype: str) -> Any:
         def apply(self, output: Path) -> Path:
             from nemo.lightning import teardown
 
-            from nemo_minitron.checkpoints.saved_dtype import saving_in
-
             theirs, model = load_huggingface(source, dtype), self.init()
             trainer = self.nemo_setup(model)
             with fused_names(model.module), untied(model.module):
@@ -153,8 +152,6 @@ def _importer(source: "Source", dtype: str) -> Any:
 
 
 def _connector(source: "Source", kind: str) -> Any:
-    from nemo_minitron.nemo import models
-
     model_type = source.architecture.model_type
     if model_type is None:
         raise InputError(
@@ -273,8 +270,6 @@ def export_model(source: "Source", dtype: str = SOURCE_DTYPE) -> Model:
         InputError: a model that Hugging Face has no family for, a dtype that is none, weights that do not fit the
             configuration.
     """
-    from nemo_minitron.checkpoints.source import contents
-
     assert source.kind == "nemo", source
     if source.architecture.model_type is None:
         raise InputError(

@@ -32,6 +32,7 @@ from nemo_minitron.files import write_text
 from nemo_minitron.run import job_spec, overrides, sweep, terminal
 from nemo_minitron.run.closing import closing_line
 from nemo_minitron.run.commands import resources
+from nemo_minitron.run.help_text import help_text
 from nemo_minitron.run.lock import LOCK, check_writable, claim, make
 
 CONFIGURATION = "config.yaml"
@@ -49,8 +50,6 @@ def register_resolvers(name: str, schema: type[Any] = CommonConfig) -> None:
         name: of the recipe that runs.
         schema: its schema.
     """
-    from nemo_minitron.run.help_text import help_text
-
     answers: dict[str, Callable[..., Any]] = {
         "repository": lambda: str(resources()),
         "recipe": lambda: name,

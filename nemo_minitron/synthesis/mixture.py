@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nemo_minitron.config.recipes import DataConfig, cache_dir
-from nemo_minitron.data.corpora import Corpus, jsonl_documents
+from nemo_minitron.data.corpora import jsonl_documents
+from nemo_minitron.data.corpus import Corpus
 from nemo_minitron.data.indexed import MANIFEST, IndexedCorpus, build_indexed
 from nemo_minitron.data.prepare import PreparedData, open_corpus
 from nemo_minitron.environment import RESULT

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.arch import Architecture
+from nemo_minitron.checkpoints.gguf import config, reader, tokenizer, weights
+from nemo_minitron.checkpoints.gguf.settings import Settings
 from nemo_minitron.checkpoints.untrusted_files import check_no_pointer
 from nemo_minitron.errors import InputError
 from nemo_minitron.files import file_sha256, put
@@ -81,9 +83,6 @@ def _key(path: Path, where: str) -> str:
 
 
 def _convert(path: Path, to: Path, where: str, architecture_of: ArchitectureOf) -> None:
-    from nemo_minitron.checkpoints.gguf import config, reader, tokenizer, weights
-    from nemo_minitron.checkpoints.gguf.settings import Settings
-
     file = reader.read_header(path, where)
     values = config.config_json(file, where)
     architecture, settings = architecture_of(values, where), Settings(file.metadata, where)

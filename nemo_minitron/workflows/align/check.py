@@ -10,6 +10,7 @@ from typing import Any
 
 from nemo_minitron.alignment.conversations import EncodedSplit
 from nemo_minitron.alignment.prepared import Prepared, has_cuda
+from nemo_minitron.alignment.runs import ALIGNER, keep_one_checkpoint
 from nemo_minitron.checkpoints.source import Source, find_source
 from nemo_minitron.config.align import AlignConfig
 from nemo_minitron.config.recipes import DataConfig, cache_dir
@@ -230,8 +231,6 @@ def _files(r: Any, own_set: tuple[str, str]) -> dict[str, list[str]]:
 
 def keep_resumable(r: Any) -> None:
     """Put the checkpoints of a run that was killed in order; a run that is overwritten begins anew."""
-    from nemo_minitron.alignment.runs import ALIGNER, keep_one_checkpoint
-
     directory = Path(r.run_dir)
     if r.overwrite and (directory / RESULT).exists():
         remove_stale(directory / ALIGNER)

@@ -4,11 +4,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron.checkpoints.families import FAMILIES
+from nemo_minitron.checkpoints.source import find_source
 from nemo_minitron.config.export import GGUF_QUANTISED, ExportRecipe
 from nemo_minitron.errors import InputError
 from nemo_minitron.export import consumers, gguf_quantiser, huggingface
 from nemo_minitron.export.gguf_tokenizer import Vocabulary, vocabulary_of
 from nemo_minitron.export.target import bytes_of, check_target
+from nemo_minitron.workflows.preflight import converted
 
 # Where the export lies in a run directory if `to` does not say.
 _NAMES = {"hf": "huggingface", "gguf": "gguf"}
@@ -37,9 +40,6 @@ def check(r: ExportRecipe) -> Prepared:
     Raises:
         InputError: names the value.
     """
-    from nemo_minitron.checkpoints.families import FAMILIES
-    from nemo_minitron.checkpoints.source import find_source
-
     if r.trainer.ranks > 1:
         raise InputError(
             f"{r.trainer.ranks} ranks: export works in one process, whatever layout the source had"
@@ -81,7 +81,6 @@ def _opened(
 ) -> Prepared:
     """The weights, after a conversion where the source needs one."""
     from nemo_minitron.nemo.huggingface import export_model
-    from nemo_minitron.workflows.preflight import converted
 
     sha256 = source.sha256()
     source = converted(source, r.data)
