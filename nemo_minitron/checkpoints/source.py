@@ -163,7 +163,8 @@ def is_unfinished(directory: Path) -> bool:
     return directory.with_name(f"{directory.name}-unfinished").exists()
 
 
-def _nemo(directory: Path, where: str) -> Source:
+def _check_nemo_files(directory: Path, where: str) -> None:
+    """Refuse what is half-written, damaged or of another kind, by its files alone."""
     weights, context = directory / "weights", directory / "context"
     for part in (weights, context, *(p for p in context.glob("*") if p.is_dir())):
         if part.is_dir():
@@ -178,6 +179,11 @@ def _nemo(directory: Path, where: str) -> Source:
     backend = read_json(weights / "metadata.json", where).get("sharded_backend")
     if backend != "torch_dist":
         raise InputError(f"{where}: metadata.json: sharded_backend {backend!r}: only 'torch_dist' is read")
+
+
+def _nemo(directory: Path, where: str) -> Source:
+    weights, context = directory / "weights", directory / "context"
+    _check_nemo_files(directory, where)
     contents = table_of_contents(weights / ".metadata", where)
     _check_common(weights / "common.pt", where)
     try:

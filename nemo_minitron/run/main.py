@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,14 +97,21 @@ def main(
         else:
             the_run.carry_out(config)
 
-    stderr = io.StringIO()
-    try:
+    with _refusals(lambda: started):
         compose = COMPOSE in os.environ
         sys.argv[1:] = overrides.for_hydra(name, schema, typed, compose=compose)  # type: ignore[arg-type]
-        with contextlib.redirect_stderr(terminal.Tee(stderr, lambda: started)):
-            task()
+        task()
+
+
+@contextlib.contextmanager
+def _refusals(started: Callable[[], bool]) -> Iterator[None]:
+    """What goes wrong before the recipe has `started` is the command line's fault: one line, exit code 2."""
+    stderr = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(terminal.Tee(stderr, started)):
+            yield
     except SystemExit as stop:
-        if started or not stop.code:
+        if started() or not stop.code:
             raise
         _refuse(_composition_error(stderr.getvalue()))
     except InputError as error:
@@ -115,7 +122,7 @@ def main(
         os._exit(128 + signal.SIGPIPE)
     except (HydraException, OmegaConfBaseException, OSError) as error:
         # With HYDRA_FULL_ERROR=1 Hydra leaves its exceptions to us; a sweep's directory may not be writable.
-        if started:
+        if started():
             raise
         _refuse(_composition_error(str(error)))
 
