@@ -11,7 +11,7 @@ class SearchConfig:
     """Candidates for `recipes/search.py`: the points of `grid` inside `budget`.
 
     `budget`: upper limits by metric (`parameters`, `non_embedding_parameters`, `flops_per_token`, `memory_bytes`), each
-    a number or a fraction of the source's ("1/2"); `slack`: the share of it that a candidate may leave unused.
+    a number or a fraction of the source's ("1/2" or 0.5); `slack`: the share of it that a candidate may leave unused.
     `context`
     tokens, `sequences` and `bytes_per_value` are what FLOPs and memory are counted for. `grid`: choices by axis, sizes
     or fractions ("1/1" is the source's size). `method`: `grid` tries the `max_candidates` that use most of the budget,

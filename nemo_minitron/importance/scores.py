@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 from nemo_minitron.arch import Architecture
 from nemo_minitron.errors import InputError
 from nemo_minitron.files import check_regular, replacing
+from nemo_minitron.importance.aggregation import STATISTICS
 
 VERSION = 1
 _KEY = "nemo_minitron.scores"
@@ -70,7 +72,8 @@ class Scores:
         """Read what `save` wrote.
 
         Raises:
-            InputError: no such file, not a scores file, another version, or a damaged one.
+            InputError: no such file, not a scores file, another version, a damaged one, or one with values that no
+                scoring gives.
         """
         try:
             check_regular(path, _LARGEST)
@@ -83,7 +86,11 @@ class Scores:
             raise InputError(f"{path}: not a scores file ({error})") from None
         if metadata is None:
             raise InputError(f"{path}: a safetensors file, but not one with scores")
-        return cls(tensors=tensors, **_parse(metadata, path))
+        found = _parse(metadata, path)
+        for name, tensor in tensors.items():
+            if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
+                raise InputError(f"{path}: scores of {name[:60]!r}: must be finite floating-point numbers")
+        return cls(tensors=tensors, **found)
 
     def check_matches(self, architecture: Architecture, source_sha256: str) -> None:
         """Refuse to be used on any but the scored model.
@@ -110,10 +117,27 @@ def _parse(metadata: str, path: Any) -> dict[str, Any]:
         values = json.loads(metadata)
         version = values.pop("version")
         if version == VERSION and set(values) == names:
+            _check_values(values)
             return {**values, "architecture": Architecture.from_dict(values["architecture"])}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"{path}: damaged scores file ({error})") from None
     raise InputError(f"{path}: scores file of version {version!r}, this program reads version {VERSION}")
+
+
+def _check_values(values: dict[str, Any]) -> None:
+    """Refuse what a scoring does not write.
+
+    Raises:
+        ValueError: names the key and its value.
+    """
+    legal: dict[str, Callable[[Any], bool]] = {
+        **dict.fromkeys(("batch", "sequence"), lambda v: v in STATISTICS),
+        **dict.fromkeys(("samples", "tokens"), lambda v: type(v) is int and v > 0),
+        **dict.fromkeys(("source_sha256", "data_sha256"), lambda v: isinstance(v, str)),
+    }
+    for key, holds in legal.items():
+        if not holds(values[key]):
+            raise ValueError(f"{key} {str(values[key])[:60]!r}")
 
 
 def _shape(name: str, arch: Architecture) -> tuple[int, ...]:

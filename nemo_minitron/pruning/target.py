@@ -158,6 +158,10 @@ def _size(axis: str, value: int | float | str | None, of: int, multiple: int) ->
             f"{axis}={value!r}: must be a size (an integer) or a fraction of {of} such as 0.75 or 9/14"
         )
     if isinstance(value, int):
+        if value < 1:
+            raise InputError(
+                f"{axis}={value}: must be a positive integer, or a fraction of {of} such as 0.75"
+            )
         return value
     fraction = _fraction(axis, value, of)
     rounded = math.floor(of * fraction / multiple + Fraction(1, 2)) * multiple

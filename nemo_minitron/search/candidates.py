@@ -68,7 +68,7 @@ def make_budget(source: Architecture, limits: Mapping[str, Any], slack: float, l
 
     Args:
         source: the model to prune.
-        limits: by metric, an absolute number, or a fraction of the source's ("1/2"), or None.
+        limits: by metric, an absolute number, or a fraction of the source's ("1/2" or 0.5), or None.
         slack: share of a limit that may stay unused.
         load: what FLOPs and memory are counted for.
 
@@ -92,12 +92,13 @@ def _limit(metric: str, value: Any, own: int) -> float:
             above, below = value.split("/")
             number = own * float(above) / float(below)
         else:
-            number = float(value)
+            number = float(value) * (own if float(value) < 1 else 1)
     except (ValueError, TypeError, ZeroDivisionError):
         number = math.nan
     if isinstance(value, bool) or not 0 < number < math.inf:
         raise InputError(
-            f"search.budget.{metric}={value}: must be a positive number or a fraction of the source's {own}, as 1/2"
+            f"search.budget.{metric}={value}: must be a positive number, or a fraction of the source's {own} as 1/2 or "
+            "0.5"
         )
     return number
 

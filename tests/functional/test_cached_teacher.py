@@ -217,6 +217,10 @@ REFUSED: dict[str, tuple[Callable[[Runs], list[str]], list[str]]] = {
         lambda r: r.from_cache("refused", "hidden", "distill.limit_val_batches=3"),
         ["lacks 8 of the 24 valid sequences"],
     ),
+    "documents apart": (
+        lambda r: r.from_cache("refused", "hidden", "data.reset_attention_mask=true"),
+        ["data.reset_attention_mask=true: a teacher_cache holds one whose documents see each other; must be"],
+    ),
     "intermediate states": (
         lambda r: r.from_cache("refused", "hidden", "distill=demo_intermediate", *SCHEDULE),
         ["distill.intermediate compares states before it", "live teacher"],
@@ -254,6 +258,12 @@ REFUSED_WRITING: dict[str, tuple[list[str], list[str]]] = {
     "form": (["cache.form=logits"], ["cache.form=logits", "hidden, top_k"]),
     "no k": (["cache=top_k"], ["distill.top_k=null", "such as 64"]),
     "k": (["cache=top_k", "distill.top_k=513"], ["distill.top_k=513", "at most 512"]),
+    "documents apart": (
+        ["data.reset_attention_mask=true"],
+        [
+            "data.reset_attention_mask=true: a cache holds a teacher whose documents see each other; must be false"
+        ],
+    ),
     "no sequences": (["cache.train_samples=0"], ["cache.train_samples=0", "at least 1"]),
     "no loss": (["distill.loss=cross_entropy"], ["distill.loss=cross_entropy", "no use"]),
 }

@@ -28,25 +28,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from nemo_minitron.run.commands import RECIPES
 from tests.fuzz import files, overrides
 from tests.fuzz.places import Places, make_places
 
 # CPU, since others may use the machine too; what waits, for a pipe say, waits for so many times as long.
 SECONDS, WAITING, BYTES, LONGEST_LINE = 60, 4, 2 << 30, 1500
-CHECKED = [
-    "prune",
-    "search",
-    "distill",
-    "cache_teacher",
-    "correct_teacher",
-    "pretrain",
-    "synthesize",
-    "evaluate_instruct",
-    "instruct_data",
-    "sft",
-    "preference",
-    "export",
-]
 _STARTS = {
     "os.system",
     "os.exec",
@@ -128,11 +115,11 @@ class Checks:
         from tests.unit.test_config import CONF, SCHEMAS
 
         self.places, self.schemas = places, SCHEMAS
-        assert set(CHECKED) <= set(SCHEMAS)
+        assert set(RECIPES) == set(SCHEMAS)
         self.modules = {
-            name: importlib.import_module(f"nemo_minitron.workflows.{name}.check") for name in CHECKED
+            name: importlib.import_module(f"nemo_minitron.workflows.{name}.check") for name in RECIPES
         }
-        self.keys = {name: sorted(set(overrides.keys(SCHEMAS[name]))) for name in CHECKED}
+        self.keys = {name: sorted(set(overrides.keys(SCHEMAS[name]))) for name in RECIPES}
         self.watch = Watch(places.home.parent)
         initialize_config_dir(version_base="1.3", config_dir=str(CONF)).__enter__()
 
@@ -213,7 +200,7 @@ Case = tuple[str, list[str], list[str], str]
 
 def override_case(checks: Checks, rng: random.Random) -> Case:
     """Recipe, all overrides, those that are odd, what was done."""
-    recipe = rng.choice(sorted(CHECKED))
+    recipe = rng.choice(sorted(RECIPES))
     given = overrides.draw(rng, checks.keys[recipe], checks.places.odd_paths())
     return recipe, [*checks.places.base(recipe), *given], given, " ".join(given)[:300]
 
@@ -276,7 +263,7 @@ def main() -> int:
     begin = time.monotonic()
     checks = Checks(make_places(home / "places"))
     os.chdir(home / "user")
-    for name in CHECKED:
+    for name in RECIPES:
         # Not watched: libraries look at the machine when they are first imported.
         code, said = checks.answer(name, checks.places.base(name))
         assert code == 0, (name, said)

@@ -115,7 +115,7 @@ class Target:
     key: str | None = None
 
 
-MODEL = ("prune", "search", "distill", "synthesize", "sft", "evaluate_instruct", "export")
+MODEL = ("prune", "search", "distill", "synthesize", "sft", "evaluate_instruct", "export", "chat")
 TARGETS = [
     Target("config.json", MODEL, "json"),
     Target("config.json", MODEL, "json"),

@@ -89,7 +89,6 @@ class Places:
             "sft": [line.format("conversations") for line in align],
             "preference": [line.format("preferences") for line in align],
             "evaluate_instruct": [f"source={model}", f"instruct.file={self.home}/instruct.jsonl"],
-            "export": [f"source={model}"],
             "instruct_data": [f"instruct_data.input={self.home}/conversations.jsonl"],
             "pretrain": [
                 "trainer.max_steps=1",
@@ -97,7 +96,7 @@ class Places:
                 *(f"model.{k}={v}" for k, v in _MEGATRON_SIZES.items()),
             ],
         }
-        return [*data, *own[recipe]]
+        return [*data, *own.get(recipe, [f"source={model}"])]
 
 
 _MEGATRON_SIZES = {

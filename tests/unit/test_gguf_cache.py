@@ -3,6 +3,8 @@
 import contextlib
 import importlib
 import io
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -44,7 +46,8 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_recipe_with_a_checkpoint_is_tried() -> None:
-    assert set(TAKES) == set(RECIPES) - {"pretrain", "instruct_data"}
+    # llama.cpp reads the file itself where one talks to it.
+    assert set(TAKES) == set(RECIPES) - {"pretrain", "instruct_data", "chat"}
 
 
 @pytest.mark.parametrize("recipe", TAKES)
@@ -67,3 +70,11 @@ def test_the_conversion_goes_where_data_cache_dir_says(
     (made,) = (tmp_path / "cache" / "gguf").glob("*")
     assert (made / "config.json").is_file()
     assert not (tmp_path / "home").exists()
+
+
+def test_clean_cache_removes_conversions_and_nothing_else(tmp_path: Path) -> None:
+    for part in ("checkpoints", "exports", "gguf", "models", "data", "envs"):
+        (tmp_path / part / "kept").mkdir(parents=True)
+    environment = {**os.environ, "NEMO_MINITRON_HOME": str(tmp_path)}
+    subprocess.run(["make", "-s", "clean-cache"], cwd=CONF.parent, env=environment, check=True, timeout=60)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "envs", "models"]

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from nemo_minitron.arch import Architecture
@@ -101,4 +102,42 @@ def test_other_files_are_refused_by_name(tmp_path):
     make().save(path)
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(InputError, match="not a scores file"):
+        Scores.load(path)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        (torch.full((8,), torch.inf), "scores of 'hidden_size': must be finite floating-point numbers"),
+        (torch.tensor([1.0] * 7 + [torch.nan]), "scores of 'hidden_size': must be finite"),
+        (torch.ones(8, dtype=torch.int64), "scores of 'hidden_size': must be finite floating-point numbers"),
+        (torch.ones(8, dtype=torch.bool), "scores of 'hidden_size': must be finite floating-point numbers"),
+    ],
+)
+def test_scores_that_are_none_are_refused(tmp_path, tensor, message):
+    """A plan would be made of them without a word."""
+    path = tmp_path / "scores.safetensors"
+    make().save(path)
+    with safe_open(path, framework="pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in SHAPES}
+    save_file({**tensors, "hidden_size": tensor}, path, metadata)
+    with pytest.raises(InputError, match=message):
+        Scores.load(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("samples", "7"),
+        ("samples", 0),
+        ("tokens", 7.5),
+        ("tokens", True),
+        ("batch", "median"),
+        ("data_sha256", 3),
+    ],
+)
+def test_what_no_scoring_says_is_refused(tmp_path, key, value):
+    path = tmp_path / "scores.safetensors"
+    make(**{key: value}).save(path)
+    with pytest.raises(InputError, match=f"damaged scores file .{key} '"):
         Scores.load(path)

@@ -113,6 +113,12 @@ def test_values_that_are_no_size_are_refused(value: object) -> None:
         resolve_target(SMALL, {"hidden_size": value})  # type: ignore[dict-item]
 
 
+def test_groups_that_are_none_are_named_as_such() -> None:
+    """Not by the heads that would follow from them."""
+    with pytest.raises(InputError, match=r"^num_query_groups=-1: must be a positive integer"):
+        resolve_target(SMALL, {"num_query_groups": -1})
+
+
 def test_unknown_axes_are_refused() -> None:
     with pytest.raises(InputError, match=r"kv_channels: no axis that can be pruned; those are hidden_size"):
         resolve_target(SMALL, {"kv_channels": 16})

@@ -56,6 +56,7 @@ def test_memory_is_weights_and_keys_and_values() -> None:
 def test_a_fraction_of_the_source_is_a_limit() -> None:
     budget = make_budget(SOURCE, {"parameters": "1/2", "flops_per_token": None}, 0.1, LOAD)
     assert dict(budget.limits) == {"parameters": weights(64, 128, 4) / 2}
+    assert make_budget(SOURCE, {"parameters": 0.5}, 0.1, LOAD) == budget
 
 
 def test_sizes_that_the_layout_cannot_hold_are_no_candidates() -> None:

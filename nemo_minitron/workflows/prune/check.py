@@ -88,7 +88,10 @@ def load_questions(p: PruneConfig, source: Source, data: PreparedData) -> Any:
 def _target(p: PruneConfig, arch: Architecture) -> tuple[Architecture, list[int] | None]:
     """What to make of the source, and the layers that are listed to stay, if they are."""
     sizes = {axis: getattr(p, axis) for axis in (*WIDTH_AXES, "num_layers")}
-    target, drop = resolve_target(arch, sizes), p.drop_layers
+    try:
+        target, drop = resolve_target(arch, sizes), p.drop_layers
+    except InputError as error:  # which begins with the axis
+        raise InputError(f"prune.{error}") from None
     if drop == "late":
         last = arch.num_layers - 1
         drop = list(range(last - (arch.num_layers - target.num_layers), last))
