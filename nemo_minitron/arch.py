@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from nemo_minitron.axes import WIDTH_AXES
 from nemo_minitron.errors import InputError
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "squared_relu")
@@ -15,7 +16,6 @@ _POSITIVE = (
     *("layernorm_epsilon", "rotary_base", "rotary_percent", "rope_scaling_factor", "rope_low_freq_factor"),
     *("rope_high_freq_factor", "rope_original_context"),
 )
-WIDTH_AXES = ("hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
 
 
 @dataclass(frozen=True)

@@ -127,3 +127,31 @@ def _fused_norm(linear: Any, config: Any) -> Callable[[Tensor], Tensor]:
 
 def _as_it_is(x: Tensor) -> Tensor:
     return x
+
+
+def _dense(find: Callable[[Any], list[Site]]) -> Callable[[Any, bool], list[Site]]:
+    return lambda decoder, include_final: find(decoder)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of place that is hooked.
+
+    Attributes:
+        sites: of a decoder; the flag says whether the final norm counts.
+        axis: the one whose units are measured there; others that share the place sum them up.
+        positions: of `num_layers`: the place (see `describe`) of each row of the kind's table.
+        spread_by_sequence_parallel: whether tensor-parallel ranks hold other tokens there under sequence parallelism.
+    """
+
+    sites: Callable[[Any, bool], list[Site]]
+    axis: str
+    positions: Callable[[int], range]
+    spread_by_sequence_parallel: bool = False
+
+
+KINDS = {
+    "ffn": Kind(_dense(ffn_sites), "ffn_hidden_size", lambda layers: range(3, 4 * layers, 4)),
+    "heads": Kind(_dense(head_sites), "num_attention_heads", lambda layers: range(1, 4 * layers, 4)),
+    "norms": Kind(norm_sites, "hidden_size", lambda layers: range(0, 4 * layers + 1, 2), True),
+}

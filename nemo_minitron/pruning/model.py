@@ -8,7 +8,7 @@ import torch
 from torch.nn import Identity, Parameter
 
 from nemo_minitron import parallel
-from nemo_minitron.arch import WIDTH_AXES
+from nemo_minitron.axes import WIDTH_AXES
 from nemo_minitron.errors import InputError
 from nemo_minitron.megatron_gpt import gpt_model
 from nemo_minitron.pruning import depth, rebuild, width

@@ -4,7 +4,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from nemo_minitron.arch import WIDTH_AXES, Architecture
+from nemo_minitron.arch import Architecture
+from nemo_minitron.axes import PRUNABLE
 from nemo_minitron.checkpoints.source import Source, find_source
 from nemo_minitron.config.recipes import PruneConfig, PruneRecipe
 from nemo_minitron.data.prepare import PreparedData, prepare_data
@@ -87,7 +88,7 @@ def load_questions(p: PruneConfig, source: Source, data: PreparedData) -> Any:
 
 def _target(p: PruneConfig, arch: Architecture) -> tuple[Architecture, list[int] | None]:
     """What to make of the source, and the layers that are listed to stay, if they are."""
-    sizes = {axis: getattr(p, axis) for axis in (*WIDTH_AXES, "num_layers")}
+    sizes = {axis: getattr(p, axis) for axis in PRUNABLE}
     try:
         target, drop = resolve_target(arch, sizes), p.drop_layers
     except InputError as error:  # which begins with the axis

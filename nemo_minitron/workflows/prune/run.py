@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.arch import Architecture
+from nemo_minitron.axes import PRUNABLE
 from nemo_minitron.checkpoints import origin
 from nemo_minitron.checkpoints.source import CHECKPOINT
 from nemo_minitron.config.recipes import PruneConfig, PruneRecipe
@@ -13,7 +14,7 @@ from nemo_minitron.files import put, remove_stale
 from nemo_minitron.nemo.prune_transform import prune_model
 from nemo_minitron.nemo.session import Session
 from nemo_minitron.pruning import compose
-from nemo_minitron.pruning.target import PRUNABLE, rounded_from
+from nemo_minitron.pruning.target import rounded_from
 from nemo_minitron.workflows.prune import iterations, plans, scoring
 from nemo_minitron.workflows.prune.check import Prepared
 

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from nemo_minitron.arch import Architecture
+from nemo_minitron.axes import PRUNABLE
 from nemo_minitron.checkpoints.source import Source, find_source
 from nemo_minitron.config.recipes import DistillRecipe, SearchRecipe
 from nemo_minitron.data.prepare import PreparedData, prepare_data
 from nemo_minitron.distillation.loss.settings import DIVERGENCES
 from nemo_minitron.errors import InputError
-from nemo_minitron.pruning.target import PRUNABLE
 from nemo_minitron.search.candidates import (
     Budget,
     Candidate,

@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron.axes import PRUNABLE
 from nemo_minitron.checkpoints import origin
 from nemo_minitron.checkpoints.source import CHECKPOINT
 from nemo_minitron.config.recipes import SearchRecipe
 from nemo_minitron.environment import peak_rss_gib, rank
-from nemo_minitron.pruning.target import PRUNABLE
 from nemo_minitron.search.candidates import (
     Candidate,
     search_grid,

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron.axes import PRUNABLE
 from nemo_minitron.checkpoints.source import CHECKPOINT
 from nemo_minitron.config.recipes import SearchRecipe
 from nemo_minitron.environment import rank
@@ -15,7 +16,6 @@ from nemo_minitron.importance.pictures import importance_picture
 from nemo_minitron.importance.scores import Scores
 from nemo_minitron.nemo.prune_transform import prune_model
 from nemo_minitron.nemo.session import Session
-from nemo_minitron.pruning.target import PRUNABLE
 from nemo_minitron.search.candidates import Candidate
 from nemo_minitron.workflows.distill import check as distill_check
 from nemo_minitron.workflows.distill import run as distill
