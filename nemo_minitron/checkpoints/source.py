@@ -256,33 +256,10 @@ def _architecture(config: dict[str, Any], family: str | None, where: str) -> Arc
     for name in _NOT_BUILT:
         if config.get(name):
             raise InputError(f"{where}: context/model.yaml: {name}={short(config[name])} is not supported")
-    learned = config["position_embedding_type"] == "learned_absolute"
-    fields = dict(
-        num_layers=config["num_layers"],
-        hidden_size=config["hidden_size"],
-        ffn_hidden_size=config["ffn_hidden_size"],
-        num_attention_heads=config["num_attention_heads"],
-        num_query_groups=config.get("num_query_groups") or config["num_attention_heads"],
-        kv_channels=config.get("kv_channels") or config["hidden_size"] // config["num_attention_heads"],
-        vocab_size=config["vocab_size"],
-        gated_linear_unit=config["gated_linear_unit"],
-        normalization=config["normalization"],
-        share_embeddings_and_output_weights=config["share_embeddings_and_output_weights"],
-        add_bias_linear=config["add_bias_linear"],
-        add_qkv_bias=config["add_qkv_bias"],
-        position_embedding_type=config["position_embedding_type"],
-        max_position_embeddings=config["seq_length"] if learned else 0,
-        activation=activation,
-        layernorm_epsilon=float(config["layernorm_epsilon"]),
-        layernorm_zero_centered_gamma=config["layernorm_zero_centered_gamma"],
-        rotary_base=float(config["rotary_base"]),
-        rotary_percent=config["rotary_percent"],
-        **_rope_scaling(config),
-        qk_layernorm=config["qk_layernorm"],
-        model_type=family,
-    )
     try:
-        return Architecture(**fields)
+        return Architecture.from_megatron(
+            config, activation=activation, model_type=family, **_rope_scaling(config)
+        )
     except InputError as error:
         raise InputError(f"{where}: context/model.yaml: {error}") from None
 
