@@ -150,7 +150,8 @@ def in_turn(a: argparse.Namespace, directory: Path) -> dict[str, list[dict[str, 
     return found
 
 
-def main() -> None:
+def arguments() -> argparse.ArgumentParser:
+    """What the command takes."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -168,7 +169,11 @@ def main() -> None:
     )
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
-    a = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    a = arguments().parse_args()
     if a.side:
         print(json.dumps(run_side(a, a.directory)))
         return

@@ -226,7 +226,8 @@ def sweep(a: argparse.Namespace) -> dict[str, Any]:
     return lines[-1]
 
 
-def main() -> None:
+def arguments() -> argparse.ArgumentParser:
+    """What the command takes."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -236,7 +237,11 @@ def main() -> None:
     parser.add_argument("--sweep", help="write this path with .csv and .png")
     parser.add_argument("--token-counts", type=int, nargs="+", default=[256, 1024, 4096, 8192])
     parser.add_argument("--vocabs", type=int, nargs="+", default=[32000, 128256])
-    a = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    a = arguments().parse_args()
     print(json.dumps(sweep(a) if a.sweep else once(a)))
 
 

@@ -56,6 +56,7 @@ def gpt(arch: Architecture, dtype: torch.dtype = torch.float32, *, initialised: 
         activation_func=torch.nn.functional.silu,
         normalization="RMSNorm",
         add_bias_linear=False,
+        layernorm_epsilon=arch.layernorm_epsilon,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         gradient_accumulation_fusion=False,
@@ -69,8 +70,10 @@ def gpt(arch: Architecture, dtype: torch.dtype = torch.float32, *, initialised: 
         config=config,
         transformer_layer_spec=get_gpt_layer_local_spec(normalization="RMSNorm"),
         vocab_size=arch.vocab_size,
-        max_sequence_length=4096,
+        max_sequence_length=8192,
         position_embedding_type="rope",
+        rotary_base=int(arch.rotary_base),
+        share_embeddings_and_output_weights=arch.share_embeddings_and_output_weights,
     ).to(device=device(), dtype=dtype)
     if not initialised:
         for parameter in model.parameters():

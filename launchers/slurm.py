@@ -185,15 +185,17 @@ def check(job: Job, made: set[Path]) -> None:
         Refused: a value that is missing, a checkpoint that is not there or not whole, a run directory in use.
     """
     from nemo_minitron.checkpoints.source import find_source
+    from nemo_minitron.config.recipes import DataConfig
     from nemo_minitron.errors import InputError
 
     if job.missing:
         raise Refused(f"{', '.join(job.missing)}: no value given")
     for config in job.configs:
+        place = DataConfig(cache_dir=(config.get("data") or {}).get("cache_dir"))
         for key in ("source", "student", "teacher"):
             if config.get(key) and Path(config[key]).absolute() not in made:
                 try:
-                    find_source(config[key], key)
+                    find_source(config[key], key, place)
                 except InputError as error:
                     raise Refused(str(error)) from None
     for run in job.runs:

@@ -56,10 +56,13 @@ def read_headers(directory: Path, where: str) -> dict[str, Tensor]:
             raise InputError(f"{where}: {name} lacks {short(key)}, which {INDEX} says it holds")
     for key, tensor in tensors.items():
         if tensor.dtype not in DTYPES:
-            raise InputError(
-                f"{where}: {short(key)} has dtype {short(tensor.dtype)}: quantised weights are not read, only "
-                f"{', '.join(DTYPES)} are; take the model that they were made from"
+            legal = ", ".join(DTYPES)
+            reason = (
+                f"quantised weights are not read, only {legal} are; take the model that they were made from"
             )
+            if tensor.dtype == "F64":
+                reason = f"must be one of {legal}; save the model in float32"
+            raise InputError(f"{where}: {short(key)} has dtype {short(tensor.dtype)}: {reason}")
     return tensors
 
 

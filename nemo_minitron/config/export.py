@@ -34,10 +34,15 @@ class ExportConfig:
 @dataclass
 class ExportRecipe(CommonConfig):
     """`recipes/export.py`. `source`: a Hugging Face, NeMo 2 or run directory, or a GGUF file. `format`: "hf", a
-    directory for transformers, or "gguf", a file for llama.cpp. `to`: what is written; null: in the run directory.
+    directory for transformers, or "gguf", a file for llama.cpp. `to`: the directory that is written; null: in the run
+    directory. `license`: of the base model, by the hub's name; null: as its files say; "none": of one's own. `publish`:
+    ORG/NAME on the hub: what would be sent is listed; `push`: and sent.
     """
 
     source: PathName = MISSING
     format: Annotated[str, Choice("hf", "gguf")] = "hf"
     to: PathName | None = None
+    license: str | None = None
+    publish: str | None = None
+    push: bool = False
     export: ExportConfig = field(default_factory=ExportConfig)

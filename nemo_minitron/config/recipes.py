@@ -109,6 +109,8 @@ class ModelConfig:
 @dataclass
 class PruneConfig:
     """What to keep and how to choose it. A size is an integer, a fraction of the source ("3/4"), or null: left alone.
+    `multiple_of`: what fractions of hidden_size and ffn_hidden_size are rounded to (256 for llama.cpp's K types); null:
+    to tiles of matrix products.
 
     Layers: `num_layers` lets `layer_metric` choose, `contiguous` as one block of neighbours, never the first
     `protect_first` and the last `protect_last`; or `keep_layers` or `drop_layers` lists them, 0-based;
@@ -127,6 +129,7 @@ class PruneConfig:
     num_attention_heads: Size = None
     num_query_groups: Size = None
     num_layers: Size = None
+    multiple_of: Positive | None = None
     keep_layers: Layers = None
     drop_layers: LayersOrLate = None
     layer_metric: str = "block_influence"  # or whatever prune.scores has

@@ -83,7 +83,9 @@ def _check_stages(num_layers: int, pp: int, vp: int | None) -> None:
         raise InputError(f"num_layers={num_layers}: not divisible by the stages of {what}")
 
 
-def resolve_target(source: Architecture, sizes: Mapping[str, int | float | str | None]) -> Architecture:
+def resolve_target(
+    source: Architecture, sizes: Mapping[str, int | float | str | None], multiple_of: int | None = None
+) -> Architecture:
     """The target that sizes or fractions of the source's sizes mean.
 
     Args:
@@ -93,17 +95,23 @@ def resolve_target(source: Architecture, sizes: Mapping[str, int | float | str |
             the nearest legal size: hidden_size and ffn_hidden_size to a multiple of the largest power of two
             up to 128 that divides the source's size with at least 16 steps, heads to a multiple of the
             groups. Groups that follow from the heads need not be given, and the other way round.
+        multiple_of: what fractions of hidden_size and ffn_hidden_size are rounded to instead.
 
     Raises:
         InputError: an unknown axis, a size or fraction that is none, a target that cannot be made from the
-            source.
+            source, a multiple that is larger than the source's size.
     """
     for axis in sizes:
         if axis not in PRUNABLE:
             raise InputError(f"{axis}: no axis that can be pruned; those are {', '.join(PRUNABLE)}")
     wanted = {axis: value for axis, value in sizes.items() if value is not None}
     resolved: dict[str, int] = {
-        axis.name: _size(axis.name, wanted[axis.name], axis.size(source), _multiple(axis.size(source)))
+        axis.name: _size(
+            axis.name,
+            wanted[axis.name],
+            axis.size(source),
+            _multiple(axis.name, axis.size(source), multiple_of),
+        )
         for axis in AXES
         if axis.tiled and axis.name in wanted
     }
@@ -148,8 +156,12 @@ def _heads_and_groups(source: Architecture, wanted: Mapping[str, int | float | s
     return {"num_query_groups": num_groups, "num_attention_heads": num_heads}
 
 
-def _multiple(size: int) -> int:
+def _multiple(axis: str, size: int, multiple_of: int | None) -> int:
     """The rounding step of a fraction of `size`."""
+    if multiple_of is not None:
+        if multiple_of > size:
+            raise InputError(f"multiple_of={multiple_of}: larger than the source's {axis}, {size}")
+        return multiple_of
     power_of_two = size & -size
     step = min(power_of_two, _LARGEST_MULTIPLE)
     while step > 1 and size < _FINEST_STEP * step:
@@ -169,8 +181,10 @@ def _size(axis: str, value: int | float | str | None, of: int, multiple: int) ->
             )
         return value
     fraction = _fraction(axis, value, of)
+    if fraction == 1:
+        return of
     rounded = math.floor(of * fraction / multiple + Fraction(1, 2)) * multiple
-    return min(max(rounded, multiple), of)
+    return min(max(rounded, multiple), of // multiple * multiple)
 
 
 def _fraction(axis: str, value: float | str, of: int) -> Fraction:

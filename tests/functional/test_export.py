@@ -28,6 +28,7 @@ def exported(commands: Commands, pruned: Pruned) -> Exported:
     directory = commands.home / "exported"
     settings = [
         "export.shard_size=100KB",
+        "license=none",
         "export.verify_tokens=64",
         f"run_dir={commands.home / 'export-run'}",
     ]
@@ -65,6 +66,12 @@ def test_the_result_says_how_it_was_checked(exported: Exported, pruned: Pruned) 
     assert sum(file.stat().st_size for file in files) == result["weight_bytes"]
     assert result["dtype"] == "float32"
     assert Path(result["exported"]) == exported.directory
+    card = (exported.directory / "README.md").read_text()
+    assert "pruned by importance" in card
+    assert "(importance.png)" in card
+    assert (exported.directory / "importance.png").read_bytes() == (
+        pruned.run_dir / "importance.png"
+    ).read_bytes()
     assert not [path for path in exported.directory.parent.iterdir() if path.name.startswith(".exported")]
 
 
@@ -97,7 +104,12 @@ def test_half_precision_of_a_hugging_face_source(
     }.items():
         old = json.loads((source / name).read_text())
         (source / name).write_text(json.dumps(old | values))
-    settings = ["export.dtype=bfloat16", "export.verify_tokens=64", f"run_dir={tmp_path / 'run'}"]
+    settings = [
+        "license=mit",
+        "export.dtype=bfloat16",
+        "export.verify_tokens=64",
+        f"run_dir={tmp_path / 'run'}",
+    ]
     result = commands.run("export", f"source={source}", f"to={target}", *settings).result()
     assert (result["dtype"], result["stop_token_ids"]) == ("bfloat16", [0, 5, 9, 1])
     assert result["verify_max_difference"] < 1e-4 * max(1, result["verify_largest_logit"])
@@ -117,7 +129,12 @@ def test_half_precision_of_a_hugging_face_source(
 def test_a_full_disk_leaves_nothing(commands: Commands, pruned: Pruned, tmp_path: Path) -> None:
     target, run_dir = tmp_path / "target", tmp_path / "run"
     ended = commands.run(
-        "export", f"source={pruned.run_dir}", f"to={target}", f"run_dir={run_dir}", largest_file_bytes=150_000
+        "export",
+        "license=none",
+        f"source={pruned.run_dir}",
+        f"to={target}",
+        f"run_dir={run_dir}",
+        largest_file_bytes=150_000,
     )
     assert ended.code == 1, ended.stderr
     assert list(tmp_path.iterdir()) == [run_dir]
@@ -150,6 +167,12 @@ def test_refused(commands: Commands, teacher: Teacher, pruned: Pruned) -> None:
         "dtype": (["export.dtype=int8"], ["export.dtype=int8", "bfloat16"]),
         "shards": (["export.shard_size=5GiB"], ["export.shard_size=5GiB", "GB"]),
         "tokens": (["export.verify_tokens=1"], ["export.verify_tokens=1", "at least 2"]),
+        "no licence": (["license=null"], ["license: nothing in", "says what it is under", "license=none"]),
+        "licence": (["license=foo"], ["license=foo", "apache-2.0"]),
+        "no derivatives": (["license=cc-by-nd-4.0"], ["license=cc-by-nd-4.0", "forbids changed copies"]),
+        "name": (["license=llama3.2", "publish=me/student"], ["publish=me/student", "begins with Llama"]),
+        "repository": (["publish=a/b/c"], ["publish=a/b/", "ORG/NAME"]),
+        "push": (["push=true"], ["push=true", "publish=ORG/NAME"]),
         "no source": (["source=null"], ["source", "missing"]),
         "inside": ([f"to={source}/checkpoint/hf"], ["inside the source"]),
         "around": ([f"to={home}"], ["holds the source"]),
@@ -158,7 +181,12 @@ def test_refused(commands: Commands, teacher: Teacher, pruned: Pruned) -> None:
         "killed": ([f"source={interrupted(home, pruned)}"], ["did not finish"]),
         "an id": ([f"source={with_ids(home, teacher)}"], [f"eos_token_id={VOCAB_SIZE}", "rows"]),
     }
-    common = [f"source={source}", f"to={home}/bad-export/to", f"run_dir={home}/bad-export/run"]
+    common = [
+        "license=none",
+        f"source={source}",
+        f"to={home}/bad-export/to",
+        f"run_dir={home}/bad-export/run",
+    ]
     asked = []
     for overrides, _ in cases.values():
         given = {item.partition("=")[0] for item in overrides}

@@ -18,7 +18,7 @@ from tests.support.commands import Commands
 
 def export(commands: Commands, source: Path, to: Path, kind: str) -> dict[str, Any]:
     settings = [f"export.quantization={kind}", "export.verify_tokens=64", "export.perplexity_tokens=40"]
-    places = [f"source={source}", f"to={to}", f"run_dir={to}-run"]
+    places = ["license=none", f"source={source}", f"to={to}", f"run_dir={to}-run"]
     return commands.run("export", "format=gguf", *settings, *places).result()
 
 
@@ -47,6 +47,9 @@ def test_a_quantised_file_is_a_source(commands: Commands, pruned: Pruned, tmp_pa
     assert {key for key in differ if not key.startswith("GGUF.")} <= of_the_file
     assert (first["params"], first["stop_token_ids"]) == (second["params"], second["stop_token_ids"])
     assert first["rows_that_fit_no_block"] > len(first["rows_that_fit_no_block_first"]) == 5
+    lines = (tmp_path / "first" / "Modelfile").read_text().splitlines()
+    assert "FROM ./model-Q8_0.gguf" in lines
+    assert 'PARAMETER stop "<|endoftext|>"' in lines
     assert second["verify_max_difference"] < 1e-4 * max(1, second["verify_largest_logit"])
 
 
@@ -57,7 +60,12 @@ def test_perplexity_is_that_of_transformers(commands: Commands, pruned: Pruned, 
     from nemo_minitron.export.written import text
 
     result = export(commands, pruned.run_dir, tmp_path / "gguf", "Q8_0")
-    settings = [f"source={pruned.run_dir}", f"to={tmp_path / 'hf'}", f"run_dir={tmp_path / 'hf-run'}"]
+    settings = [
+        "license=none",
+        f"source={pruned.run_dir}",
+        f"to={tmp_path / 'hf'}",
+        f"run_dir={tmp_path / 'hf-run'}",
+    ]
     commands.run("export", *settings).result()
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     ids = torch.tensor([AutoTokenizer.from_pretrained(tmp_path / "hf").encode(text())[:40]])

@@ -9,7 +9,7 @@ import torch
 from nemo_minitron.arch import Architecture
 from nemo_minitron.checkpoints.families import config_of
 from nemo_minitron.checkpoints.gguf.pre_tokenizers import PRE_TOKENIZERS
-from nemo_minitron.export import gguf_model, huggingface
+from nemo_minitron.export import generation, gguf_model, huggingface
 from nemo_minitron.export.gguf_tokenizer import vocabulary_of
 from nemo_minitron.export.tensors import Weights
 from tests.support import gguf_files
@@ -64,13 +64,21 @@ def byte_level(directory: Path) -> Any:
     return tokenizer
 
 
-def made(place: Path, arch: Architecture) -> Student:
+def made(
+    place: Path,
+    arch: Architecture,
+    tensors: dict[str, torch.Tensor] | None = None,
+    generation_settings: dict[str, Any] | None = None,
+    dtype: torch.dtype = torch.float32,
+    max_shard: int = 10**9,
+) -> Student:
     (place / "tokenizer").mkdir(parents=True)
     byte_level(place / "tokenizer")
-    weights = Weights(arch, saved(place / "weights", stacked(arch)))
-    model = huggingface.Model(weights, config_of(arch, 128), place / "tokenizer", torch.float32)
+    generation.write(generation_settings or {}, place / "tokenizer")
+    weights = Weights(arch, saved(place / "weights", tensors or stacked(arch)))
+    model = huggingface.Model(weights, config_of(arch, 128), place / "tokenizer", dtype)
     (place / "hf").mkdir()
-    huggingface.write(model, place / "hf", 10**9)
+    huggingface.write(model, place / "hf", max_shard)
     settings = huggingface.generation_settings(place / "tokenizer", arch.vocab_size)
     tokenizer = huggingface.load_tokenizer(place / "tokenizer", arch.vocab_size)
     return Student(model, tokenizer, settings, place / "hf")

@@ -30,8 +30,12 @@ def of_family(name: str, **sizes: Any) -> Architecture:
     return ARCH.replace(
         model_type=name,
         activation=next(iter(family.activations.values())),
-        share_embeddings_and_output_weights=name == "gemma",
-        **{**family.fixed, "rotary_percent": 0.5 if name == "nemotron" else 1.0, **sizes},
+        **{
+            **family.fixed,
+            "share_embeddings_and_output_weights": name == "gemma",
+            "rotary_percent": 0.5 if name == "nemotron" else 1.0,
+            **sizes,
+        },
     )
 
 

@@ -97,6 +97,50 @@ def test_a_float32_file_comes_back_bit_for_bit(tmp_path: Path) -> None:
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_llama_3_2(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Tied embeddings, scaled rotation, heads of another width, three stop tokens, rows that pad the vocabulary, and
+    shards, all at once, in transformers and in llama.cpp."""
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    arch = of_family(
+        "llama",
+        vocab_size=ROWS,
+        share_embeddings_and_output_weights=True,
+        num_attention_heads=4,
+        num_query_groups=1,
+        rope_scaling_factor=32.0,
+        rope_original_context=64,
+        rotary_base=5e5,
+    )
+    assert arch.hidden_size != arch.query_size
+    tensors = {name: tensor.to(dtype) for name, tensor in stacked(arch, rows=384).items()}
+    student = made(
+        tmp_path, arch, tensors, {"eos_token_id": [0, 5], "temperature": 0.6}, dtype, max_shard=4000
+    )
+    hf = tmp_path / "hf"
+    assert len(list(hf.glob("*.safetensors"))) > 1
+    model, found = AutoModelForCausalLM.from_pretrained(hf, torch_dtype="auto", output_loading_info=True)
+    assert not any(found.values())
+    assert (model.dtype, model.config.vocab_size, model.config.head_dim) == (dtype, ROWS, arch.kv_channels)
+    assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+    assert torch.equal(model.lm_head.weight, tensors["module.embedding.word_embeddings.weight"][:ROWS])
+    # The template's end marker joins the author's list.
+    assert GenerationConfig.from_pretrained(hf).eos_token_id == [0, 5, 2]
+    report = student.written(tmp_path / "a.gguf", "F32")
+    assert not report.kept
+    names = {tensor.name: tensor.shape.tolist() for tensor in gguf.GGUFReader(tmp_path / "a.gguf").tensors}
+    assert "output.weight" not in names
+    assert names["token_embd.weight"] == [arch.hidden_size, ROWS]
+    assert student.vocabulary.ids == {"eos": 0, "eot": 5, "eom": 2, "bos": 0, "pad": 0}
+    ids = student.tokenizer.encode(PROMPT)
+    with torch.no_grad():
+        expected = model.float()(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+    with llama_cpp.opened(tmp_path / "a.gguf") as server:
+        for token, value in llama_cpp.next_token(server, ids, ASCII).items():
+            assert expected[token].item() == pytest.approx(value, abs=5e-3)
+
+
 def test_metadata_by_the_format_s_own_reader(student: Student, tmp_path: Path) -> None:
     student.written(tmp_path / "a.gguf", "F16")
     reader = gguf.GGUFReader(tmp_path / "a.gguf")

@@ -122,3 +122,17 @@ def test_groups_that_are_none_are_named_as_such() -> None:
 def test_unknown_axes_are_refused() -> None:
     with pytest.raises(InputError, match=r"kv_channels: no axis that can be pruned; those are hidden_size"):
         resolve_target(SMALL, {"kv_channels": 16})
+
+
+@pytest.mark.parametrize(
+    ("size", "fraction", "expected"),
+    [(4096, "3/4", 3072), (4096, "9/14", 2560), (576, "3/4", 512), (576, "1/9", 256)],
+)
+def test_a_multiple_for_the_blocks_of_a_quantiser(size: int, fraction: str, expected: int) -> None:
+    source = LLAMA_31_8B.replace(hidden_size=size)
+    found = resolve_target(source, {"hidden_size": fraction}, 256)
+    assert found == source.replace(hidden_size=expected)
+    assert resolve_target(source, {"hidden_size": 1.0}, 256) == source
+    assert resolve_target(source, {"hidden_size": 100}, 256).hidden_size == 100
+    with pytest.raises(InputError, match="multiple_of=8192: larger than the source's hidden_size"):
+        resolve_target(source, {"hidden_size": fraction}, 8192)

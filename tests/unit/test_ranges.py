@@ -11,10 +11,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from nemo_minitron.alignment.comparisons import LOSSES
-from nemo_minitron.config import ranges
 from nemo_minitron.config.cluster import ClusterConfig
 from nemo_minitron.config.ranges import Choice, Count, Files, Positive, Range, check_ranges, check_shape
-from nemo_minitron.config.recipes import CommonConfig, SearchRecipe
+from nemo_minitron.config.recipes import CommonConfig, SearchRecipe, ranges
 from nemo_minitron.data.chat.formats import SHAPES
 from nemo_minitron.data.chat.template import TOO_LONG
 from nemo_minitron.distillation.cache.format import FORMS

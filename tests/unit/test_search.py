@@ -1,11 +1,15 @@
 """Candidates inside a budget, against counting by hand; Optuna's order; what is refused."""
 
+import dataclasses
 import itertools
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from nemo_minitron.arch import Architecture
+from nemo_minitron.config.recipes import SearchRecipe
+from nemo_minitron.config.trainer import TrainerConfig
 from nemo_minitron.errors import InputError
 from nemo_minitron.search.candidates import (
     Candidate,
@@ -15,6 +19,7 @@ from nemo_minitron.search.candidates import (
     make_budget,
     search_optuna,
 )
+from nemo_minitron.workflows.search.trials import Trials
 
 SOURCE = Architecture(
     num_layers=4,
@@ -102,3 +107,18 @@ def test_optuna_asks_for_the_same_candidates_again_and_for_none_twice() -> None:
 def test_what_is_refused(grid: dict[str, Any], budget: dict[str, Any], slack: float, said: str) -> None:
     with pytest.raises(InputError, match=said.replace("[", r"\[").replace(".", r"\.")):
         candidates(SOURCE, check_grid(grid), make_budget(SOURCE, budget, slack, LOAD), LOAD)
+
+
+def test_a_remembered_loss_is_of_the_dtype_that_it_was_measured_in() -> None:
+    """Right after pruning nothing is rounded; after the short distillation the student is."""
+    recipe = SearchRecipe(run_dir="run", source="source")
+    recipe.distill.max_steps = recipe.distill.global_batch_size = 1
+    trials: Any = object.__new__(Trials)
+    indexed = SimpleNamespace(manifest_sha256="y")
+    trials.prepared = SimpleNamespace(source_sha256="x", data=SimpleNamespace(indexed=indexed))
+    found = []
+    for dtype in (None, "bfloat16"):
+        trials.r = dataclasses.replace(recipe, trainer=TrainerConfig(checkpoint_dtype=dtype))
+        found.append([trials._fingerprint(name) for name in ("l4", "l4.distilled")])
+    assert found[0][0] == found[1][0]
+    assert found[0][1] != found[1][1]

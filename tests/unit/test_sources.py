@@ -165,11 +165,19 @@ def test_an_index_that_names_what_no_shard_has(source: Path) -> None:
     refused(source, f"'{name}' is in model-00001-of-00002.safetensors and in model-00002-of-00002")
 
 
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.float64], ids=str)
-def test_weights_in_another_dtype(source: Path, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "says"),
+    [
+        (torch.float8_e4m3fn, "'F8_E4M3': quantised weights are not read, only F32, F16, BF16 are"),
+        (torch.int8, "'I8': quantised weights are not read, only F32, F16, BF16 are"),
+        (torch.float64, "'F64': must be one of F32, F16, BF16; save the model in float32"),
+    ],
+    ids=str,
+)
+def test_weights_in_another_dtype(source: Path, dtype: torch.dtype, says: str) -> None:
     name = "model.layers.0.mlp.up_proj.weight"
     change_weights(source, lambda w: w.update({name: w[name].to(dtype)}))
-    refused(source, f"'{name}' has dtype", "quantised weights are not read, only F32, F16, BF16 are")
+    refused(source, f"'{name}' has dtype {says}")
 
 
 def test_scales_beside_the_weights(source: Path) -> None:

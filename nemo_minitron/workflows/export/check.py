@@ -8,8 +8,11 @@ from nemo_minitron.checkpoints.families import FAMILIES
 from nemo_minitron.checkpoints.source import find_source
 from nemo_minitron.config.export import GGUF_QUANTISED, ExportRecipe
 from nemo_minitron.errors import InputError
-from nemo_minitron.export import consumers, gguf_quantiser, huggingface
+from nemo_minitron.export import consumers, gguf_quantiser, hub, huggingface
+from nemo_minitron.export.card import licence_of
 from nemo_minitron.export.gguf_tokenizer import Vocabulary, vocabulary_of
+from nemo_minitron.export.licences import Licence
+from nemo_minitron.export.lineage import Lineage, lineage
 from nemo_minitron.export.target import bytes_of, check_target
 from nemo_minitron.workflows.preflight import converted
 
@@ -20,7 +23,8 @@ GGUF = "gguf"
 
 @dataclass(frozen=True)
 class Prepared:
-    """The checkpoint in NeMo 2 form, what is written of it, and where; `vocabulary`: of a GGUF file."""
+    """The checkpoint in NeMo 2 form, what is written of it, and where; `vocabulary`: of a GGUF file; `lineage`,
+    `licence`: of its card."""
 
     source: Any
     source_sha256: str
@@ -28,6 +32,8 @@ class Prepared:
     target: Path
     shard_bytes: int
     vocabulary: Vocabulary | None
+    lineage: Lineage
+    licence: Licence | None
 
     def to_config(self) -> dict[str, Any]:
         """Nothing: there is one process."""
@@ -47,6 +53,8 @@ def check(r: ExportRecipe) -> Prepared:
     shard_bytes = bytes_of("export.shard_size", r.export.shard_size)
     if r.format == GGUF:
         _check_gguf(r)
+    came_from = lineage(r.source)
+    licence = _licence(r, came_from)
     to = r.to or Path(r.run_dir) / _NAMES[r.format]
     source = find_source(r.source, data=r.data)
     arch = source.architecture
@@ -61,7 +69,8 @@ def check(r: ExportRecipe) -> Prepared:
             raise InputError(f"source={r.source}: format=gguf: {reason}")
         tokenizer = huggingface.load_tokenizer(source.tokenizer, arch.vocab_size)
         vocabulary = vocabulary_of(tokenizer, settings, arch.vocab_size, str(source.tokenizer))
-    return _opened(r, source, to, shard_bytes, vocabulary)
+    model, source, target, sha256 = _opened(r, source, to)
+    return Prepared(source, sha256, model, target, shard_bytes, vocabulary, came_from, licence)
 
 
 def measured(r: ExportRecipe) -> bool:
@@ -76,9 +85,22 @@ def _check_gguf(r: ExportRecipe) -> None:
         raise InputError(f"to={r.to}: format=gguf writes a directory: the file, its Modelfile and its card")
 
 
-def _opened(
-    r: ExportRecipe, source: Any, to: str | Path, shard_bytes: int, vocabulary: Vocabulary | None
-) -> Prepared:
+def _licence(r: ExportRecipe, came_from: Lineage) -> Licence | None:
+    licence = licence_of(r.license, came_from)
+    if r.publish is None:
+        if r.push:
+            raise InputError("push=true: needs publish=ORG/NAME")
+        return licence
+    hub.check_repository(r.publish, push=r.push)
+    begins = licence.name_begins if licence else None
+    if begins and not r.publish.split("/")[1].lower().startswith(begins.lower().replace(" ", "-")):
+        raise InputError(
+            f"publish={r.publish}: by the {licence.title} the name of a model made of it begins with {begins}"
+        )
+    return licence
+
+
+def _opened(r: ExportRecipe, source: Any, to: str | Path) -> tuple[huggingface.Model, Any, Path, str]:
     """The weights, after a conversion where the source needs one."""
     from nemo_minitron.nemo.huggingface import export_model
 
@@ -92,4 +114,4 @@ def _opened(
         else model.bytes
     )
     target = check_target(to, r.source, size=size, overwrite=r.overwrite)
-    return Prepared(source, sha256, model, target, shard_bytes, vocabulary)
+    return model, source, target, sha256

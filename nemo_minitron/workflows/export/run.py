@@ -6,9 +6,9 @@ from typing import Any
 
 from nemo_minitron.config.export import ExportRecipe
 from nemo_minitron.environment import peak_rss_gib
-from nemo_minitron.export import generation, huggingface
+from nemo_minitron.export import generation, hub, huggingface
 from nemo_minitron.export.target import under_another_name
-from nemo_minitron.workflows.export import gguf, verification
+from nemo_minitron.workflows.export import gguf, papers, verification
 from nemo_minitron.workflows.export.check import GGUF, Prepared
 
 
@@ -33,12 +33,15 @@ def run(r: ExportRecipe, prepared: Prepared, directory: Path) -> dict[str, Any]:
         else:
             fields |= verification.of_directory(prepared, temporary, r.export.verify_tokens)
         fields["verify_s"] = round(time.monotonic() - begin, 2)
+        papers.write(r, prepared, fields, temporary)
+    fields |= _published(r, prepared.target)
     return {
         "recipe": "export",
         "format": r.format,
         "source": str(r.source),
         "source_sha256": prepared.source_sha256,
         "params": prepared.source.architecture.parameters(),
+        "license": None if prepared.licence is None else prepared.licence.name,
         **fields,
         "peak_rss_gib": peak_rss_gib(),
         "exported": str(prepared.target),
@@ -55,3 +58,14 @@ def _write_directory(prepared: Prepared, place: Path) -> dict[str, Any]:
         "weight_files": len(files),
         "weight_bytes": sum(file.stat().st_size for file in files),
     }
+
+
+def _published(r: ExportRecipe, directory: Path) -> dict[str, Any]:
+    """What was, or would be, sent to the hub."""
+    if r.publish is None:
+        return {}
+    print(hub.listing(directory, r.publish), flush=True)
+    if not r.push:
+        print("nothing was sent; push=true sends it", flush=True)
+    commit = hub.push(directory, r.publish) if r.push else None
+    return {"published": r.publish if r.push else None, "commit": commit}

@@ -90,7 +90,7 @@ def _target(p: PruneConfig, arch: Architecture) -> tuple[Architecture, list[int]
     """What to make of the source, and the layers that are listed to stay, if they are."""
     sizes = {axis: getattr(p, axis) for axis in PRUNABLE}
     try:
-        target, drop = resolve_target(arch, sizes), p.drop_layers
+        target, drop = resolve_target(arch, sizes, p.multiple_of), p.drop_layers
     except InputError as error:  # which begins with the axis
         raise InputError(f"prune.{error}") from None
     if drop == "late":

@@ -62,6 +62,10 @@ def check(r: SearchRecipe) -> Prepared:
             )
     if r.prune.iterations != 1:
         raise InputError(f"prune.iterations={r.prune.iterations}: a search scores the source once; must be 1")
+    if r.prune.multiple_of is not None:
+        raise InputError(
+            f"prune.multiple_of={r.prune.multiple_of}: a search takes the sizes of its grid as they are"
+        )
     # An axis that the grid leaves open has the size that the preset gives it.
     fixed = {axis: [v] for axis in PRUNABLE if (v := getattr(r.prune, axis)) is not None}
     grid = {**fixed, **check_grid(s.grid or {})}

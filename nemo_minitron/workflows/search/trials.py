@@ -155,7 +155,7 @@ class Trials:
         }
         if name.endswith(_DISTILLED):
             training = dataclasses.asdict(short_distillation(r, "", "").distill)
-            settings["distill"] = [training, r.seed]
+            settings["distill"] = [training, r.seed, r.trainer.checkpoint_dtype]
         return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
 
     def _remembered(self) -> dict[str, float]:

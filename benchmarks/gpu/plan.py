@@ -1,0 +1,184 @@
+"""Everything that is measured on one GPU, as one command of half an hour:
+
+    python benchmarks/gpu/plan.py --model M.gguf --llama DIR --out OUT        # M: `make real-model`
+    python benchmarks/gpu/plan.py ... --only parity_cpu parity_gpu            # a part, where a command has a limit
+    python benchmarks/gpu/plan.py ... --list                                  # what would run
+
+**Not run so far on a GPU: no figure in docs comes from it.** It needs an environment as `make setup` makes it, or the
+machine's own torch with the wheels of `pack.py`; Transformer Engine is not needed. DIR is the Hugging Face form of M
+(`recipes/prune.py` leaves it in the cache).
+
+Each step is a process of its own with a limit; the limits add up to less than --budget. OUT/steps.jsonl gets a line for
+each step (name, exit code, seconds, its own last JSON line), OUT/NAME.log all that it said. A step that fails does not
+stop the others. Exit code 1 if any failed. What the figures are for is in docs/performance.md.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+VERSIONS = """
+import json, torch
+from nemo_minitron import cpu_compat
+print(json.dumps({"torch": torch.__version__, "cuda": torch.version.cuda, "device": torch.cuda.get_device_name(),
+                  "stand_ins": cpu_compat.prepare_nemo()}))
+"""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One process: its arguments after the interpreter, and its limit in seconds."""
+
+    name: str
+    limit_s: int
+    arguments: list[str]
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+def steps(model: Path, llama: Path, out: Path) -> list[Step]:
+    """All of them, in the order of what would be missed most."""
+    return [
+        Step("environment", 60, ["-c", VERSIONS]),
+        *parity(llama),
+        *whole_steps(llama),
+        *losses(),
+        *recipes(model, out),
+    ]
+
+
+def parity(llama: Path) -> list[Step]:
+    """The same losses (`value_ours`) of three distillation steps on the CPU and on the GPU, float32."""
+    arguments = ["benchmarks/steps.py", "distill", "--model", str(llama), "--runs", "2"]
+    return [
+        Step("parity_gpu", 90, arguments),
+        Step("parity_cpu", 180, arguments, {"CUDA_VISIBLE_DEVICES": ""}),
+    ]
+
+
+def whole_steps(llama: Path) -> list[Step]:
+    """Tokens a second, memory, `tflop` (for the MFU: tflop / wall_s / the card's peak) beside transformers; and a whole
+    step beside NeMo's `llm.distill`."""
+    made = []
+    for size, batch, own in (("135m", 8, ["--model", str(llama)]), ("1b", 4, [])):
+        for work in ("forward", "train", "distill"):
+            arguments = ["benchmarks/steps.py", work, "--size", size, *own, "--bf16"]
+            made.append(Step(f"{work}_{size}", 100, [*arguments, "--tokens", "2048", "--batch", str(batch)]))
+    sizes = ["--num-layers", "16", "--hidden-size", "1536", "--teacher-hidden-size", "2048"]
+    sizes += ["--vocab-size", "128256", "--seq-length", "2048", "--runs", "1"]
+    return [*made, Step("nemo_distill", 240, ["benchmarks/distill_step.py", *sizes])]
+
+
+def losses() -> list[Step]:
+    """The loss alone beside ModelOpt's and the four bare products; the goal is 80 % of their rate."""
+    sizes = ["--vocab", "128256", "--hidden-size", "3072", "--teacher-hidden-size", "4096", "--runs", "9"]
+    return [Step("loss", 120, ["benchmarks/kd_loss.py", "--bf16", "--tokens", "8192", *sizes])]
+
+
+def recipes(model: Path, out: Path) -> list[Step]:
+    """The real model through prune, distil and SFT, as the README has it, with more tokens."""
+    data = ["data.seq_length=512", "trainer.micro_batch_size=8"]
+    pruned, distilled, tuned = out / "pruned", out / "distilled", out / "tuned"
+    return [
+        Step(
+            "prune",
+            150,
+            [
+                *("recipes/prune.py", "+conf=width", f"source={model}", *data),
+                *("prune.calibration_samples=128", "eval.samples=64", f"run_dir={pruned}"),
+            ],
+        ),
+        Step(
+            "distill",
+            180,
+            [
+                *("recipes/distill.py", "+conf=width", f"student={pruned}", f"teacher={model}", *data),
+                *("eval.samples=64", "distill.global_batch_size=8", "distill.max_steps=100"),
+                *("distill.optim.warmup_steps=10", "distill.optim.lr=3e-4", "distill.val_check_interval=50"),
+                *("distill.limit_val_batches=1", f"run_dir={distilled}"),
+            ],
+        ),
+        Step(
+            "sft",
+            150,
+            [
+                *("recipes/sft.py", "+conf=instruct", f"student={distilled}", "align.global_batch_size=8"),
+                *("align.max_steps=20", "align.optim.warmup_steps=2", "align.optim.lr=1e-4"),
+                *("align.limit_val_batches=2", "eval.samples=8", f"run_dir={tuned}"),
+            ],
+        ),
+    ]
+
+
+def run(step: Step, out: Path) -> dict[str, Any]:
+    """Run one; what it left."""
+    begin, log = time.monotonic(), out / f"{step.name}.log"
+    with open(log, "w") as opened:
+        try:
+            code = subprocess.run(
+                [sys.executable, *step.arguments],
+                cwd=ROOT,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(search_path()), **step.environment},
+                stdout=opened,
+                stderr=subprocess.STDOUT,
+                timeout=step.limit_s,
+            ).returncode
+        except subprocess.TimeoutExpired:
+            code = 124
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("{")]
+    seconds = round(time.monotonic() - begin, 1)
+    return {
+        "name": step.name,
+        "exit_code": code,
+        "seconds": seconds,
+        "last_line": lines[-1] if lines else None,
+    }
+
+
+def search_path() -> list[str]:
+    return [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", type=Path, required=True, help="SmolLM2-135M-Instruct as a GGUF file")
+    parser.add_argument("--llama", type=Path, required=True, help="the same as a Hugging Face directory")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these steps, in the plan's order")
+    parser.add_argument(
+        "--budget", type=int, default=1800, help="seconds for all; what does not fit is left out"
+    )
+    parser.add_argument("--list", action="store_true", help="print the steps, run none")
+    a = parser.parse_args()
+    planned = steps(a.model.resolve(), a.llama.resolve(), a.out.resolve())
+    if unknown := set(a.only or []) - {step.name for step in planned}:
+        parser.error(f"--only {' '.join(sorted(unknown))}: {', '.join(s.name for s in planned)} are legal")
+    planned = [step for step in planned if not a.only or step.name in a.only]
+    if a.list:
+        for step in planned:
+            print(f"{step.name} ({step.limit_s} s): {' '.join(step.arguments)}")
+        return 0
+    a.out.mkdir(parents=True, exist_ok=True)
+    end, failed = time.monotonic() + a.budget, False
+    for step in planned:
+        if time.monotonic() + step.limit_s > end:
+            found: dict[str, Any] = {"name": step.name, "exit_code": None, "last_line": "no time left"}
+        else:
+            found = run(step, a.out)
+        failed = failed or found["exit_code"] != 0
+        with open(a.out / "steps.jsonl", "a") as opened:
+            opened.write(json.dumps(found) + "\n")
+        print(json.dumps(found), flush=True)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
