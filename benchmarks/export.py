@@ -41,7 +41,10 @@ def made(place: Path, arch: Architecture) -> huggingface.Model:
     """The checkpoint and its tokenizer, on the disk."""
     text = [Path(file).read_text() for file in sorted(Path(os.__file__).parent.glob("*.py"))[:60]]
     train_bpe(text, 1024, place / "tokenizer")
-    tensors = {name: tensor.to(torch.bfloat16) for name, tensor in stacked(arch).items()}
+    # One layer's values for all: random ones for each would take twice the memory while they are made.
+    one = {name: tensor.to(torch.bfloat16) for name, tensor in stacked(arch.replace(num_layers=1)).items()}
+    layers = arch.num_layers
+    tensors = {n: t.repeat(layers, *[1] * (t.ndim - 1)) if ".layers." in n else t for n, t in one.items()}
     reader = saved(place / "weights", tensors)
     del tensors
     return huggingface.Model(

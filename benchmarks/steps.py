@@ -10,10 +10,10 @@ Sides, each in a process of its own that stays and takes turns with the other, r
   for `distill` our loss on hidden states;
 * transformers: LlamaForCausalLM with sdpa, torch's products; `distill` is KL on both models' logits.
 
-`train` is forward, cross-entropy, backward and torch's AdamW, `distill` the same on a student of 81M (hidden 448, MLP
-960) with a frozen teacher of 135M. Weights are random, of SmolLM2-135M's sizes and the same on both sides, so that
-losses can be compared; --model DIR takes a Llama's Hugging Face directory instead, for the teacher under `distill`.
---bf16: parameters and activations in bfloat16.
+`train` is forward, cross-entropy, backward and AdamW (ours Megatron's choice, theirs torch's as it comes), `distill`
+the same on a student of 81M (hidden 448, MLP 960) with a frozen teacher of 135M. Weights are random, of SmolLM2-135M's
+sizes (--size 1b: of Llama-3.2-1B's) and the same on both sides, so that losses can be compared; --model DIR takes a
+Llama's Hugging Face directory instead, for the teacher under `distill`. --bf16: parameters and activations in bfloat16.
 
 Prints a JSON line: `tflop`, what the products of a run take; medians over runs of wall and CPU seconds (all threads of
 the process), of the loss (`value`; of a forward pass the mean logit) and of the peak of memory beyond imports, weights,
@@ -216,7 +216,7 @@ def be_side(a: argparse.Namespace) -> None:
     config = json.loads((a.directory / "student" / "config.json").read_text())
     batch = models.random_batch(config["vocab_size"], a.batch, a.tokens)
     run = make(a, student, teacher, batch)
-    work = forward(run, student) if a.work == "forward" else step(run, student)
+    work = forward(run, student) if a.work == "forward" else step(run, student, adam(ours))
     # Weights; for a step also gradients and AdamW's two states.
     held = _bytes(student) * (1 if a.work == "forward" else 4) + (_bytes(teacher) if teacher else 0)
     in_turn.serve(work, held)
@@ -235,12 +235,21 @@ def forward(run: Callable[[], Any], model: Any) -> Callable[[], float]:
     return work
 
 
-def step(run: Callable[[], Any], model: Any) -> Callable[[], float]:
-    """A whole step; its loss."""
-    import torch
+def adam(ours: bool) -> Any:
+    """The class of the optimizer: Megatron's choice, or torch's as it comes."""
+    if ours:
+        from megatron.core.optimizer import Adam
 
+        return Adam
+    from torch.optim import AdamW
+
+    return AdamW
+
+
+def step(run: Callable[[], Any], model: Any, kind: Any) -> Callable[[], float]:
+    """A whole step; its loss."""
     model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    optimizer = kind(model.parameters(), lr=1e-4, weight_decay=0.01)
 
     def work() -> float:
         optimizer.zero_grad()

@@ -9,13 +9,14 @@ which setting named the file.
 
 import errno
 import hashlib
+import json
 import os
 import shutil
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from nemo_minitron.environment import rank
 
@@ -212,3 +213,14 @@ def remove_stale(path: Path) -> Path:
     if rank() == 0:
         remove(path)
     return path
+
+
+def read_steps(path: Path) -> list[dict[str, Any]]:
+    """The lines of a step log; none where there is no file, and without a last line that a kill cut short."""
+    entries = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            entries.append(json.loads(line))
+        except ValueError:
+            break
+    return entries

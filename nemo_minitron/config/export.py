@@ -17,14 +17,15 @@ GGUF_QUANTISED = ("Q4_0", "Q2_K", "Q3_K_M", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_
 class ExportConfig:
     """How a checkpoint is written.
 
-    `dtype`: of Hugging Face weights, "source", "float32", "bfloat16" or "float16". `shard_size`: of a file of them at
+    `dtype`: of Hugging Face weights, "source", "float32", "bfloat16", "float16", or "fp8", which ModelOpt makes where
+    there is CUDA. `shard_size`: of a file of them at
     most, in bytes or as "5GB". `quantization`: of a GGUF file's matrices, by llama.cpp's name; all but F32, F16, BF16
     and Q8_0 are made by llama.cpp itself and need the package llama-cpp-python. `verify_tokens`: of real text, over
     which what was written must give the Megatron model's logits. `perplexity_tokens`: of the same text, over which
     llama.cpp runs a quantised file and an F16 one beside it; 0: it does not.
     """
 
-    dtype: Annotated[str, Choice("source", "float32", "bfloat16", "float16")] = "source"
+    dtype: Annotated[str, Choice("source", "float32", "bfloat16", "float16", "fp8")] = "source"
     shard_size: str = "5GB"
     quantization: Annotated[str, Choice(*GGUF_PLAIN, *GGUF_QUANTISED)] = "F16"
     verify_tokens: Annotated[int, Range(least=2)] = 256

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from nemo_minitron.cpu_compat.cuda_names import show_cpu_torch_to
+from nemo_minitron.cpu_compat.megatron import FusedAdamW
 from nemo_minitron.cpu_compat.norm import HostNorm
 from nemo_minitron.errors import InputError
 
@@ -149,7 +150,7 @@ def connect_ranks(trainer: Any, model_cfg: Any) -> None:
         )
 
 
-class ShardedAdamW(torch.optim.AdamW):
+class ShardedAdamW(FusedAdamW):
     """torch's AdamW with the step count in its state dict's param groups, where `state` has parameter shapes only."""
 
     def state_dict(self) -> dict[str, Any]:

@@ -15,6 +15,7 @@ def close_gaps() -> None:
     random_states_of_the_cpu()
     clipping_asserts_cuda_gradients()
     optimizers_know_types_by_their_cuda_names()
+    adam_walks_memory_many_times()
     stages_share_logits_of_cuda_only()
 
 
@@ -71,6 +72,21 @@ def optimizers_know_types_by_their_cuda_names() -> None:
     for made in (optimizer.Float16OptimizerWithFloat16Params, distrib_optimizer.DistributedOptimizer):
         if not hasattr(made.__init__, "__wrapped__"):
             made.__init__ = _with_cuda_type_names(made.__init__)
+
+
+def adam_walks_memory_many_times() -> None:
+    """Without Apex Megatron takes torch's AdamW as it comes, which on a CPU walks parameters, gradients and states in
+    ten passes: 0.52 s for 71M parameters, and 0.10 s with `fused`. Its class stays AdamW, as Megatron asks for."""
+    from megatron.core import optimizer
+
+    optimizer.Adam = FusedAdamW
+
+
+class FusedAdamW(torch.optim.AdamW):
+    """torch's AdamW in one pass."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **{"fused": True, **options})
 
 
 def _with_cuda_type_names(function: Any) -> Any:

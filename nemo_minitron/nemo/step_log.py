@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 
 from nemo_minitron.environment import rank
+from nemo_minitron.files import read_steps
 from nemo_minitron.nemo.proven_checkpoints import place
 
 
@@ -84,14 +85,3 @@ class TokenRate(pl.Callback):
         else:
             self._begin = now
         self._steps += 1
-
-
-def read_steps(path: Path) -> list[dict[str, Any]]:
-    """The lines of a step log; none where there is no file, and without a last line that a kill cut short."""
-    entries = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            entries.append(json.loads(line))
-        except ValueError:
-            break
-    return entries

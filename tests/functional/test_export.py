@@ -165,6 +165,8 @@ def test_refused(commands: Commands, teacher: Teacher, pruned: Pruned) -> None:
         "gguf file": (["format=gguf", f"to={home}/bad-export/a.gguf"], ["a.gguf", "writes a directory"]),
         "perplexity": (["export.perplexity_tokens=-1"], ["export.perplexity_tokens=-1", "at least 0"]),
         "dtype": (["export.dtype=int8"], ["export.dtype=int8", "bfloat16"]),
+        "fp8": (["export.dtype=fp8"], ["export.dtype=fp8", "needs CUDA"]),
+        "fp8 gguf": (["export.dtype=fp8", "format=gguf"], ["export.dtype=fp8", "is of format=hf"]),
         "shards": (["export.shard_size=5GiB"], ["export.shard_size=5GiB", "GB"]),
         "tokens": (["export.verify_tokens=1"], ["export.verify_tokens=1", "at least 2"]),
         "no licence": (["license=null"], ["license: nothing in", "says what it is under", "license=none"]),

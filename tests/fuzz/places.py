@@ -88,6 +88,7 @@ class Places:
             "synthesize": [f"teacher={model}", "synthesize.max_new_tokens=40"],
             "sft": [line.format("conversations") for line in align],
             "preference": [line.format("preferences") for line in align],
+            "export": [f"source={model}", "license=none"],
             "evaluate_instruct": [f"source={model}", f"instruct.file={self.home}/instruct.jsonl"],
             "instruct_data": [f"instruct_data.input={self.home}/conversations.jsonl"],
             "pretrain": [

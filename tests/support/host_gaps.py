@@ -352,6 +352,7 @@ def main() -> None:
     """{"file.gap": null or a traceback}, the log lines of the three `prepare_*`, and what they returned."""
     from nemo_minitron import cpu_compat
 
+    importlib.import_module("tests.support.host_gaps_optimizer")
     importlib.import_module("tests.support.host_gaps_local_spec")
     importlib.import_module("tests.support.host_gaps_aligner")
     answers: dict[str, Any] = {}

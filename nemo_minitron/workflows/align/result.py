@@ -7,7 +7,7 @@ from nemo_minitron.alignment.prepared import STEPS, Prepared
 from nemo_minitron.checkpoints.origin import absolute
 from nemo_minitron.checkpoints.source import CHECKPOINT
 from nemo_minitron.environment import peak_rss_gib
-from nemo_minitron.nemo.step_log import read_steps
+from nemo_minitron.files import read_steps
 
 
 def summary(r: Any, prepared: Prepared, directory: Path, metrics: tuple[str, ...] = ()) -> dict[str, Any]:

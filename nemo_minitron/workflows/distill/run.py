@@ -10,11 +10,12 @@ from nemo_minitron.checkpoints.source import CHECKPOINT, Source, find_source
 from nemo_minitron.config.recipes import DistillRecipe
 from nemo_minitron.distillation.cache.reader import TeacherCache
 from nemo_minitron.environment import peak_rss_gib
+from nemo_minitron.files import read_steps
 from nemo_minitron.nemo import fit, models, session, trainer
 from nemo_minitron.nemo.counted_tokens import CountedTokens
 from nemo_minitron.nemo.distill_transform import DistillTransform
 from nemo_minitron.nemo.session import Session
-from nemo_minitron.nemo.step_log import StepLog, read_steps
+from nemo_minitron.nemo.step_log import StepLog
 from nemo_minitron.nemo.teacher import output_rows
 from nemo_minitron.workflows.distill import settings as checks
 from nemo_minitron.workflows.distill.check import Prepared

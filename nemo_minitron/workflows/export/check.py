@@ -14,11 +14,13 @@ from nemo_minitron.export.gguf_tokenizer import Vocabulary, vocabulary_of
 from nemo_minitron.export.licences import Licence
 from nemo_minitron.export.lineage import Lineage, lineage
 from nemo_minitron.export.target import bytes_of, check_target
+from nemo_minitron.workflows.export import fp8
 from nemo_minitron.workflows.preflight import converted
 
 # Where the export lies in a run directory if `to` does not say.
 _NAMES = {"hf": "huggingface", "gguf": "gguf"}
 GGUF = "gguf"
+FP8 = "fp8"
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ def check(r: ExportRecipe) -> Prepared:
             f"{r.trainer.ranks} ranks: export works in one process, whatever layout the source had"
         )
     shard_bytes = bytes_of("export.shard_size", r.export.shard_size)
+    if r.export.dtype == FP8:
+        fp8.check(r.format)
     if r.format == GGUF:
         _check_gguf(r)
     came_from = lineage(r.source)
@@ -107,7 +111,8 @@ def _opened(r: ExportRecipe, source: Any, to: str | Path) -> tuple[huggingface.M
     sha256 = source.sha256()
     source = converted(source, r.data)
     # Which type a matrix of a GGUF file has is decided by the file's writer.
-    model = export_model(source, "float32" if r.format == GGUF else r.export.dtype)
+    plain = "source" if r.export.dtype == FP8 else r.export.dtype
+    model = export_model(source, "float32" if r.format == GGUF else plain)
     size = (
         gguf_quantiser.estimate(model, r.export.quantization, measured(r))
         if r.format == GGUF

@@ -8,8 +8,8 @@ from nemo_minitron.config.export import ExportRecipe
 from nemo_minitron.environment import peak_rss_gib
 from nemo_minitron.export import generation, hub, huggingface
 from nemo_minitron.export.target import under_another_name
-from nemo_minitron.workflows.export import gguf, papers, verification
-from nemo_minitron.workflows.export.check import GGUF, Prepared
+from nemo_minitron.workflows.export import fp8, gguf, papers, verification
+from nemo_minitron.workflows.export.check import FP8, GGUF, Prepared
 
 
 def run(r: ExportRecipe, prepared: Prepared, directory: Path) -> dict[str, Any]:
@@ -33,6 +33,8 @@ def run(r: ExportRecipe, prepared: Prepared, directory: Path) -> dict[str, Any]:
         else:
             fields |= verification.of_directory(prepared, temporary, r.export.verify_tokens)
         fields["verify_s"] = round(time.monotonic() - begin, 2)
+        if r.export.dtype == FP8:
+            fields |= fp8.quantise(temporary, min(prepared.source.seq_length, 512))
         papers.write(r, prepared, fields, temporary)
     fields |= _published(r, prepared.target)
     return {
