@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+from nemo_minitron import __version__
 from nemo_minitron.run.commands import RECIPES, main, use_environment
 
 
@@ -14,8 +15,6 @@ def command() -> None:
         sys.argv[1:] = arguments[1:]
         main(arguments[0])
     elif arguments and arguments[0] == "--version":
-        from nemo_minitron import __version__
-
         print(f"nemo_minitron {__version__}")
     elif not arguments or arguments[0] in ("-h", "--help"):
         use_environment()

@@ -5,7 +5,6 @@ import importlib.util
 from collections.abc import Iterable
 from typing import Any
 
-from nemo_minitron.cpu_compat import attention
 from nemo_minitron.cpu_compat.norm import HostNorm
 
 
@@ -48,6 +47,8 @@ def local_attention_keeps_all_scores() -> None:
     Megatron holds the class by name in the layer specs' backend."""
     from megatron.core.models import backends
     from megatron.core.transformer.dot_product_attention import DotProductAttention
+
+    from nemo_minitron.cpu_compat import attention  # imports Megatron
 
     if attention.is_wanted():
         _replace(DotProductAttention, attention.HostAttention, (backends,))

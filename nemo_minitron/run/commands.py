@@ -44,7 +44,7 @@ def main(name: str) -> None:
     """Run a recipe with the command line that is in sys.argv."""
     use_environment()
     module, _, schema = RECIPES[name].partition(":")
-    run_recipe(name, f"nemo_minitron.config.recipes.{module}", schema, f"nemo_minitron.workflows.{name}")
+    run_recipe(name, f"nemo_minitron.config.{module}", schema, f"nemo_minitron.workflows.{name}")
 
 
 def run_recipe(name: str, schemas: str, schema: str, work: str) -> None:
