@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from nemo_minitron.alignment import loaders, runs, training
 from nemo_minitron.alignment.conversations import encode_split
+from nemo_minitron.alignment.prepared import has_cuda
 from nemo_minitron.checkpoints.source import Source, find_source
 from nemo_minitron.config.align import AlignConfig
 from nemo_minitron.config.recipes import DataConfig
@@ -31,8 +32,8 @@ from nemo_minitron.data.chat.conversations import read_conversations
 from nemo_minitron.data.instruct import Sizes, write_instruct_set
 from nemo_minitron.data.tokenizer import load_tokenizer
 from nemo_minitron.workflows.align import check as checks
-from nemo_minitron.workflows.align import sft
 from nemo_minitron.workflows.preflight import converted
+from nemo_minitron.workflows.sft import run as sft
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -102,7 +103,7 @@ def configuration(source: Source, a: argparse.Namespace, directory: Path, tokeni
         seq_length=512,
         max_epochs=1,
         seed=1234,
-        cuda=checks.has_cuda(),
+        cuda=has_cuda(),
         data={"num_workers": 0, "chat": True, "train_ds": split, "validation_ds": split},
     )
 

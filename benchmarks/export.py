@@ -1,13 +1,13 @@
 """What writing an export costs beside `cp` of the result: python benchmarks/export.py --directory DIR
 
-Makes a distributed checkpoint of a Llama with random bfloat16 weights (over 2 GiB by default; DIR needs three times
-as much), then writes it as a Hugging Face directory and as an F16 GGUF file, and copies each result with cp, in turns,
-both ended by fsync. Prints a JSON line for each format, with medians over the runs:
+Writes a Llama with random bfloat16 weights (over 2 GiB by default; DIR needs twice as much) as a Hugging Face directory
+and as an F16 GGUF file, and copies each result with cp, in turns, both ended by fsync. Weights come from memory, one
+layer's for all, so that writing alone is measured. Prints a JSON line for each format, with medians over the runs:
 
     ratio = seconds of writing / seconds of cp right before and after it (their mean)
 
 The goals are 2 for Hugging Face and 3 for GGUF. `writer_peak_gib` is what the writer's memory grew by over what it had
-before the first tensor (VmHWM, file pages included); the goal is twice the largest tensor and 1 GiB.
+before the first tensor (VmHWM); the goal is twice the largest tensor and 1 GiB.
 """
 
 import argparse
@@ -34,22 +34,32 @@ from nemo_minitron.data.tokenizer import train_bpe
 from nemo_minitron.export import gguf_model, huggingface
 from nemo_minitron.export.gguf_tokenizer import vocabulary_of
 from nemo_minitron.export.tensors import Weights
-from tests.support.stacked_weights import saved, stacked
+from tests.support.stacked_weights import stacked
+
+
+class Memory:
+    """Reads as `export.distributed_reader.DistributedReader` does, from one layer's weights for all layers."""
+
+    def __init__(self, arch: Architecture) -> None:
+        one = stacked(arch.replace(num_layers=1))
+        self.layers = arch.num_layers
+        self.tensors = {name: tensor.to(torch.bfloat16) for name, tensor in one.items()}
+
+    def read(self, key: str, begin: tuple[int, ...], size: tuple[int, ...]) -> torch.Tensor:
+        """A box of a tensor."""
+        found = self.tensors[key]
+        begin = (0, *begin[1:]) if ".layers." in key else begin
+        for axis, (first, length) in enumerate(zip(begin, size, strict=True)):
+            found = found.narrow(axis, first, length)
+        return found.clone()
 
 
 def made(place: Path, arch: Architecture) -> huggingface.Model:
-    """The checkpoint and its tokenizer, on the disk."""
+    """The weights, and a tokenizer on the disk."""
     text = [Path(file).read_text() for file in sorted(Path(os.__file__).parent.glob("*.py"))[:60]]
     train_bpe(text, 1024, place / "tokenizer")
-    # One layer's values for all: random ones for each would take twice the memory while they are made.
-    one = {name: tensor.to(torch.bfloat16) for name, tensor in stacked(arch.replace(num_layers=1)).items()}
-    layers = arch.num_layers
-    tensors = {n: t.repeat(layers, *[1] * (t.ndim - 1)) if ".layers." in n else t for n, t in one.items()}
-    reader = saved(place / "weights", tensors)
-    del tensors
-    return huggingface.Model(
-        Weights(arch, reader), config_of(arch, 2048), place / "tokenizer", torch.bfloat16
-    )
+    weights = Weights(arch, Memory(arch))  # type: ignore[arg-type]
+    return huggingface.Model(weights, config_of(arch, 2048), place / "tokenizer", torch.bfloat16)
 
 
 def in_a_child(work: Callable[[], None]) -> tuple[float, float]:

@@ -34,9 +34,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from nemo_minitron.environment import GRACE_S, INTERRUPTED, NPROC, PREPARE  # noqa: E402
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 TAIL_LINES = 30
-INTERRUPTED = 75
 AFTER_FAILURE_S = 10  # from SIGTERM to SIGKILL for the ranks that are left when one has failed
 
 
@@ -94,7 +97,7 @@ class Launcher:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        self.grace_s = float(os.environ.get("NEMO_MINITRON_GRACE_S", "60"))
+        self.grace_s = float(os.environ.get(GRACE_S, "60"))
         self.deadline: float | None = None
         self.process: subprocess.Popen[Any] | None = None
         self.state: Path | None = None
@@ -164,7 +167,7 @@ class Launcher:
             its exit code and its last line on stdout; the lines before that go to stderr.
         """
         env = self.environment()
-        env["NEMO_MINITRON_PREPARE"] = "1"
+        env[PREPARE] = "1"
         command = [sys.executable, str(self.options.recipe), *self.options.overrides]
         self.process = subprocess.Popen(
             command, env=env, stdout=subprocess.PIPE, text=True, start_new_session=True
@@ -188,8 +191,8 @@ class Launcher:
             "MASTER_PORT",
         }
         env = {name: value for name, value in os.environ.items() if name not in foreign}
-        env.pop("NEMO_MINITRON_PREPARE", None)
-        env["NEMO_MINITRON_NPROC"] = str(self.options.nproc * self.options.nnodes)
+        env.pop(PREPARE, None)
+        env[NPROC] = str(self.options.nproc * self.options.nnodes)
         env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         return env
 

@@ -32,6 +32,7 @@ sys.path.insert(0, str(ROOT))
 
 from launchers import sbatch  # noqa: E402
 from launchers.sbatch import Job  # noqa: E402
+from nemo_minitron.environment import COMPOSE, RESULT  # noqa: E402
 from nemo_minitron.run.job_spec import HYDRA_WRITES_NOTHING  # noqa: E402
 
 SWEEP = ("-m", "--multirun")
@@ -126,7 +127,7 @@ def compose(recipe: Path, overrides: list[str], before: Job | None) -> Job:
         if not any(re.match(r"\+?cluster[=@]", override) for override in overrides):
             own.append("+cluster=slurm")
         command = [sys.executable, str(recipe), *(with_directory(text, before) for text in overrides), *own]
-        env = {**os.environ, "NEMO_MINITRON_COMPOSE": str(composed)}
+        env = {**os.environ, COMPOSE: str(composed)}
         env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         code = subprocess.call(command, env=env, stdout=sys.stderr)
         if code:
@@ -295,7 +296,7 @@ def outcome(jobs: list[tuple[Job, str]]) -> int:
     Not sbatch --wait's: to it a job that is cancelled because the one before failed is no failure.
     """
     for job, number in jobs:
-        if all((run / "result.json").is_file() for run in job.runs):
+        if all((run / RESULT).is_file() for run in job.runs):
             continue
         for log in sorted((job.directory / "logs").glob(f"slurm-{number}*.log")):
             lines = log.read_text(errors="replace").splitlines()[-TAIL_LINES:]

@@ -6,16 +6,30 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from nemo_minitron.axes import WIDTH_AXES
 from nemo_minitron.errors import InputError
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "squared_relu")
 # What is more is a mistake: a 32-bit index reaches no further.
 LARGEST_SIZE = 2**31 - 1
+# Fields that NeMo 2's GPT configs, which are Megatron-core's TransformerConfig, have under the same name.
+MEGATRON_FIELDS = (
+    *(
+        "num_layers",
+        "hidden_size",
+        "ffn_hidden_size",
+        "num_attention_heads",
+        "num_query_groups",
+        "kv_channels",
+    ),
+    *("vocab_size", "normalization", "gated_linear_unit", "share_embeddings_and_output_weights"),
+    *("add_bias_linear", "add_qkv_bias", "position_embedding_type", "layernorm_epsilon"),
+    *("layernorm_zero_centered_gamma", "rotary_base", "rotary_percent", "qk_layernorm"),
+)
 _POSITIVE = (
     *("layernorm_epsilon", "rotary_base", "rotary_percent", "rope_scaling_factor", "rope_low_freq_factor"),
     *("rope_high_freq_factor", "rope_original_context"),
 )
-WIDTH_AXES = ("hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
 
 
 @dataclass(frozen=True)
@@ -94,6 +108,34 @@ class Architecture:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
         return dataclasses.asdict(self)
+
+    @classmethod
+    def from_megatron(cls, values: Mapping[str, Any], **own: Any) -> "Architecture":
+        """The architecture of a NeMo 2 config.
+
+        Args:
+            values: the config's fields, with what Megatron-core leaves open: `num_query_groups` and `kv_channels`; with
+                `seq_length`, which learned positions have as many of.
+            own: fields that have no namesake there.
+
+        Raises:
+            InputError: an illegal size.
+            KeyError: a field is missing.
+        """
+        fields = {
+            name: values[name] for name in MEGATRON_FIELDS if name not in ("num_query_groups", "kv_channels")
+        }
+        heads = fields["num_attention_heads"]
+        fields["num_query_groups"] = values.get("num_query_groups") or heads
+        fields["kv_channels"] = values.get("kv_channels") or fields["hidden_size"] // heads
+        for name in ("layernorm_epsilon", "rotary_base"):
+            fields[name] = float(fields[name])
+        learned = fields["position_embedding_type"] == "learned_absolute"
+        return cls(**fields, max_position_embeddings=values["seq_length"] if learned else 0, **own)
+
+    def to_megatron(self) -> dict[str, Any]:
+        """The fields that a NeMo 2 config has under the same name."""
+        return {name: getattr(self, name) for name in MEGATRON_FIELDS}
 
     def replace(self, **sizes: Any) -> "Architecture":
         """The same architecture with other sizes.

@@ -1,4 +1,6 @@
-"""Opening files that a user or a checkpoint names: regular ones only, and none larger than what it is read for.
+"""Files: what a user or a checkpoint names is read with limits, what is written is there as a whole or not at all.
+
+Opened are regular files only, and none larger than what it is read for.
 
 A pipe would block for ever, a device has no end, and a file of gigabytes where a few kilobytes of JSON belong would
 fill the memory. What is refused is refused as the operating system does it, with an OSError, so that those who read say
@@ -7,11 +9,16 @@ which setting named the file.
 
 import errno
 import hashlib
+import json
 import os
+import shutil
 import stat
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
+
+from nemo_minitron.environment import rank
 
 # JSON and YAML that is read as a whole; Python objects take about twenty times the bytes.
 LARGEST_TEXT = 64 << 20
@@ -137,3 +144,83 @@ def file_sha256(path: str | Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+@contextmanager
+def replacing(final: Path) -> Iterator[Path]:
+    """A path beside `final` to write a file or a directory at.
+
+    It is synced and gets the name `final` when the block ends well, and is removed when it does not. A file there is
+    replaced; a directory is replaced only where it is empty, as the operating system does it.
+    """
+    final.parent.mkdir(parents=True, exist_ok=True)
+    temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
+    remove(temporary)
+    try:
+        yield temporary
+        put(temporary, final)
+    finally:
+        remove(temporary)
+
+
+@contextmanager
+def making_once(final: Path) -> Iterator[Path]:
+    """As `replacing`, for a directory of a cache: one that another process has made meanwhile stays, it is the same."""
+    try:
+        with replacing(final) as temporary:
+            yield temporary
+    except OSError:
+        if not final.is_dir():
+            raise
+
+
+def put(temporary: Path, final: Path) -> None:
+    """Give a finished file or directory its name; it is on the disk before it has it."""
+    if temporary.is_dir():
+        for file in temporary.rglob("*"):
+            if not file.is_symlink():
+                _sync(file)
+    _sync(temporary)
+    os.replace(temporary, final)
+    _sync(final.parent)
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write UTF-8 that is there as a whole, or as it was before; returns the path."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+    return path
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a directory with all that is in it; nothing if nothing is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_stale(path: Path) -> Path:
+    """Remove what an unfinished or overwritten run left at `path` (rank 0 does it), and return it."""
+    if rank() == 0:
+        remove(path)
+    return path
+
+
+def read_steps(path: Path) -> list[dict[str, Any]]:
+    """The lines of a step log; none where there is no file, and without a last line that a kill cut short."""
+    entries = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            entries.append(json.loads(line))
+        except ValueError:
+            break
+    return entries

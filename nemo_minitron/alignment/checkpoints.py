@@ -5,17 +5,20 @@ configuration made from the checkpoint's architecture, where Aligner would run w
 write a file into it. Out: megatron-core's sharded saving under NeMo 2's names.
 """
 
-import os
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
 from nemo_minitron import parallel
+from nemo_minitron.checkpoints.saved_dtype import cast, name_dtype
 from nemo_minitron.checkpoints.source import Source, weights_may_only_be_tensors
 from nemo_minitron.checkpoints.true_rows import cut_padding
 from nemo_minitron.config.trainer import TrainerConfig
-from nemo_minitron.run import main as recipe
+from nemo_minitron.environment import rank
+from nemo_minitron.files import put, remove_stale
+from nemo_minitron.nemo import models, trainer
+from nemo_minitron.nemo.session import nemo_tokenizer
 
 
 def load_model(cls: Any, cfg: DictConfig, trainer: Any, source: Source) -> Any:
@@ -60,12 +63,10 @@ def save_model(
     """
     from megatron.core import dist_checkpointing
 
-    from nemo_minitron.checkpoints.saved_dtype import cast
-
     dtype = dtype or source.dtype
     temporary = output.with_name(f".{output.name}.tmp")
-    if recipe.rank() == 0:
-        recipe.fresh(temporary)
+    if rank() == 0:
+        remove_stale(temporary)
         (temporary / "weights").mkdir(parents=True)
         common = _write_context(source, temporary / "context", tokenizer, dtype)
     else:
@@ -76,10 +77,10 @@ def save_model(
     cast(weights, dtype)
     dist_checkpointing.save({**common, **weights}, str(temporary / "weights"))
     parallel.barrier()
-    if recipe.rank() == 0:
+    if rank() == 0:
         cut_padding(temporary / "weights", source.architecture.vocab_size)
-        recipe.fresh(output)
-        os.replace(temporary, output)
+        remove_stale(output)
+        put(temporary, output)
     parallel.barrier()
 
 
@@ -87,10 +88,6 @@ def _write_context(source: Source, context: Path, tokenizer: Path, dtype: str) -
     """NeMo 2's context of the model, and what it expects beside the weights."""
     import lightning.pytorch
     from nemo.lightning.io.pl import TrainerContext
-
-    from nemo_minitron.checkpoints.saved_dtype import name_dtype
-    from nemo_minitron.nemo import models, trainer
-    from nemo_minitron.nemo.session import nemo_tokenizer
 
     config = models.to_config(source.architecture, seq_length=source.seq_length)
     model = models.to_model(config, nemo_tokenizer(tokenizer))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from nemo_minitron.data.chat.conversations import Conversation
 from nemo_minitron.data.chat.template import Encoded, encode_conversation, fit_conversations
 from nemo_minitron.errors import InputError
+from nemo_minitron.files import put
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -91,7 +92,7 @@ def write_rows(rows: Iterable[dict[str, Any]], directory: Path) -> Path:
             digest.update(line.encode())
             file.write(line)
     path = directory / f"{digest.hexdigest()[:24]}-{_FORMAT}.jsonl"
-    os.replace(temporary, path)
+    put(temporary, path)
     return path
 
 

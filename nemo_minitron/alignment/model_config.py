@@ -3,7 +3,7 @@
 from typing import Any
 
 from nemo_minitron.arch import Architecture
-from nemo_minitron.checkpoints.families import NEMO_ROPE_SCALING
+from nemo_minitron.checkpoints.families import FAMILIES, NEMO_ROPE_SCALING
 from nemo_minitron.config.trainer import TrainerConfig
 
 _GATED = {"silu": "fast-swiglu", "gelu": "fast-geglu", "gelu_tanh": "fast-geglu"}
@@ -53,7 +53,7 @@ def model_config(architecture: Architecture, seq_length: int, tokenizer: str) ->
         "rotary_base": a.rotary_base,
         "rotary_percentage": a.rotary_percent,
         "share_embeddings_and_output_weights": a.share_embeddings_and_output_weights,
-        "apply_embedding_scaling": a.model_type == "gemma",
+        "apply_embedding_scaling": a.model_type is not None and FAMILIES[a.model_type].scaled_embeddings,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
         "tokenizer": {"library": "huggingface", "type": tokenizer, "use_fast": True},

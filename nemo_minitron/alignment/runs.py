@@ -14,6 +14,7 @@ from nemo_minitron.checkpoints.source import Source
 from nemo_minitron.config.align import AlignConfig
 from nemo_minitron.config.trainer import TrainerConfig
 from nemo_minitron.data.tokenizer import as_version_4
+from nemo_minitron.files import read_steps
 from nemo_minitron.padding import padded_rows
 
 ALIGNER = "aligner"
@@ -213,8 +214,6 @@ def keep_done(path: Path, done: int) -> None:
         path: of lines with a `step`, and a `split` unless all are a validation's.
         done: steps.
     """
-    from nemo_minitron.nemo.step_log import read_steps
-
     kept = [line for line in read_steps(path) if _before(line, done)]
     if kept:
         path.write_text("".join(json.dumps(line) + "\n" for line in kept))

@@ -11,7 +11,7 @@ from nemo_minitron.alignment.runs import keep_done
 from nemo_minitron.config.align import AlignConfig
 from nemo_minitron.data.chat.template import stop_token
 from nemo_minitron.data.tokenizer import load_tokenizer
-from nemo_minitron.run import main as recipe
+from nemo_minitron.environment import rank
 
 SAMPLES = "samples.jsonl"
 
@@ -27,7 +27,7 @@ def sampling_trainer(model: Any, tokenizer_dir: str, a: AlignConfig, directory: 
     """
     from nemo_aligner.algorithms.supervised import SupervisedTrainer
 
-    path, write = directory / SAMPLES, recipe.rank() == 0
+    path, write = directory / SAMPLES, rank() == 0
     if write:
         keep_done(path, done)
     if not a.samples:

@@ -9,14 +9,14 @@ from omegaconf import DictConfig
 from nemo_minitron import cpu_compat
 from nemo_minitron.alignment import lora, runs
 from nemo_minitron.alignment.checkpoints import load_model, save_model
+from nemo_minitron.alignment.prepared import STEPS, Prepared, has_cuda
 from nemo_minitron.checkpoints.source import CHECKPOINT, Source, find_source
+from nemo_minitron.environment import rank
 from nemo_minitron.padding import leave_out_padding
-from nemo_minitron.run import main as recipe
-from nemo_minitron.workflows.align import check as checks
 
 
 def run_configuration(
-    r: Any, prepared: checks.Prepared, directory: Path, *, key: str, data: dict[str, Any]
+    r: Any, prepared: Prepared, directory: Path, *, key: str, data: dict[str, Any]
 ) -> DictConfig:
     """`runs.aligner_config` of a recipe.
 
@@ -34,7 +34,7 @@ def run_configuration(
         seq_length=r.data.seq_length,
         max_epochs=prepared.max_epochs,
         seed=r.seed,
-        cuda=checks.has_cuda(),
+        cuda=has_cuda(),
         data=data,
     )
 
@@ -116,10 +116,10 @@ def fit(
 def run_log(directory: Path, done: dict[str, Any] | None) -> runs.RunLog:
     """The log of a run that goes on after `done`."""
     steps = done["step"] if done else 0
-    return runs.RunLog(directory / checks.STEPS, write=recipe.rank() == 0, done=steps)
+    return runs.RunLog(directory / STEPS, write=rank() == 0, done=steps)
 
 
-def save_result(model: Any, prepared: checks.Prepared, directory: Path) -> None:
+def save_result(model: Any, prepared: Prepared, directory: Path) -> None:
     """Leave a trained model as RUN/checkpoint; every rank makes this call."""
     lora.merge(model)
     save_model(
@@ -131,7 +131,7 @@ def save_result(model: Any, prepared: checks.Prepared, directory: Path) -> None:
     )
 
 
-def lm_losses(r: Any, prepared: checks.Prepared, directory: Path) -> dict[str, float]:
+def lm_losses(r: Any, prepared: Prepared, directory: Path) -> dict[str, float]:
     """What alignment costs in language modelling: the loss on held-out text in nats a token, before and after."""
     from nemo_minitron.nemo.session import Session
 

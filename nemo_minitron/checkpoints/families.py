@@ -30,6 +30,10 @@ class Family:
         fixed: fields of the architecture that all models of the family share.
         defaults: what transformers 4.51.3 takes where config.json leaves a key out.
         epsilon: config.json's name of the norms' epsilon.
+        nemo: fields of NeMo's config class that it sets, and that are wanted otherwise here.
+        scaled_embeddings: whether embeddings are multiplied by sqrt(hidden_size).
+        slides: whether transformers gives all layers the window of `sliding_window`, asked or not.
+        activation_keys: config.json's, in the order in which they are read.
     """
 
     module: str
@@ -40,6 +44,10 @@ class Family:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
     epsilon: str = "rms_norm_eps"
+    nemo: Mapping[str, Any] = field(default_factory=dict)
+    scaled_embeddings: bool = False
+    slides: bool = False
+    activation_keys: tuple[str, ...] = ("hidden_act",)
 
 
 FAMILIES = {
@@ -50,6 +58,9 @@ FAMILIES = {
         "MistralModel",
         "Mistral",
         defaults={"num_key_value_heads": 8, "sliding_window": 4096},
+        # The context is bounded by the window instead, see `context_of`.
+        nemo={"window_size": None, "cp_comm_type": None},
+        slides=True,
     ),
     "qwen2": Family(
         "qwen2",
@@ -80,6 +91,11 @@ FAMILIES = {
             "tie_word_embeddings": True,
             "hidden_act": GEMMA_ACTIVATION,
         },
+        # NeMo's "flash" is for Transformer Engine 1.8, and megatron-core keeps it for the process: any other model in
+        # it is then refused.
+        nemo={"attention_backend": "auto"},
+        scaled_embeddings=True,
+        activation_keys=("hidden_act", "hidden_activation"),
     ),
     "nemotron": Family(
         "nemotron",
@@ -190,8 +206,7 @@ def _activation(values: Mapping[str, Any], name: str, where: str) -> str:
     """Gemma has two keys: `hidden_act` is "gelu" in what was published first and meant the tanh approximation already
     (huggingface/transformers#29402); `hidden_activation` came with that correction and went again."""
     known = FAMILIES[name].activations
-    keys = ("hidden_act", "hidden_activation") if name == "gemma" else ("hidden_act",)
-    for key in keys:
+    for key in FAMILIES[name].activation_keys:
         value = values.get(key)
         if key == "hidden_activation" and value in (None, GEMMA_ACTIVATION):
             continue
@@ -216,8 +231,8 @@ def context_of(config: Mapping[str, Any], where: str) -> int:
     flag = values.get("use_sliding_window")
     if flag is not None and not isinstance(flag, bool):
         raise InputError(f"{where}: config.json: use_sliding_window={short(flag)}: must be true or false")
-    # transformers gives all layers of a Mistral model the window; 4.51.3's mask gives it to all of a Qwen model.
-    if config["model_type"] == "mistral" or flag or slides:
+    # 4.51.3's mask gives the window to all layers of a Qwen model too, where it is asked for.
+    if FAMILIES[config["model_type"]].slides or flag or slides:
         window = values.get("sliding_window")
         if window is None and slides:
             raise InputError(
@@ -264,10 +279,9 @@ def config_of(architecture: Architecture, context: int) -> dict[str, Any]:
         "max_position_embeddings": context,
         family.epsilon: a.layernorm_epsilon,
         "tie_word_embeddings": a.share_embeddings_and_output_weights,
-        "hidden_act": next(theirs for theirs, ours in family.activations.items() if ours == a.activation),
     }
-    if a.model_type == "gemma":
-        values["hidden_activation"] = values["hidden_act"]
+    activation = next(theirs for theirs, ours in family.activations.items() if ours == a.activation)
+    values |= dict.fromkeys(family.activation_keys, activation)
     if "sliding_window" in family.defaults:
         values["sliding_window"] = None
     return values | rope.config_of(a)

@@ -6,6 +6,7 @@ from typing import Any
 
 from nemo_minitron.checkpoints.source import CHECKPOINT, find_source
 from nemo_minitron.config.recipes import DataConfig
+from nemo_minitron.environment import RESULT
 from nemo_minitron.errors import InputError
 from nemo_minitron.files import read_text
 
@@ -65,7 +66,7 @@ def _pruned(run: Path) -> tuple[str, str] | None:
 def _result(run: Path) -> dict[str, Any]:
     run = run.parent if run.name == CHECKPOINT else run
     try:
-        found = json.loads(read_text(run / "result.json"))
+        found = json.loads(read_text(run / RESULT))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -32,6 +32,7 @@ from nemo_minitron.checkpoints.gguf import is_gguf, to_huggingface
 from nemo_minitron.checkpoints.untrusted_files import check_regular, read_json
 from nemo_minitron.checkpoints.weight_files import check_tensors, dtype_of, read_headers
 from nemo_minitron.config.recipes import DataConfig, cache_dir
+from nemo_minitron.environment import RESULT, rank
 from nemo_minitron.errors import InputError
 from nemo_minitron.files import file_sha256
 
@@ -121,7 +122,7 @@ def find_source(path: str | Path, key: str = "source", data: DataConfig | None =
         raise InputError(f"{where}: {foreign.of_no_directory(directory)}")
     if (directory / CHECKPOINT).is_dir():
         directory = directory / CHECKPOINT
-        if not (Path(path) / "result.json").is_file():
+        if not (Path(path) / RESULT).is_file():
             raise InputError(f"{where}: this run did not finish (no result.json)")
     if (directory / "weights").is_dir() or (directory / "context").is_dir():
         return _nemo(directory.resolve(), where)
@@ -151,9 +152,8 @@ def _said(line: str) -> None:
 
 
 def _tell_of_unread_keys(keys: list[str], where: str) -> None:
-    from nemo_minitron.run import main as recipe
 
-    if keys and recipe.rank() == 0:
+    if keys and rank() == 0:
         more = f" and {len(keys) - 20} more" if len(keys) > 20 else ""
         _said(f"{where}: config.json: not read: {', '.join(key[:60] for key in keys[:20])}{more}")
 
@@ -163,7 +163,8 @@ def is_unfinished(directory: Path) -> bool:
     return directory.with_name(f"{directory.name}-unfinished").exists()
 
 
-def _nemo(directory: Path, where: str) -> Source:
+def _check_nemo_files(directory: Path, where: str) -> None:
+    """Refuse what is half-written, damaged or of another kind, by its files alone."""
     weights, context = directory / "weights", directory / "context"
     for part in (weights, context, *(p for p in context.glob("*") if p.is_dir())):
         if part.is_dir():
@@ -178,6 +179,11 @@ def _nemo(directory: Path, where: str) -> Source:
     backend = read_json(weights / "metadata.json", where).get("sharded_backend")
     if backend != "torch_dist":
         raise InputError(f"{where}: metadata.json: sharded_backend {backend!r}: only 'torch_dist' is read")
+
+
+def _nemo(directory: Path, where: str) -> Source:
+    weights, context = directory / "weights", directory / "context"
+    _check_nemo_files(directory, where)
     contents = table_of_contents(weights / ".metadata", where)
     _check_common(weights / "common.pt", where)
     try:
@@ -250,33 +256,10 @@ def _architecture(config: dict[str, Any], family: str | None, where: str) -> Arc
     for name in _NOT_BUILT:
         if config.get(name):
             raise InputError(f"{where}: context/model.yaml: {name}={short(config[name])} is not supported")
-    learned = config["position_embedding_type"] == "learned_absolute"
-    fields = dict(
-        num_layers=config["num_layers"],
-        hidden_size=config["hidden_size"],
-        ffn_hidden_size=config["ffn_hidden_size"],
-        num_attention_heads=config["num_attention_heads"],
-        num_query_groups=config.get("num_query_groups") or config["num_attention_heads"],
-        kv_channels=config.get("kv_channels") or config["hidden_size"] // config["num_attention_heads"],
-        vocab_size=config["vocab_size"],
-        gated_linear_unit=config["gated_linear_unit"],
-        normalization=config["normalization"],
-        share_embeddings_and_output_weights=config["share_embeddings_and_output_weights"],
-        add_bias_linear=config["add_bias_linear"],
-        add_qkv_bias=config["add_qkv_bias"],
-        position_embedding_type=config["position_embedding_type"],
-        max_position_embeddings=config["seq_length"] if learned else 0,
-        activation=activation,
-        layernorm_epsilon=float(config["layernorm_epsilon"]),
-        layernorm_zero_centered_gamma=config["layernorm_zero_centered_gamma"],
-        rotary_base=float(config["rotary_base"]),
-        rotary_percent=config["rotary_percent"],
-        **_rope_scaling(config),
-        qk_layernorm=config["qk_layernorm"],
-        model_type=family,
-    )
     try:
-        return Architecture(**fields)
+        return Architecture.from_megatron(
+            config, activation=activation, model_type=family, **_rope_scaling(config)
+        )
     except InputError as error:
         raise InputError(f"{where}: context/model.yaml: {error}") from None
 

@@ -1,6 +1,5 @@
 """Saved checkpoints without the rows that fill up a vocabulary: what other layouts, and other programs, read."""
 
-import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import torch
 
 from nemo_minitron.checkpoints.source import table_of_contents
+from nemo_minitron.files import replacing
 
 _TABLES = (
     "module.embedding.word_embeddings.weight",
@@ -44,9 +44,8 @@ def cut_padding(weights: Path, vocab_size: int) -> None:
             chunk.sizes = _cut(chunk.sizes, min(chunk.sizes[0], vocab_size - chunk.offsets[0]))
         for index in [i for i in contents.storage_data if i.fqn == name and i.offset[0] >= vocab_size]:
             del contents.storage_data[index]
-    temporary = file.with_name(".metadata.tmp")
-    temporary.write_bytes(pickle.dumps(contents))
-    os.replace(temporary, file)
+    with replacing(file) as temporary:
+        temporary.write_bytes(pickle.dumps(contents))
 
 
 def _cut(shape: Any, rows: int) -> torch.Size:

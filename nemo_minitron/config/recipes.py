@@ -15,6 +15,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_minitron.config.cluster import ClusterConfig, check_cluster
+from nemo_minitron.config.document_limits import check_limits
 from nemo_minitron.config.ranges import (
     AboveZero,
     Beginning,
@@ -37,7 +38,6 @@ from nemo_minitron.config.ranges import (
 from nemo_minitron.config.search import SearchConfig
 from nemo_minitron.config.synthesize import SynthesizeConfig
 from nemo_minitron.config.trainer import TrainerConfig, check_trainer
-from nemo_minitron.data.limits import check_limits
 from nemo_minitron.errors import InputError
 from nemo_minitron.files import obstacle
 

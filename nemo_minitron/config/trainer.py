@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from nemo_minitron.config.ranges import Choice, Count, Positive
+from nemo_minitron.environment import COMPOSE, NPROC
 from nemo_minitron.errors import InputError
 
 
@@ -131,8 +132,8 @@ def check_trainer(t: TrainerConfig) -> None:
 
 
 def _check_ranks(t: TrainerConfig) -> None:
-    world = int(os.environ.get("NEMO_MINITRON_NPROC") or os.environ.get("WORLD_SIZE") or 1)
-    if os.environ.get("NEMO_MINITRON_COMPOSE"):  # a launcher will start as many as the layout asks for
+    world = int(os.environ.get(NPROC) or os.environ.get("WORLD_SIZE") or 1)
+    if os.environ.get(COMPOSE):  # a launcher will start as many as the layout asks for
         world = t.ranks
     if world != t.ranks:
         raise InputError(

@@ -7,6 +7,7 @@ import torch
 
 from nemo_minitron.cpu_compat.cuda_names import show_cpu_torch_to
 from nemo_minitron.cpu_compat.megatron import FusedAdamW
+from nemo_minitron.cpu_compat.norm import HostNorm
 from nemo_minitron.errors import InputError
 
 
@@ -74,8 +75,6 @@ def apex_norms_and_lists() -> None:
     Apex's norm classes, names that exist only with Apex. Norms here are `HostNorm`s; like theirs, a norm's parameters
     and all biases do not decay."""
     from nemo.collections.nlp.modules.common.megatron import utils
-
-    from nemo_minitron.cpu_compat.norm import HostNorm
 
     utils.listify_model = lambda model: model if isinstance(model, list) else [model]
     utils.FusedLayerNorm = utils.FastLayerNorm = utils.MixedFusedRMSNorm = HostNorm

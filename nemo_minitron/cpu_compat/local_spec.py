@@ -5,6 +5,9 @@ import importlib.util
 from collections.abc import Iterable
 from typing import Any
 
+from nemo_minitron.cpu_compat import attention
+from nemo_minitron.cpu_compat.norm import HostNorm
+
 
 def transformer_engine_imports() -> bool:
     """Whether NeMo and megatron-core will find Transformer Engine; asked as they ask."""
@@ -35,8 +38,6 @@ def local_norm_refuses_sequence_parallel() -> None:
     from megatron.core.models.gpt import gpt_layer_specs
     from megatron.core.transformer import torch_norm, transformer_block
 
-    from nemo_minitron.cpu_compat.norm import HostNorm
-
     _replace(
         torch_norm.WrappedTorchNorm, HostNorm, (torch_norm, backends, gpt_layer_specs, transformer_block)
     )
@@ -47,8 +48,6 @@ def local_attention_keeps_all_scores() -> None:
     Megatron holds the class by name in the layer specs' backend."""
     from megatron.core.models import backends
     from megatron.core.transformer.dot_product_attention import DotProductAttention
-
-    from nemo_minitron.cpu_compat import attention
 
     if attention.is_wanted():
         _replace(DotProductAttention, attention.HostAttention, (backends,))

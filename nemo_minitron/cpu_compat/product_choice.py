@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.errors import InputError
+from nemo_minitron.files import write_text
 
 SWITCH = "NEMO_MINITRON_PRODUCTS"
 RECORD = "cpu_products.json"
@@ -103,9 +104,7 @@ def settle(directory: Path, *, write: bool) -> Choice:
         choice = kept
     elif write:
         text = json.dumps(dataclasses.asdict(choice), indent=2) + "\n"
-        temporary = directory / f".{RECORD}.{os.getpid()}.tmp"
-        temporary.write_text(text)
-        os.replace(temporary, directory / RECORD)
+        write_text(directory / RECORD, text)
     _current = choice
     return choice
 

@@ -6,62 +6,16 @@ import itertools
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron.data.corpus import SPLITS, Corpus, Document, Stream
 from nemo_minitron.data.held_out import refuse_shared
+from nemo_minitron.data.stdlib import stdlib_corpus
 from nemo_minitron.errors import InputError
 from nemo_minitron.files import LONGEST_LINE, lines, read_bytes
 
-SPLITS = ("train", "valid")
 DEFAULT_VALID_FRACTION = 0.05
-
-
-@dataclass(frozen=True)
-class Document:
-    """One text. `path` is a stable id (no machine-specific part where the corpus has a choice)."""
-
-    path: str
-    text: str
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """A corpus.
-
-    Args:
-        name: what the configuration calls it.
-        splits: "train" and "valid", each an iterable of documents that can be walked more than once (a list,
-            or an object that streams from disk); no document is empty.
-    """
-
-    name: str
-    splits: Mapping[str, Iterable[Document]]
-
-    @cached_property
-    def manifest_sha256(self) -> str:
-        """Hex sha256 over the sorted (split, path, sha256 of the UTF-8 bytes) of all documents.
-
-        Reads the corpus once, and holds its paths in memory but not its texts.
-        """
-        rows = [
-            f"{split}\t{document.path}\t{hashlib.sha256(document.text.encode()).hexdigest()}\n"
-            for split in SPLITS
-            for document in self.splits[split]
-        ]
-        return hashlib.sha256("".join(sorted(rows)).encode()).hexdigest()
-
-
-class Stream:
-    """Documents from a function that opens them anew for each walk; those without text are passed over."""
-
-    def __init__(self, source: Callable[[], Iterator[Document]]) -> None:
-        self._source = source
-
-    def __iter__(self) -> Iterator[Document]:
-        return (document for document in self._source() if document.text.strip())
 
 
 def load_corpus(cfg: Mapping[str, Any]) -> Corpus:
@@ -80,8 +34,6 @@ def load_corpus(cfg: Mapping[str, Any]) -> Corpus:
         InputError: an unknown name, a missing key or another corpus's, a glob that matches nothing, an empty split;
             and, while documents are walked, a line that is no JSON object with that key, or a file that is not UTF-8.
     """
-    from nemo_minitron.data.stdlib import stdlib_corpus
-
     openers: dict[str, Callable[[Mapping[str, Any]], Corpus]] = {
         "stdlib": lambda _: stdlib_corpus(),
         "files": files_corpus,

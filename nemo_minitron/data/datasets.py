@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from nemo_minitron.data.corpora import SPLITS
+from nemo_minitron.data.corpus import SPLITS
 from nemo_minitron.data.file_sums import SumsFile
 from nemo_minitron.data.indexed import exclusive
 from nemo_minitron.errors import InputError

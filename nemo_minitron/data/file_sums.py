@@ -1,12 +1,11 @@
 """A record of checksums beside files that others write."""
 
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import ClassVar
 
-from nemo_minitron.files import file_sha256
+from nemo_minitron.files import file_sha256, write_text
 
 
 class SumsFile:
@@ -44,9 +43,7 @@ class SumsFile:
         before = self._read()
         after = {f.name: before.get(f.name) or file_sha256(f) for f in files}
         if after != before:
-            temporary = self.path.with_suffix(f".{os.getpid()}.tmp")
-            temporary.write_text(json.dumps(after, indent=1) + "\n")
-            os.replace(temporary, self.path)
+            write_text(self.path, json.dumps(after, indent=1) + "\n")
 
 
 def _state(file: Path) -> tuple[str, int, int]:

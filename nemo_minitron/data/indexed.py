@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemo_minitron.data.beginning import AUTO, beginning
-from nemo_minitron.data.corpora import SPLITS, Corpus, Document
+from nemo_minitron.data.corpus import SPLITS, Corpus, Document
 from nemo_minitron.data.tokenizer import tokenizer_sha256
 from nemo_minitron.errors import InputError
-from nemo_minitron.files import file_sha256, read_text
+from nemo_minitron.files import file_sha256, put, read_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -191,7 +191,7 @@ def _build(corpus: Corpus, tokenizer: "PreTrainedTokenizerBase", begin: list[int
     temporary.mkdir()
     try:
         _write(corpus, tokenizer, begin, temporary)
-        os.replace(temporary, final)
+        put(temporary, final)
     except OSError:
         # Without locks another process may have been first, and a directory replaces only an empty one.
         if _finished(final) is None:

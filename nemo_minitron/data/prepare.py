@@ -2,18 +2,18 @@
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nemo_minitron.config.document_limits import check_ends
 from nemo_minitron.config.recipes import DataConfig, cache_dir
-from nemo_minitron.data.corpora import Corpus, load_corpus
+from nemo_minitron.data.corpora import load_corpus
+from nemo_minitron.data.corpus import Corpus
 from nemo_minitron.data.indexed import MANIFEST, IndexedCorpus, build_indexed, exclusive
-from nemo_minitron.data.limits import check_ends
 from nemo_minitron.data.tokenizer import load_tokenizer, train_bpe
+from nemo_minitron.files import replacing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -76,8 +76,6 @@ def _trained(corpus: Corpus, data: DataConfig) -> str:
     final.parent.mkdir(parents=True, exist_ok=True)
     with exclusive(final.with_name(f".{final.name}.lock")):
         if not final.is_dir():
-            temporary = final.with_name(f"{final.name}.{os.getpid()}.tmp")
-            shutil.rmtree(temporary, ignore_errors=True)
-            train_bpe((d.text for d in corpus.splits["train"]), data.vocab_size, temporary)
-            os.replace(temporary, final)
+            with replacing(final) as temporary:
+                train_bpe((d.text for d in corpus.splits["train"]), data.vocab_size, temporary)
     return str(final)

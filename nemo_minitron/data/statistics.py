@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nemo_minitron.data.corpora import Corpus, Document
+from nemo_minitron.data.corpus import Corpus, Document
 
 _READ_TOKENS = 1 << 24
 _XZ_PRESET = 9

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from nemo_minitron.data.corpora import Corpus, Document, Stream
+from nemo_minitron.data.corpus import Corpus, Document, Stream
 from nemo_minitron.errors import InputError
 
 # Of all bytes, how many go to valid as whole packages and how many as single modules; none larger than the

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from nemo_minitron import parallel
 from nemo_minitron.errors import InputError
-from nemo_minitron.importance.hook_points import decoder_of, layers_of, norm_sites
+from nemo_minitron.importance.hook_points import norm_sites
+from nemo_minitron.megatron_gpt import decoder_of, layers_of
 
 EMBEDDING = "embedding"
 Key = int | str

@@ -11,6 +11,7 @@ from torch.nn import Module, ModuleList
 from nemo_minitron import parallel
 from nemo_minitron.errors import InputError
 from nemo_minitron.evaluation.lm_loss import evaluating, stacked
+from nemo_minitron.megatron_gpt import gpt_model
 
 # The first layer that is left out (0-based, global), and how many are.
 Block = tuple[int, int]
@@ -52,9 +53,7 @@ class LayerRemoval:
             raise InputError(
                 f"context_parallel_size={parallel.cp_size()}: must be 1 where layers are left out"
             )
-        self._model = chunks[0]
-        while not hasattr(self._model, "decoder"):
-            self._model = self._model.module
+        self._model = gpt_model(chunks[0])
         self._layers = list(self._model.decoder.layers)
         counts = parallel.gather_over_pp(len(self._layers))
         # The stage's layers, as global indices.

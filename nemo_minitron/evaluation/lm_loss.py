@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nemo_minitron import parallel
+from nemo_minitron.megatron_gpt import forward_only
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,6 @@ def lm_loss(
 
 def _forward(chunks: Sequence[Any], items: list[dict[str, Tensor]]) -> list[tuple[Tensor, Tensor]]:
     """One forward-only schedule over one microbatch; (loss sum, token count) on the last stage, nothing elsewhere."""
-    from megatron.core.pipeline_parallel import get_forward_backward_func
-
     batch = stacked(items, _device(chunks[0]))
     found: list[tuple[Tensor, Tensor]] = []
 
@@ -76,15 +75,7 @@ def _forward(chunks: Sequence[Any], items: list[dict[str, Tensor]]) -> list[tupl
 
         return output, loss
 
-    get_forward_backward_func()(
-        forward_step_func=step,
-        data_iterator=[iter([batch]) for _ in chunks] if len(chunks) > 1 else iter([batch]),
-        model=list(chunks),
-        num_microbatches=1,
-        seq_length=batch["tokens"].shape[1],
-        micro_batch_size=len(items),
-        forward_only=True,
-    )
+    forward_only(step, chunks, [batch], (len(items), batch["tokens"].shape[1]))
     return found
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from nemo_minitron.arch import Architecture
 from nemo_minitron.errors import InputError
-from nemo_minitron.export import consumers
+from nemo_minitron.export import consumers, licences
 from nemo_minitron.export.licences import NONE, Licence
 from nemo_minitron.export.lineage import Lineage, Step
 
@@ -307,8 +307,6 @@ def licence_of(said: str | None, lineage: Lineage) -> Licence | None:
     Raises:
         InputError: it is not known, or forbids derivatives.
     """
-    from nemo_minitron.export import licences
-
     if said is not None:
         return None if said.strip().lower() == NONE else licences.of_name(said, f"license={said}")
     if lineage.base is None:

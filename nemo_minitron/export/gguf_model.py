@@ -153,7 +153,7 @@ def packed(tensor: Tensor, kind: str, name: str) -> Any:
     """
     import gguf
 
-    if kind == "F16" and float(tensor.abs().max()) > _LARGEST_HALF:
+    if kind == "F16" and max(map(abs, map(float, tensor.aminmax()))) > _LARGEST_HALF:
         raise RuntimeError(f"{name}: a value is beyond float16's {_LARGEST_HALF:.0f}; choose BF16 or F32")
     if kind in ("F32", "F16", "BF16"):
         dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[kind]

@@ -12,6 +12,7 @@ from typing import Any
 
 from nemo_minitron.checkpoints.gguf.pre_tokenizers import name_of
 from nemo_minitron.errors import InputError
+from nemo_minitron.export.generation import ids_of
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED, _BYTE = range(1, 7)
 _SPACE = "▁"
@@ -133,8 +134,6 @@ def _tokens(rules: Mapping[str, Any], rows: int) -> tuple[list[str], list[int]]:
 
 def _ids(settings: Mapping[str, Any], tokenizer: Any) -> tuple[dict[str, int], list[int]]:
     """Ids by role; stop tokens in their order, and those beyond the third."""
-    from nemo_minitron.export.generation import ids_of
-
     stops = ids_of(settings, "eos_token_id", "generation settings")
     found = dict(zip(STOPS, stops, strict=False))
     for role, number in (

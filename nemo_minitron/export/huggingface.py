@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from nemo_minitron.data import tokenizer
 from nemo_minitron.data.chat.template import check_template, stop_token
 from nemo_minitron.errors import InputError
 from nemo_minitron.export import generation
@@ -67,8 +68,6 @@ def load_tokenizer(directory: Path, vocab_size: int) -> Any:
         InputError: it cannot be loaded, has more entries than the model has rows, or has a chat template that does not
             render or does not end answers.
     """
-    from nemo_minitron.data import tokenizer
-
     found = tokenizer.load_tokenizer(directory)
     if len(found) > vocab_size:
         raise InputError(

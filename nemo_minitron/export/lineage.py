@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron.checkpoints.gguf.reader import read_header
 from nemo_minitron.errors import InputError
 from nemo_minitron.files import read_text
 
@@ -107,8 +108,6 @@ def _name_of_directory(base: Path) -> str | None:
 
 def _of_gguf(file: Path) -> tuple[str | None, str | None]:
     try:
-        from nemo_minitron.checkpoints.gguf.reader import read_header
-
         said = read_header(file, str(file)).metadata
     except (ImportError, InputError, OSError):
         return None, None

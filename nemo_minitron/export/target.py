@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from nemo_minitron.errors import InputError
+from nemo_minitron.files import put, remove
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _BESIDE_WEIGHTS = 64 << 20  # bytes; tokenizer, template, card
@@ -64,21 +65,14 @@ def under_another_name(target: Path) -> Iterator[Path]:
     removed if not."""
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.tmp")
-    _remove(temporary)
+    remove(temporary)
     try:
         yield temporary
         old = target.with_name(f".{target.name}.old")
-        _remove(old)
+        remove(old)
         if os.path.lexists(target):
             os.replace(target, old)
-        os.replace(temporary, target)
-        _remove(old)
+        put(temporary, target)
+        remove(old)
     finally:
-        _remove(temporary)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+        remove(temporary)

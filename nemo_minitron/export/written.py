@@ -10,6 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from nemo_minitron.arch import Architecture
+from nemo_minitron.checkpoints.gguf import weights
+from nemo_minitron.checkpoints.gguf.config import config_json
+from nemo_minitron.checkpoints.gguf.reader import read_header
 from nemo_minitron.export.safetensors_writer import INDEX
 
 # Real English text that every Python brings along (Python Software Foundation License).
@@ -74,10 +77,6 @@ def gguf_read(
         architecture_of: `families.architecture_of`.
     """
     from transformers import AutoConfig
-
-    from nemo_minitron.checkpoints.gguf import weights
-    from nemo_minitron.checkpoints.gguf.config import config_json
-    from nemo_minitron.checkpoints.gguf.reader import read_header
 
     where = str(path)
     file = read_header(path, where)

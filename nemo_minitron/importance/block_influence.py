@@ -10,7 +10,7 @@ from torch.nn import Module
 
 from nemo_minitron import parallel
 from nemo_minitron.errors import InputError
-from nemo_minitron.importance.hook_points import decoder_of, layers_of
+from nemo_minitron.megatron_gpt import decoder_of, layers_of
 from nemo_minitron.parallel import GroupName
 
 METRICS = ("block_influence", "angular_distance")

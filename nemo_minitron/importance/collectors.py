@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from nemo_minitron import parallel
-from nemo_minitron.arch import WIDTH_AXES
+from nemo_minitron.axes import AXES, BY_NAME, WIDTH_AXES
 from nemo_minitron.errors import InputError
 from nemo_minitron.importance.aggregation import (
     BatchMoments,
@@ -18,15 +18,8 @@ from nemo_minitron.importance.aggregation import (
     sequence_moments,
     sequence_statistic,
 )
-from nemo_minitron.importance.hook_points import (
-    PLACES,
-    Site,
-    decoder_of,
-    describe,
-    ffn_sites,
-    head_sites,
-    norm_sites,
-)
+from nemo_minitron.importance.hook_points import KINDS, PLACES, Site, describe
+from nemo_minitron.megatron_gpt import decoder_of
 from nemo_minitron.parallel import GroupName
 
 
@@ -48,7 +41,7 @@ class ImportanceCollector:
     Args:
         model_chunks: the rank's GPTModel, or several with virtual pipeline stages; wrappers are looked
             through.
-        axes: which of `arch.WIDTH_AXES` to score.
+        axes: which of `axes.WIDTH_AXES` to score.
         batch: statistic over samples, "mean", "l2" or "var".
         sequence: statistic over a sample's tokens, likewise.
         include_final_norm: whether the norm before the output layer counts towards "hidden_size".
@@ -84,18 +77,13 @@ class ImportanceCollector:
         self._handles: list[Any] = []
 
     def _sites(self, decoder: Any, include_final_norm: bool) -> dict[str, list[Site]]:
-        sites = {}
-        if "ffn_hidden_size" in self.axes:
-            sites["ffn"] = ffn_sites(decoder)
-        if {"num_attention_heads", "num_query_groups"} & set(self.axes):
-            sites["heads"] = head_sites(decoder)
-        if "hidden_size" in self.axes:
-            sites["norms"] = norm_sites(decoder, include_final_norm)
-        return sites
+        kinds = {axis.hooks for axis in AXES if axis.name in self.axes}
+        return {name: KINDS[name].sites(decoder, include_final_norm) for name in sorted(kinds)}
 
     def _groups(self, kind: str) -> tuple[GroupName, ...]:
         """Over which ranks the tokens of a sequence are spread where these sites are."""
-        return ("tp", "cp") if kind == "norms" and self._config.sequence_parallel else ("cp",)
+        spread = KINDS[kind].spread_by_sequence_parallel and self._config.sequence_parallel
+        return ("tp", "cp") if spread else ("cp",)
 
     def __enter__(self) -> "ImportanceCollector":
         for number, (decoder, tracks) in enumerate(zip(self._decoders, self._tracks, strict=True)):
@@ -149,12 +137,9 @@ class ImportanceCollector:
 
     def _table(self, kind: str) -> Tensor:
         """Float64 [rows of all stages, the rank's own units]."""
-        config, ranks = self._config, parallel.tp_size()
-        rows, units = {
-            "ffn": (config.num_layers, config.ffn_hidden_size // ranks),
-            "heads": (config.num_layers, config.num_attention_heads // ranks),
-            "norms": (2 * config.num_layers + 1, config.hidden_size),
-        }[kind]
+        axis = BY_NAME[KINDS[kind].axis]
+        units = axis.size(self._config) // (parallel.tp_size() if axis.sharded else 1)
+        rows = len(KINDS[kind].positions(self._config.num_layers))
         table = torch.zeros(rows, units, dtype=torch.float64, device=self._device())
         for tracks in self._tracks:
             if sites := tracks[kind].sites:  # a stage may hold no layer
@@ -163,30 +148,23 @@ class ImportanceCollector:
 
     def _check_finite(self, tables: dict[str, Tensor]) -> None:
         layers, nowhere = self._config.num_layers, len(PLACES) * self._config.num_layers + 1
-        # Which place of the network each row of a table is.
-        positions = {
-            "ffn": range(3, 4 * layers, 4),
-            "heads": range(1, 4 * layers, 4),
-            "norms": range(0, 4 * layers + 1, 2),
-        }
         first = nowhere
         for kind, table in tables.items():
-            good = table.isfinite().all(dim=1).tolist()
-            first = min([first, *(p for p, g in zip(positions[kind], good, strict=True) if not g)])
+            good, positions = table.isfinite().all(dim=1).tolist(), KINDS[kind].positions(layers)
+            first = min([first, *(p for p, g in zip(positions, good, strict=True) if not g)])
         # The other tensor-parallel ranks hold other units.
         first = int(parallel.all_reduce(torch.tensor(first, device=self._device()), "tp", "min"))
         if first != nowhere:
             raise InputError(f"NaN or infinity in the activations: {describe(first, layers)}")
 
-    def _scores(self, axis: str, tables: dict[str, Tensor]) -> Tensor:
-        if axis == "hidden_size":
-            # Every rank has computed all channels; they take one rank's, lest a last bit make plans differ.
-            return parallel.all_gather_tp(tables["norms"])[0].sum(0)
-        kind = "ffn" if axis == "ffn_hidden_size" else "heads"
-        scores = torch.cat(parallel.all_gather_tp(tables[kind]), dim=1)
-        if axis == "num_query_groups":
-            return scores.unflatten(1, (self._config.num_query_groups, -1)).sum(-1)
-        return scores
+    def _scores(self, name: str, tables: dict[str, Tensor]) -> Tensor:
+        axis = BY_NAME[name]
+        parts = parallel.all_gather_tp(tables[axis.hooks])
+        if not axis.sharded:
+            # Every rank has computed all units; all take one rank's, so that rounding cannot make plans differ.
+            return parts[0].sum(0)
+        # One for each measured unit, or their sum where the axis counts what holds several of them.
+        return torch.cat(parts, dim=1).unflatten(1, (axis.size(self._config), -1)).sum(-1)
 
     def _device(self) -> torch.device:
         return next(self._decoders[0].parameters(), torch.empty(0)).device

@@ -4,7 +4,7 @@ Works on megatron-core's local layer spec and on the Transformer Engine spec, wh
 `linear_qkv` and `linear_fc1` (tried on a stand-in of the same shape: Transformer Engine needs CUDA).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.nn import Module
 from torch.nn import functional as F
 
 from nemo_minitron.errors import InputError
+from nemo_minitron.megatron_gpt import layers_of
 
 # In the order in which a layer meets them; a site's position is 4 * layer + the index here.
 PLACES = (
@@ -48,27 +49,6 @@ def describe(position: int, num_layers: int) -> str:
     if position == len(PLACES) * num_layers:
         return "output of final_layernorm"
     return f"layer {position // len(PLACES)}, {PLACES[position % len(PLACES)]}"
-
-
-def decoder_of(chunk: Module) -> Any:
-    """Megatron's TransformerBlock inside a GPTModel, or inside wrappers around one (DDP, Float16Module,
-    NeMo).
-
-    Raises:
-        InputError: there is none.
-    """
-    inner: Any = chunk
-    while not hasattr(inner, "decoder") and hasattr(inner, "module"):
-        inner = inner.module
-    if not hasattr(getattr(inner, "decoder", None), "layers"):
-        raise InputError(f"{type(chunk).__name__}: not a Megatron GPT model, it has no decoder with layers")
-    return inner.decoder
-
-
-def layers_of(decoder: Any) -> Iterator[tuple[int, Any]]:
-    """(global 0-based index, layer) of the layers that this rank holds."""
-    for layer in decoder.layers:
-        yield layer.layer_number - 1, layer
 
 
 def ffn_sites(decoder: Any) -> list[Site]:
@@ -147,3 +127,31 @@ def _fused_norm(linear: Any, config: Any) -> Callable[[Tensor], Tensor]:
 
 def _as_it_is(x: Tensor) -> Tensor:
     return x
+
+
+def _dense(find: Callable[[Any], list[Site]]) -> Callable[[Any, bool], list[Site]]:
+    return lambda decoder, include_final: find(decoder)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of place that is hooked.
+
+    Attributes:
+        sites: of a decoder; the flag says whether the final norm counts.
+        axis: the one whose units are measured there; others that share the place sum them up.
+        positions: of `num_layers`: the place (see `describe`) of each row of the kind's table.
+        spread_by_sequence_parallel: whether tensor-parallel ranks hold other tokens there under sequence parallelism.
+    """
+
+    sites: Callable[[Any, bool], list[Site]]
+    axis: str
+    positions: Callable[[int], range]
+    spread_by_sequence_parallel: bool = False
+
+
+KINDS = {
+    "ffn": Kind(_dense(ffn_sites), "ffn_hidden_size", lambda layers: range(3, 4 * layers, 4)),
+    "heads": Kind(_dense(head_sites), "num_attention_heads", lambda layers: range(1, 4 * layers, 4)),
+    "norms": Kind(norm_sites, "hidden_size", lambda layers: range(0, 4 * layers + 1, 2), True),
+}

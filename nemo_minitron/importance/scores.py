@@ -14,8 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nemo_minitron.arch import Architecture
+from nemo_minitron.axes import BY_NAME
 from nemo_minitron.errors import InputError
-from nemo_minitron.files import check_regular
+from nemo_minitron.files import check_regular, replacing
 from nemo_minitron.importance.aggregation import STATISTICS
 
 VERSION = 1
@@ -35,9 +36,8 @@ class Scores:
         samples: calibration sequences, over all data-parallel ranks.
         tokens: calibration tokens, likewise.
         data_sha256: digest of the calibration data.
-        tensors: float32, on the CPU, global. Keys and shapes: "ffn_hidden_size" [num_layers,
-            ffn_hidden_size], "num_attention_heads" [num_layers, num_attention_heads], "num_query_groups"
-            [num_layers, num_query_groups], "hidden_size" [hidden_size], "layers/<metric>" [num_layers],
+        tensors: float32, on the CPU, global. Keys and shapes: a width axis's name, `Axis.score_shape` (its
+            units by layer; "hidden_size" once for the network), "layers/<metric>" [num_layers],
             "blocks/<metric>/<n>" [num_layers - n + 1], whose entry i is the block of n layers that starts at
             layer i. In all of them a higher score means: more is lost without it.
 
@@ -64,13 +64,8 @@ class Scores:
         """Write the file whole or not at all; an existing one is replaced."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "tensors"}
         values["architecture"] = self.architecture.to_dict()
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
+        with replacing(Path(path)) as temporary:
             save_file(self.tensors, temporary, {_KEY: json.dumps({"version": VERSION, **values})})
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Scores":
@@ -146,14 +141,8 @@ def _check_values(values: dict[str, Any]) -> None:
 
 
 def _shape(name: str, arch: Architecture) -> tuple[int, ...]:
-    axis = {
-        "ffn_hidden_size": (arch.num_layers, arch.ffn_hidden_size),
-        "num_attention_heads": (arch.num_layers, arch.num_attention_heads),
-        "num_query_groups": (arch.num_layers, arch.num_query_groups),
-        "hidden_size": (arch.hidden_size,),
-    }
-    if name in axis:
-        return axis[name]
+    if name in BY_NAME:
+        return BY_NAME[name].score_shape(arch)
     kind, _, rest = name.partition("/")
     length = rest.rpartition("/")[2]
     if kind == "layers" and rest:
@@ -161,5 +150,5 @@ def _shape(name: str, arch: Architecture) -> tuple[int, ...]:
     if kind == "blocks" and length.isdecimal() and 1 <= int(length) <= arch.num_layers:
         return (arch.num_layers - int(length) + 1,)
     raise InputError(
-        f"scores of {name!r}: must be one of {', '.join(axis)}, layers/METRIC or blocks/METRIC/LENGTH"
+        f"scores of {name!r}: must be one of {', '.join(BY_NAME)}, layers/METRIC or blocks/METRIC/LENGTH"
     )

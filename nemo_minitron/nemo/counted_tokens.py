@@ -4,14 +4,13 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from nemo.lightning.megatron_parallel import MaskedTokenLossReduction
 from torch import Tensor
 
 from nemo_minitron import parallel
 from nemo_minitron.errors import FailedRun
 from nemo_minitron.nemo.proven_checkpoints import place
 from nemo_minitron.nemo.step_log import StepLog
-
-from nemo.lightning.megatron_parallel import MaskedTokenLossReduction  # isort: skip
 
 
 class CountingReduction(MaskedTokenLossReduction):

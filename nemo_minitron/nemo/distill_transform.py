@@ -7,6 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from megatron.core.num_microbatches_calculator import get_num_microbatches
+from nemo.lightning.megatron_parallel import MaskedTokenLossReduction
+from nemo.lightning.pytorch.callbacks import ModelTransform
 from torch import Tensor
 
 from nemo_minitron import parallel
@@ -16,17 +19,11 @@ from nemo_minitron.distillation.intermediate import Intermediate
 from nemo_minitron.distillation.loss.losses import HiddenTeacher, TopKTeacher, distillation_loss
 from nemo_minitron.distillation.loss.settings import LossSettings
 from nemo_minitron.distillation.loss.vocabulary import align_head
+from nemo_minitron.megatron_gpt import forward_only, gpt_model
 from nemo_minitron.nemo.cached_teacher import CachedTeacher
 from nemo_minitron.nemo.intermediate_states import Between, add_projections
 from nemo_minitron.nemo.proven_checkpoints import place
-from nemo_minitron.nemo.teacher import Teacher, microbatch_mask, microbatch_tokens, output_weight
-from nemo_minitron.workflows.distill.settings import output_rows
-
-from megatron.core.models.gpt import GPTModel  # isort: skip
-from megatron.core.num_microbatches_calculator import get_num_microbatches  # isort: skip
-from megatron.core.pipeline_parallel import get_forward_backward_func  # isort: skip
-from nemo.lightning.megatron_parallel import MaskedTokenLossReduction  # isort: skip
-from nemo.lightning.pytorch.callbacks import ModelTransform  # isort: skip
+from nemo_minitron.nemo.teacher import Teacher, microbatch_mask, microbatch_tokens, output_rows, output_weight
 
 # What the last stage reports of a microbatch: sums over its tokens.
 PARTS = ("loss", "kl", "lm_loss")
@@ -123,7 +120,7 @@ class DistillTransform(ModelTransform):
 
         def with_projections(*args: Any, **kwargs: Any) -> None:
             configure(*args, **kwargs)
-            add_projections(_gpt_model(pl_module.module), between, self.source.architecture.hidden_size)
+            add_projections(gpt_model(pl_module.module), between, self.source.architecture.hidden_size)
 
         pl_module.configure_model = with_projections
 
@@ -140,7 +137,7 @@ class DistillTransform(ModelTransform):
             self.teacher = Teacher(self.source, trainer.strategy, module.tokenizer, length, self.precision)
         if self.on_loaded is not None:
             self.on_loaded([self.teacher.chunk] if self.teacher else [])
-        self._student = _gpt_model(chunks[0])
+        self._student = gpt_model(chunks[0])
         if self.between is not None:
             assert self.teacher is not None, "a cache holds no states between layers"
             self._compared = Between(self.between, self._student, self.teacher.chunk)
@@ -193,15 +190,7 @@ class DistillTransform(ModelTransform):
         self._alpha = 0.0
         batch, sequence = microbatch_tokens(batches[0]).shape
         with torch.no_grad():
-            outputs = get_forward_backward_func()(
-                forward_step_func=step.forward_step_func,
-                data_iterator=iter(batches),
-                model=step.model,
-                num_microbatches=len(batches),
-                seq_length=sequence,
-                micro_batch_size=batch,
-                forward_only=True,
-            )
+            outputs = forward_only(step.forward_step_func, [step.model], batches, (batch, sequence))
         reduction = DistillationReduction()
         if self._student.post_process:
             reduction.reduce(outputs)
@@ -306,13 +295,6 @@ class DistillTransform(ModelTransform):
         """Lightning's hook."""
         if self.between is not None and self.between.alpha is None:
             self._alpha = state_dict["alpha"]
-
-
-def _gpt_model(chunk: Any) -> Any:
-    # Not by its attributes: NeMo's DDP passes those of the model on.
-    while not isinstance(chunk, GPTModel):
-        chunk = chunk.module
-    return chunk
 
 
 def _balance(parts: dict[str, float]) -> float:

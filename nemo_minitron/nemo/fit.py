@@ -8,7 +8,11 @@ from typing import Any
 from nemo_minitron import parallel
 from nemo_minitron.checkpoints.source import CHECKPOINT, is_unfinished, weights_may_only_be_tensors
 from nemo_minitron.checkpoints.true_rows import cut_padding
-from nemo_minitron.run import main as recipe
+from nemo_minitron.environment import rank
+from nemo_minitron.files import put, remove_stale
+from nemo_minitron.nemo.preemption import SaveAndEnd
+from nemo_minitron.nemo.proven_checkpoints import Checkpoints, is_not_finite, place
+from nemo_minitron.nemo.step_log import TokenRate
 
 
 def fit(
@@ -42,9 +46,6 @@ def fit(
     """
     from megatron.core.dist_checkpointing.validation import StrictHandling
 
-    from nemo_minitron.nemo.preemption import SaveAndEnd
-    from nemo_minitron.nemo.step_log import TokenRate
-
     # Last, so that others have done their part of the step; not through the constructor, see `trainer.trainer`.
     trainer.callbacks.append(SaveAndEnd())
     trainer.callbacks.append(TokenRate(data.global_batch_size * data.seq_length))
@@ -59,9 +60,9 @@ def fit(
 def _name_last(directory: Path, vocab_size: int) -> Path:
     """RUN/checkpoint names the last checkpoint, which is returned."""
     last, link = last_checkpoint(directory), directory / CHECKPOINT
-    if recipe.rank() == 0:
+    if rank() == 0:
         cut_padding(last / "weights", vocab_size)
-        recipe.fresh(link)
+        remove_stale(link)
         link.symlink_to(os.path.relpath(last, directory), target_is_directory=True)
     parallel.barrier()
     return last
@@ -78,12 +79,12 @@ def finish(session: Any, directory: Path, dtype: str) -> None:
         dtype: of the weights, in torch's word.
     """
     final, link = directory / "nemo" / "final", directory / CHECKPOINT
-    temporary = recipe.fresh(final.with_name(".final.tmp"))
+    temporary = remove_stale(final.with_name(".final.tmp"))
     session.save(temporary, dtype)
-    if recipe.rank() == 0:
-        recipe.fresh(final)
-        os.replace(temporary, final)
-        recipe.fresh(link)
+    if rank() == 0:
+        remove_stale(final)
+        put(temporary, final)
+        remove_stale(link)
         link.symlink_to(os.path.relpath(final, directory), target_is_directory=True)
     parallel.barrier()
 
@@ -92,8 +93,6 @@ def _train(model: Any, data: Any, trainer: Any, log: Any, resume: Any) -> None:
     """What `nemo.collections.llm.train` does with these arguments, of `nemo.lightning` alone: its module imports
     ModelOpt and a dozen more, 4 s on each rank. A checkpoint with ModelOpt's state is left to NeMo's."""
     from nemo.lightning import configure_no_restart_validation_training_loop
-
-    from nemo_minitron.nemo.proven_checkpoints import is_not_finite, place
 
     try:
         configure_no_restart_validation_training_loop(trainer)
@@ -108,8 +107,6 @@ def _train(model: Any, data: Any, trainer: Any, log: Any, resume: Any) -> None:
 
 def _logger(directory: Path, every_n_steps: int) -> Any:
     import nemo.lightning as nl
-
-    from nemo_minitron.nemo.proven_checkpoints import Checkpoints
 
     checkpoints = Checkpoints(
         every_n_train_steps=every_n_steps,

@@ -14,13 +14,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.checkpoints.families import FAMILIES, config_of
+from nemo_minitron.checkpoints.saved_dtype import saving_in
+from nemo_minitron.checkpoints.source import contents
 from nemo_minitron.checkpoints.untrusted_files import read_json
 from nemo_minitron.checkpoints.weight_files import EMBEDDING, HEAD, read_headers
 from nemo_minitron.errors import InputError
 from nemo_minitron.export.distributed_reader import DistributedReader
 from nemo_minitron.export.huggingface import SHARD_BYTES, SOURCE_DTYPE, Model, dtype_of, write
 from nemo_minitron.export.tensors import Weights
-from nemo_minitron.files import file_sha256
+from nemo_minitron.files import file_sha256, making_once, put
+from nemo_minitron.nemo import models
+from nemo_minitron.nemo.session import nemo_tokenizer
 
 if TYPE_CHECKING:
     from nemo_minitron.checkpoints.source import Source
@@ -86,7 +90,7 @@ def import_checkpoint(source: "Source", cache: Path) -> Path:
     try:
         _importer(source, _import_dtype(source)).apply(temporary / "nemo")
         (temporary / "done").touch()
-        os.replace(temporary, final)
+        put(temporary, final)
     except OSError:
         # Another process was faster; its copy is the same.
         if not (final / "done").is_file():
@@ -113,9 +117,6 @@ def _importer(source: "Source", dtype: str) -> Any:
         source: of kind "huggingface".
         dtype: of the converted weights, "float32" or "bfloat16".
     """
-    from nemo_minitron.nemo import models
-    from nemo_minitron.nemo.session import nemo_tokenizer
-
     models.quiet_nemo()
     base = _connector(source, "Importer")
 
@@ -137,8 +138,6 @@ def _importer(source: "Source", dtype: str) -> Any:
         def apply(self, output: Path) -> Path:
             from nemo.lightning import teardown
 
-            from nemo_minitron.checkpoints.saved_dtype import saving_in
-
             theirs, model = load_huggingface(source, dtype), self.init()
             trainer = self.nemo_setup(model)
             with fused_names(model.module), untied(model.module):
@@ -153,8 +152,6 @@ def _importer(source: "Source", dtype: str) -> Any:
 
 
 def _connector(source: "Source", kind: str) -> Any:
-    from nemo_minitron.nemo import models
-
     model_type = source.architecture.model_type
     if model_type is None:
         raise InputError(
@@ -273,8 +270,6 @@ def export_model(source: "Source", dtype: str = SOURCE_DTYPE) -> Model:
         InputError: a model that Hugging Face has no family for, a dtype that is none, weights that do not fit the
             configuration.
     """
-    from nemo_minitron.checkpoints.source import contents
-
     assert source.kind == "nemo", source
     if source.architecture.model_type is None:
         raise InputError(
@@ -309,9 +304,6 @@ def exported_once(source: "Source", cache: Path) -> Path:
     tokenizer = "".join(file_sha256(file) for file in sorted(source.tokenizer.iterdir()) if file.is_file())
     final = cache / hashlib.sha256(f"{source.sha256()}{tokenizer}".encode()).hexdigest()[:24]
     if not final.is_dir():
-        temporary = cache / f".{final.name}.{os.getpid()}.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.parent.mkdir(parents=True, exist_ok=True)
-        export_checkpoint(source, temporary)
-        os.replace(temporary, final)
+        with making_once(final) as temporary:
+            export_checkpoint(source, temporary)
     return final

@@ -7,13 +7,13 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
 
-from nemo_minitron.arch import WIDTH_AXES
+from nemo_minitron.axes import WIDTH_AXES
+from nemo_minitron.environment import rank
 from nemo_minitron.importance.aggregation import Statistic
 from nemo_minitron.importance.block_influence import BlockInfluenceCollector
 from nemo_minitron.importance.collectors import ImportanceCollector
 from nemo_minitron.importance.scores import Scores
 from nemo_minitron.nemo import models
-from nemo_minitron.run import main as recipe
 
 
 class ImportanceCallback(pl.Callback):
@@ -28,7 +28,7 @@ class ImportanceCallback(pl.Callback):
 
     Args:
         path: where the scores go (safetensors); None keeps them in memory only.
-        axes: of `arch.WIDTH_AXES`.
+        axes: of `axes.WIDTH_AXES`.
         batch, sequence: aggregations, "mean", "l2" or "var" (arXiv 2407.14679 §2.2).
         include_final_norm: whether the last norm counts for `hidden_size`.
         block_lengths: also score layers, alone (1) and in blocks of these lengths, by block influence.
@@ -92,7 +92,7 @@ class ImportanceCallback(pl.Callback):
             data_sha256=self.data_sha256,
             tensors=tensors,
         )
-        if self.path is not None and recipe.rank() == 0:
+        if self.path is not None and rank() == 0:
             self.scores.save(self.path)
         return self.scores
 

@@ -2,25 +2,22 @@
 
 import functools
 import importlib
-import os
 from typing import Any
 
 import torch
+from megatron.core.transformer.enums import AttnBackend
+from nemo.collections import llm
+from nemo.collections.llm.fn.activation import openai_gelu, squared_relu
+from nemo.collections.llm.gpt.model.base import HAVE_TE, local_layer_spec
+from nemo.collections.llm.gpt.model.llama import Llama31Config
+from nemo.utils import logging
 from torch.nn import functional as F
 
-from nemo_minitron import cpu_compat, padding, parallel
+from nemo_minitron import padding, parallel
 from nemo_minitron.arch import Architecture
 from nemo_minitron.checkpoints.families import FAMILIES, NEMO_ROPE_SCALING
+from nemo_minitron.environment import verbose
 from nemo_minitron.errors import InputError
-
-cpu_compat.prepare_nemo()
-
-from megatron.core.transformer.enums import AttnBackend  # noqa: E402
-from nemo.collections import llm  # noqa: E402
-from nemo.collections.llm.fn.activation import openai_gelu, squared_relu  # noqa: E402
-from nemo.collections.llm.gpt.model.base import HAVE_TE, local_layer_spec  # noqa: E402
-from nemo.collections.llm.gpt.model.llama import Llama31Config  # noqa: E402
-from nemo.utils import logging  # noqa: E402
 
 _ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": openai_gelu, "squared_relu": squared_relu}
 _NAMES = {function: name for name, function in _ACTIVATIONS.items()}
@@ -28,7 +25,7 @@ _NAMES = {function: name for name, function in _ACTIVATIONS.items()}
 
 def quiet_nemo() -> None:
     """Recipes show progress and results, not NeMo's list of process groups; NEMO_MINITRON_VERBOSE=1 shows that too."""
-    if os.environ.get("NEMO_MINITRON_VERBOSE") != "1":
+    if not verbose():
         logging.setLevel(logging.ERROR)
 
 
@@ -62,27 +59,10 @@ def to_config(architecture: Architecture, *, seq_length: int, precision: str = "
     a = architecture
     dtype = torch.bfloat16 if precision.startswith("bf16") else torch.float32
     config = _config_class(a)(
-        num_layers=a.num_layers,
-        hidden_size=a.hidden_size,
-        ffn_hidden_size=a.ffn_hidden_size,
-        num_attention_heads=a.num_attention_heads,
-        num_query_groups=a.num_query_groups,
-        kv_channels=a.kv_channels,
-        vocab_size=a.vocab_size,
+        **a.to_megatron(),
         make_vocab_size_divisible_by=1,
         seq_length=seq_length,
-        normalization=a.normalization,
         activation_func=_ACTIVATIONS[a.activation],
-        gated_linear_unit=a.gated_linear_unit,
-        share_embeddings_and_output_weights=a.share_embeddings_and_output_weights,
-        add_bias_linear=a.add_bias_linear,
-        add_qkv_bias=a.add_qkv_bias,
-        position_embedding_type=a.position_embedding_type,
-        layernorm_epsilon=a.layernorm_epsilon,
-        layernorm_zero_centered_gamma=a.layernorm_zero_centered_gamma,
-        rotary_base=a.rotary_base,
-        rotary_percent=a.rotary_percent,
-        qk_layernorm=a.qk_layernorm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         bf16=dtype is torch.bfloat16,
@@ -133,14 +113,10 @@ def _family_settings(architecture: Architecture) -> dict[str, Any]:
     """What NeMo's config class of the family sets and this project does not want, or wants otherwise."""
     if architecture.rope_scaling_factor is not None:
         return {theirs: getattr(architecture, ours) for ours, theirs, _ in NEMO_ROPE_SCALING}
-    if architecture.model_type == "mistral":
-        # The context is bounded by the window instead (`families.context_of`).
-        return {"window_size": None, "cp_comm_type": None}
-    if architecture.model_type == "gemma":
-        # NeMo's "flash" is for Transformer Engine 1.8, and megatron-core keeps it for the process: any other model
-        # in it is then refused.
-        return {"attention_backend": AttnBackend.auto}
-    return {}
+    settings = dict(FAMILIES[architecture.model_type].nemo) if architecture.model_type else {}
+    if "attention_backend" in settings:
+        settings["attention_backend"] = AttnBackend[settings["attention_backend"]]
+    return settings
 
 
 def from_config(config: Any, vocab_size: int | None = None) -> Architecture:
@@ -157,31 +133,11 @@ def from_config(config: Any, vocab_size: int | None = None) -> Architecture:
         raise InputError(f"num_moe_experts={config.num_moe_experts}: only dense models are supported")
     if config.activation_func not in _NAMES:
         raise InputError(f"activation {config.activation_func!r}: known are {', '.join(_ACTIVATIONS)}")
-    return Architecture(
-        num_layers=config.num_layers,
-        hidden_size=config.hidden_size,
-        ffn_hidden_size=config.ffn_hidden_size,
-        num_attention_heads=config.num_attention_heads,
-        num_query_groups=config.num_query_groups or config.num_attention_heads,
-        kv_channels=config.kv_channels or config.hidden_size // config.num_attention_heads,
-        vocab_size=config.vocab_size or vocab_size,
-        gated_linear_unit=config.gated_linear_unit,
-        normalization=config.normalization,
-        share_embeddings_and_output_weights=config.share_embeddings_and_output_weights,
-        add_bias_linear=config.add_bias_linear,
-        add_qkv_bias=config.add_qkv_bias,
-        position_embedding_type=config.position_embedding_type,
-        max_position_embeddings=config.seq_length
-        if config.position_embedding_type == "learned_absolute"
-        else 0,
+    return Architecture.from_megatron(
+        vars(config) | {"vocab_size": config.vocab_size or vocab_size},
         activation=_NAMES[config.activation_func],
-        layernorm_epsilon=config.layernorm_epsilon,
-        layernorm_zero_centered_gamma=config.layernorm_zero_centered_gamma,
-        rotary_base=float(config.rotary_base),
-        rotary_percent=config.rotary_percent,
-        **_rope_scaling(config),
-        qk_layernorm=config.qk_layernorm,
         model_type=_model_type(config),
+        **_rope_scaling(config),
     )
 
 

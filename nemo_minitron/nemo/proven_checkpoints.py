@@ -9,14 +9,13 @@ from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
+import nemo.lightning as nl
 import torch
+from megatron.core.num_microbatches_calculator import get_current_global_batch_size
+from nemo.lightning.ckpt_utils import ckpt_to_dir
 
 from nemo_minitron import parallel
-from nemo_minitron.run import main as recipe
-
-import nemo.lightning as nl  # isort: skip
-from megatron.core.num_microbatches_calculator import get_current_global_batch_size  # isort: skip
-from nemo.lightning.ckpt_utils import ckpt_to_dir  # isort: skip
+from nemo_minitron.environment import rank
 
 # Megatron-core's check of gradients (0.13.1, distributed/param_and_grad_buffer.py), which knows of no step.
 _IN_GRADIENTS = "in local grad norm"
@@ -135,7 +134,7 @@ class Checkpoints(nl.ModelCheckpoint):
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Lightning's hook. Rank 0 acts alone: others may wait for it in a collective."""
-        if is_not_finite(exception) and self._unproven and recipe.rank() == 0:
+        if is_not_finite(exception) and self._unproven and rank() == 0:
             self.set_checkpoint_unfinished_marker(self.last_model_path)
             shutil.rmtree(ckpt_to_dir(self.last_model_path), ignore_errors=True)
             self.remove_checkpoint_unfinished_marker(self.last_model_path)

@@ -4,13 +4,12 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.trainer.states import TrainerFn
+from nemo.lightning.pytorch.callbacks import ModelTransform
+from nemo.lightning.pytorch.optim import MegatronOptimizerModule
 
 from nemo_minitron.errors import InputError
 from nemo_minitron.nemo import models
 from nemo_minitron.pruning import PrunePlan, prune
-
-from nemo.lightning.pytorch.callbacks import ModelTransform  # isort: skip
-from nemo.lightning.pytorch.optim import MegatronOptimizerModule  # isort: skip
 
 
 def prune_model(model: Any, chunks: list[Any], plan: PrunePlan) -> None:

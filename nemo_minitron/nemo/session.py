@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from nemo.collections.llm.inference.base import _setup_trainer_and_restore_model
+from nemo.lightning.ckpt_utils import ckpt_to_context_subdir
+from nemo.lightning.io.pl import TrainerContext
 
 from nemo_minitron.arch import Architecture
 from nemo_minitron.checkpoints.saved_dtype import saving_in
@@ -17,15 +20,12 @@ from nemo_minitron.config.recipes import DataConfig
 from nemo_minitron.config.trainer import TrainerConfig
 from nemo_minitron.data.datasets import gpt_dataset
 from nemo_minitron.data.prepare import PreparedData
+from nemo_minitron.environment import rank
 from nemo_minitron.evaluation.lm_loss import LMLoss, lm_loss
 from nemo_minitron.evaluation.multiple_choice import Task, accuracy_and_margin, choice_losses
+from nemo_minitron.megatron_gpt import gpt_model
 from nemo_minitron.nemo import models, trainer
 from nemo_minitron.nemo.tokenizer_files import tokenizer_files
-from nemo_minitron.run import main as recipe
-
-from nemo.collections.llm.inference.base import _setup_trainer_and_restore_model  # isort: skip
-from nemo.lightning.ckpt_utils import ckpt_to_context_subdir  # isort: skip
-from nemo.lightning.io.pl import TrainerContext  # isort: skip
 
 logger = logging.getLogger("nemo_minitron")
 
@@ -72,7 +72,7 @@ class Session:
     @property
     def chunks(self) -> list[Any]:
         """This rank's Megatron-core GPTModels."""
-        return [_unwrap(chunk) for chunk in self.trainer.strategy.megatron_parallel]
+        return [gpt_model(chunk) for chunk in self.trainer.strategy.megatron_parallel]
 
     @property
     def architecture(self) -> Architecture:
@@ -116,7 +116,7 @@ class Session:
         """
         with saving_in(self.trainer, self.model, dtype or self.layout.checkpoint_dtype or self.source.dtype):
             self.trainer.save_checkpoint(directory, weights_only=True)
-            if recipe.rank() == 0:
+            if rank() == 0:
                 TrainerContext.from_trainer(self.trainer).io_dump(
                     ckpt_to_context_subdir(directory), yaml_attrs=["model"]
                 )
@@ -157,12 +157,6 @@ def split_loss(
     return lm_loss(chunks, dataset, count, micro_batch_size=micro_batch_size, progress=progress)
 
 
-def _unwrap(chunk: Any) -> Any:
-    while hasattr(chunk, "module"):
-        chunk = chunk.module
-    return chunk
-
-
 def progress_bar(label: str, total: int, *, tokens: int = 0) -> Callable[[int], None] | None:
     """A line on rank 0's stderr, renewed in place on a terminal, now and then elsewhere.
 
@@ -171,7 +165,7 @@ def progress_bar(label: str, total: int, *, tokens: int = 0) -> Callable[[int], 
         total: sequences.
         tokens: of each; 0: they differ.
     """
-    if recipe.rank() != 0:
+    if rank() != 0:
         return None
     from tqdm import tqdm
 

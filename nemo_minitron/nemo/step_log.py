@@ -8,8 +8,9 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+from nemo_minitron.environment import rank
+from nemo_minitron.files import read_steps
 from nemo_minitron.nemo.proven_checkpoints import place
-from nemo_minitron.run import main as recipe
 
 
 class StepLog(pl.Callback):
@@ -31,7 +32,7 @@ class StepLog(pl.Callback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Lightning's hook."""
-        if recipe.rank() == 0:
+        if rank() == 0:
             kept = [entry for entry in read_steps(self.path) if entry["step"] < trainer.global_step]
             self.path.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
 
@@ -58,7 +59,7 @@ class StepLog(pl.Callback):
 
     def write(self, split: str, step: int, parts: dict[str, float]) -> None:
         """Append a line."""
-        if recipe.rank() == 0:
+        if rank() == 0:
             with open(self.path, "a") as file:
                 file.write(json.dumps({"step": step, "split": split, **parts}) + "\n")
 
@@ -84,14 +85,3 @@ class TokenRate(pl.Callback):
         else:
             self._begin = now
         self._steps += 1
-
-
-def read_steps(path: Path) -> list[dict[str, Any]]:
-    """The lines of a step log; none where there is no file, and without a last line that a kill cut short."""
-    entries = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            entries.append(json.loads(line))
-        except ValueError:
-            break
-    return entries

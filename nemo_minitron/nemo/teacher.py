@@ -3,18 +3,18 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import nemo.lightning as nl
 import torch
+from megatron.core import dist_checkpointing
+from nemo.collections.llm.gpt.model.base import gpt_data_step
+from nemo.lightning._strategy_lib import set_model_parallel_attributes
 from torch import Tensor
 
 from nemo_minitron import parallel
 from nemo_minitron.checkpoints.source import Source, weights_may_only_be_tensors
+from nemo_minitron.distillation.cache.reader import TeacherCache
+from nemo_minitron.megatron_gpt import forward_only, no_loss
 from nemo_minitron.nemo import models
-
-import nemo.lightning as nl  # isort: skip
-from megatron.core import dist_checkpointing  # isort: skip
-from megatron.core.pipeline_parallel import get_forward_backward_func  # isort: skip
-from nemo.collections.llm.gpt.model.base import gpt_data_step  # isort: skip
-from nemo.lightning._strategy_lib import set_model_parallel_attributes  # isort: skip
 
 
 class Teacher:
@@ -90,24 +90,18 @@ class Teacher:
         def step(iterator: Iterator[Any], chunk: Any) -> tuple[Tensor, Any]:
             output = self.hidden_states(gpt_data_step(iterator))
             found.append((output if chunk.post_process else None, taken()))
+            return output, no_loss
 
-            def nothing(hidden_states: Tensor) -> Any:
-                return hidden_states.new_zeros(()), {}
-
-            return output, nothing
-
-        tokens = microbatch_tokens(batches[0])
+        b, s = microbatch_tokens(batches[0]).shape
         with torch.no_grad():
-            get_forward_backward_func()(
-                forward_step_func=step,
-                data_iterator=iter(batches),
-                model=self.chunk,
-                num_microbatches=len(batches),
-                seq_length=tokens.shape[1],
-                micro_batch_size=tokens.shape[0],
-                forward_only=True,
-            )
+            forward_only(step, [self.chunk], batches, (b, s))
         return found
+
+
+def output_rows(teacher: Source | TeacherCache) -> int:
+    """Rows of the teacher's output layer, padding included."""
+    cached = isinstance(teacher, TeacherCache)
+    return teacher.contents.vocab_size if cached else teacher.architecture.vocab_size
 
 
 def give_hidden_states(model: Any) -> None:

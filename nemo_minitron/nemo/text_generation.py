@@ -4,19 +4,18 @@ import dataclasses
 from typing import Any
 
 import torch
+from megatron.core.inference.contexts import StaticInferenceContext
+from megatron.core.inference.inference_request import InferenceRequest, Status
+from megatron.core.inference.model_inference_wrappers import inference_wrapper_config
+from megatron.core.inference.model_inference_wrappers.gpt import gpt_inference_wrapper as gpt
+from megatron.core.inference.sampling_params import SamplingParams
+from megatron.core.inference.text_generation_controllers import text_generation_controller
+from nemo.collections.llm.inference.base import MCoreTokenizerWrappper
 
 from nemo_minitron.checkpoints.source import Source
 from nemo_minitron.config.recipes import SynthesizeRecipe
 from nemo_minitron.nemo.session import Session, nemo_tokenizer
 from nemo_minitron.padding import padded_rows
-
-from megatron.core.inference.contexts import StaticInferenceContext  # isort: skip
-from megatron.core.inference.inference_request import InferenceRequest, Status  # isort: skip
-from megatron.core.inference.model_inference_wrappers.gpt import gpt_inference_wrapper as gpt  # isort: skip
-from megatron.core.inference.model_inference_wrappers import inference_wrapper_config  # isort: skip
-from megatron.core.inference.sampling_params import SamplingParams  # isort: skip
-from megatron.core.inference.text_generation_controllers import text_generation_controller  # isort: skip
-from nemo.collections.llm.inference.base import MCoreTokenizerWrappper  # isort: skip
 
 
 class _Controller(text_generation_controller.TextGenerationController):

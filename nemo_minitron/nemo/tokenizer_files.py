@@ -11,7 +11,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from nemo_minitron.data.tokenizer import load_tokenizer
+from nemo_minitron.data.tokenizer import as_version_4, load_tokenizer
 from nemo_minitron.export import generation
 
 # NeMo calls the copy in a context as the directory is called.
@@ -47,7 +47,5 @@ def tokenizer_files(directory: str | Path, settings_of: Path | None = None) -> P
 
 def _alone(directory: Path) -> bool:
     """Whether a directory is as `load_tokenizer(...).save_pretrained` and `generation.write` leave it."""
-    from nemo_minitron.data.tokenizer import as_version_4
-
     names = [file for file in directory.iterdir() if file.name != "config.json" and file.suffix in _SUFFIXES]
     return len(names) == len(list(directory.iterdir())) and as_version_4(directory) == directory

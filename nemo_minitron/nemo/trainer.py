@@ -4,16 +4,16 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch
+import nemo.lightning as nl
 import torch
+from megatron.core.optimizer import OptimizerConfig
+from nemo.lightning.pytorch.optim import CosineAnnealingScheduler, MegatronOptimizerModule
 
+from nemo_minitron import cpu_compat
 from nemo_minitron.config.recipes import DataConfig, OptimConfig
 from nemo_minitron.config.trainer import TrainerConfig
 from nemo_minitron.data.datasets import never_padded, one_builder
 from nemo_minitron.nemo import models
-
-import nemo.lightning as nl  # isort: skip
-from megatron.core.optimizer import OptimizerConfig  # isort: skip
-from nemo.lightning.pytorch.optim import CosineAnnealingScheduler, MegatronOptimizerModule  # isort: skip
 
 
 def seed_everything(seed: int) -> None:
@@ -44,7 +44,7 @@ def strategy(t: TrainerConfig, *, training: bool) -> nl.MegatronStrategy:
 
 def trainer(t: TrainerConfig, *, training: bool, callbacks: list[Any] | None = None) -> nl.Trainer:
     """NeMo's Trainer: gloo ranks on the CPU where there is no CUDA, one GPU a rank where there is."""
-    cpu = models.cpu_compat.prepare_megatron()
+    cpu = cpu_compat.prepare_megatron()
     models.quiet_nemo()
     plugins = [nl.MegatronMixedPrecision(precision=t.precision)] if t.precision != "32" else []
     made = nl.Trainer(

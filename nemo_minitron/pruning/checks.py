@@ -2,13 +2,12 @@
 
 from typing import TYPE_CHECKING, Any
 
+from nemo_minitron.axes import AXES
 from nemo_minitron.errors import InputError
 from nemo_minitron.pruning.target import check_target
 
 if TYPE_CHECKING:
     from nemo_minitron.pruning.plan import PrunePlan
-
-_LAYER_AXES = ("ffn_hidden_size", "num_attention_heads", "num_query_groups")
 
 
 def check_plan(plan: "PrunePlan") -> None:
@@ -21,16 +20,18 @@ def check_plan(plan: "PrunePlan") -> None:
     if not isinstance(plan.source_sha256, str):
         raise InputError(f"source_sha256: {plan.source_sha256!r} is no string")
     check_target(source, target)
-    for axis, size in (("layers", "num_layers"), ("hidden_size", "hidden_size")):
-        indices = getattr(kept, axis)
-        if _listed(f"kept.{axis}", indices, getattr(source, size), getattr(target, size)):
-            _check_indices(f"kept.{axis}", indices, getattr(source, size), getattr(target, size))
-    for axis in _LAYER_AXES:
-        lists, old, new = getattr(kept, axis), getattr(source, axis), getattr(target, axis)
-        if _listed(f"kept.{axis}", lists, old, new):
-            _check_layers(f"kept.{axis}", lists, target.num_layers)
-            for layer, indices in enumerate(lists):
-                _check_indices(f"kept.{axis}[{layer}]", indices, old, new)
+    if _listed("kept.layers", kept.layers, source.num_layers, target.num_layers):
+        _check_indices("kept.layers", kept.layers, source.num_layers, target.num_layers)
+    for axis in AXES:
+        key, units, old, new = f"kept.{axis.name}", kept.of(axis), axis.size(source), axis.size(target)
+        if not _listed(key, units, old, new):
+            continue
+        if not axis.per_layer:
+            _check_indices(key, units, old, new)
+            continue
+        _check_layers(key, units, target.num_layers)
+        for layer, indices in enumerate(units):
+            _check_indices(f"{key}[{layer}]", indices, old, new)
     if kept.num_attention_heads is not None:
         for layer, heads in enumerate(kept.num_attention_heads):
             _check_heads(plan, layer, heads)

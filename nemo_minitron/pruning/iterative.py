@@ -3,8 +3,10 @@
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from nemo_minitron.arch import Architecture
+from nemo_minitron.axes import AXES, units_per_parent
 from nemo_minitron.errors import InputError
 from nemo_minitron.pruning.plan import Kept, PrunePlan
 
@@ -33,15 +35,13 @@ def step_targets(
         def size(old: int, new: int, step: int = step) -> int:
             return _between(old, new, step, iterations)
 
-        groups = size(source.num_query_groups, target.num_query_groups)
-        heads = groups * size(source.heads_per_group, target.heads_per_group)
-        sizes = {
-            axis: size(getattr(source, axis), getattr(target, axis))
-            for axis in ("hidden_size", "ffn_hidden_size", "num_layers")
-        }
-        if layers_at_once:
-            sizes["num_layers"] = target.num_layers
-        targets.append(source.replace(**sizes, num_query_groups=groups, num_attention_heads=heads))
+        sizes = {a.name: size(a.size(source), a.size(target)) for a in AXES if a.parent is None}
+        for a in AXES:
+            if a.parent is not None:
+                inside = size(units_per_parent(a, source), units_per_parent(a, target))
+                sizes[a.name] = sizes[a.parent] * inside
+        layers = target.num_layers if layers_at_once else size(source.num_layers, target.num_layers)
+        targets.append(source.replace(**sizes, num_layers=layers))
         if targets[-1] == targets[-2]:
             raise InputError(
                 f"iterations={iterations}: step {step} would change no size; fewer steps are possible"
@@ -103,10 +103,7 @@ def _composed(first: PrunePlan, then: PrunePlan) -> Kept:
         return inner if outer is None else outer if inner is None else [outer[i] for i in inner]
 
     one, two = first.kept, then.kept
-    return Kept(
-        layers=listed(one.layers, two.layers),
-        hidden_size=listed(one.hidden_size, two.hidden_size),
-        ffn_hidden_size=by_layer(one.ffn_hidden_size, two.ffn_hidden_size),
-        num_attention_heads=by_layer(one.num_attention_heads, two.num_attention_heads),
-        num_query_groups=by_layer(one.num_query_groups, two.num_query_groups),
-    )
+    width: dict[str, Any] = {
+        axis.name: (by_layer if axis.per_layer else listed)(one.of(axis), two.of(axis)) for axis in AXES
+    }
+    return Kept(layers=listed(one.layers, two.layers), **width)

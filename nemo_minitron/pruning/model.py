@@ -8,8 +8,9 @@ import torch
 from torch.nn import Identity, Parameter
 
 from nemo_minitron import parallel
-from nemo_minitron.arch import WIDTH_AXES
+from nemo_minitron.axes import WIDTH_AXES
 from nemo_minitron.errors import InputError
+from nemo_minitron.megatron_gpt import gpt_model
 from nemo_minitron.pruning import depth, rebuild, width
 from nemo_minitron.pruning.plan import PrunePlan
 from nemo_minitron.pruning.target import check_target
@@ -69,13 +70,14 @@ def check_model(models: Sequence[Any], plan: PrunePlan) -> None:
 
 
 def _gpt_model(chunk: Any) -> Any:
-    while not hasattr(chunk, "decoder"):
+    inner = chunk
+    while hasattr(inner, "module"):
         # Megatron's DDP owns the parameters' memory in buffers of the old size.
-        assert not hasattr(chunk, "ddp_config"), (
+        assert not hasattr(inner, "ddp_config"), (
             "prune before the model is wrapped in DistributedDataParallel"
         )
-        chunk = chunk.module
-    return chunk
+        inner = inner.module
+    return gpt_model(chunk)
 
 
 def _thin_layers(

@@ -4,7 +4,6 @@ out."""
 import dataclasses
 import json
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,8 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 from torch import Tensor
 
 from nemo_minitron.arch import Architecture
+from nemo_minitron.axes import AXES, BY_NAME, Axis, units_per_parent
 from nemo_minitron.errors import InputError
-from nemo_minitron.files import read_text
+from nemo_minitron.files import read_text, write_text
 from nemo_minitron.pruning import ranking
 from nemo_minitron.pruning.checks import check_plan
 from nemo_minitron.pruning.target import check_target
@@ -39,6 +39,10 @@ class Kept:
     ffn_hidden_size: list[list[int]] | None = None
     num_attention_heads: list[list[int]] | None = None
     num_query_groups: list[list[int]] | None = None
+
+    def of(self, axis: Axis) -> Any:
+        """The kept units of a width axis: a list, a list for each kept layer, or None."""
+        return getattr(self, axis.name)
 
 
 @dataclass(frozen=True)
@@ -78,18 +82,7 @@ class PrunePlan:
         """Write the plan as JSON: a whole file or none."""
         place = Path(path)
         text = json.dumps({name: self.to_dict()[name] for name in _KEYS}, allow_nan=False)
-        descriptor, temporary = tempfile.mkstemp(dir=place.parent, prefix=f".{place.name}.")
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                file.write(text + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            # mkstemp is private to the user; the plan is meant to be read as any other file.
-            os.chmod(temporary, 0o666 & ~_umask())
-            os.replace(temporary, place)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        write_text(place, text + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "PrunePlan":
@@ -102,12 +95,6 @@ class PrunePlan:
             return _from_dict(_read_json(Path(path)))
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
-
-
-def _umask() -> int:
-    current = os.umask(0o077)
-    os.umask(current)
-    return current
 
 
 def _read_json(path: Path) -> Any:
@@ -251,36 +238,38 @@ def _choose_width(
     source: Architecture, target: Architecture, scores: Mapping[str, Tensor], layers: list[int] | None
 ) -> Kept:
     kept_layers = range(source.num_layers) if layers is None else layers
-    hidden = ffn = heads = groups = None
-    if target.hidden_size != source.hidden_size:
-        hidden = ranking.top_k(_axis(scores, "hidden_size"), target.hidden_size)
-    if target.ffn_hidden_size != source.ffn_hidden_size:
-        by_layer = _axis(scores, "ffn_hidden_size")
-        ffn = [ranking.top_k(by_layer[layer], target.ffn_hidden_size) for layer in kept_layers]
-    if target.num_query_groups != source.num_query_groups:
-        by_layer = _axis(scores, "num_query_groups")
-        groups = [ranking.top_k(by_layer[layer], target.num_query_groups) for layer in kept_layers]
-    if target.num_attention_heads != source.num_attention_heads:
-        heads = _choose_heads(source, target, scores, groups, kept_layers)
-    return Kept(layers, hidden, ffn, heads, groups)
+    chosen: dict[str, Any] = {}
+    for axis in sorted(AXES, key=lambda axis: axis.parent is not None):  # parents first
+        size = axis.size(target)
+        if size == axis.size(source):
+            continue
+        if axis.parent is not None:
+            chosen[axis.name] = _choose_inside(axis, source, target, scores, chosen, kept_layers)
+        elif axis.per_layer:
+            by_layer = _axis(scores, axis.name)
+            chosen[axis.name] = [ranking.top_k(by_layer[layer], size) for layer in kept_layers]
+        else:
+            chosen[axis.name] = ranking.top_k(_axis(scores, axis.name), size)
+    return Kept(layers, **chosen)
 
 
-def _choose_heads(
+def _choose_inside(
+    axis: Axis,
     source: Architecture,
     target: Architecture,
     scores: Mapping[str, Tensor],
-    groups: list[list[int]] | None,
+    chosen: Mapping[str, Any],
     layers: Sequence[int],
 ) -> list[list[int]]:
-    old, new = source.heads_per_group, target.heads_per_group
-    if old == new:  # Only whole groups go, no ranking of heads is needed.
-        assert groups is not None
-        return [[group * old + head for group in kept for head in range(old)] for kept in groups]
-    by_layer, everyone = _axis(scores, "num_attention_heads"), list(range(source.num_query_groups))
-    return [
-        ranking.top_heads(by_layer[layer], everyone if groups is None else groups[i], old, new)
-        for i, layer in enumerate(layers)
-    ]
+    """The units of an axis that stay inside the kept units of its parent (`chosen`), by kept layer."""
+    assert axis.parent is not None
+    old, new = units_per_parent(axis, source), units_per_parent(axis, target)
+    everyone = list(range(BY_NAME[axis.parent].size(source)))
+    parents = chosen.get(axis.parent, [everyone] * len(layers))
+    if old == new:  # Only whole parents go, nothing inside them is ranked.
+        return [[parent * old + unit for parent in kept for unit in range(old)] for kept in parents]
+    by_layer = _axis(scores, axis.name)
+    return [ranking.top_heads(by_layer[layer], parents[i], old, new) for i, layer in enumerate(layers)]
 
 
 def _residual(

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from nemo_minitron.arch import Architecture
+from nemo_minitron.axes import AXES
 from nemo_minitron.errors import InputError
 
 
@@ -16,14 +17,7 @@ def random_scores(source: Architecture, seed: int) -> dict[str, Tensor]:
     seed ranks the same at every target.
     """
     generator = torch.Generator().manual_seed(seed)
-    layers = source.num_layers
-    shapes = {
-        "hidden_size": (source.hidden_size,),
-        "ffn_hidden_size": (layers, source.ffn_hidden_size),
-        "num_attention_heads": (layers, source.num_attention_heads),
-        "num_query_groups": (layers, source.num_query_groups),
-        "layers": (layers,),
-    }
+    shapes = {axis.name: axis.score_shape(source) for axis in AXES} | {"layers": (source.num_layers,)}
     return {axis: torch.rand(shape, generator=generator) for axis, shape in shapes.items()}
 
 

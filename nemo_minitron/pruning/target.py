@@ -6,11 +6,11 @@ import re
 from collections.abc import Mapping
 from fractions import Fraction
 
-from nemo_minitron.arch import WIDTH_AXES, Architecture
+from nemo_minitron.arch import Architecture
+from nemo_minitron.axes import AXES, PRUNABLE
 from nemo_minitron.config.trainer import common_divisors
 from nemo_minitron.errors import InputError
 
-PRUNABLE = (*WIDTH_AXES, "num_layers")
 # Sizes that fractions give are kept on matrix-multiply tiles, but never coarser than a 16th of the source.
 _LARGEST_MULTIPLE, _FINEST_STEP = 128, 16
 
@@ -57,14 +57,19 @@ def _check_same_elsewhere(source: Architecture, target: Architecture) -> None:
 
 
 def _check_tensor_parallel(target: Architecture, tp: int) -> None:
-    axes = ("num_query_groups", "num_attention_heads", "ffn_hidden_size")
-    sizes = {axis: getattr(target, axis) for axis in axes}
-    for axis, size in sizes.items():
-        legal = f"; tensor_model_parallel_size can be {common_divisors(sizes.values())} for these sizes"
+    sharded = [axis for axis in reversed(AXES) if axis.sharded]
+    legal = common_divisors([axis.size(target) for axis in sharded])
+    for axis in sharded:
+        name, size = axis.name, axis.size(target)
         if size < tp:
-            raise InputError(f"{axis}={size}: leaves {tp - size} of {tp} tensor-parallel ranks empty{legal}")
-        if size % tp:
-            raise InputError(f"{axis}={size}: not divisible by tensor_model_parallel_size={tp}{legal}")
+            problem = f"leaves {tp - size} of {tp} tensor-parallel ranks empty"
+        elif size % tp:
+            problem = f"not divisible by tensor_model_parallel_size={tp}"
+        else:
+            continue
+        raise InputError(
+            f"{name}={size}: {problem}; tensor_model_parallel_size can be {legal} for these sizes"
+        )
 
 
 def _check_stages(num_layers: int, pp: int, vp: int | None) -> None:
@@ -101,11 +106,14 @@ def resolve_target(
             raise InputError(f"{axis}: no axis that can be pruned; those are {', '.join(PRUNABLE)}")
     wanted = {axis: value for axis, value in sizes.items() if value is not None}
     resolved: dict[str, int] = {
-        axis: _size(
-            axis, wanted[axis], getattr(source, axis), _multiple(axis, getattr(source, axis), multiple_of)
+        axis.name: _size(
+            axis.name,
+            wanted[axis.name],
+            axis.size(source),
+            _multiple(axis.name, axis.size(source), multiple_of),
         )
-        for axis in ("hidden_size", "ffn_hidden_size")
-        if axis in wanted
+        for axis in AXES
+        if axis.tiled and axis.name in wanted
     }
     if "num_layers" in wanted:
         resolved["num_layers"] = _size("num_layers", wanted["num_layers"], source.num_layers, 1)

@@ -12,21 +12,23 @@ import subprocess
 import sys
 from pathlib import Path
 
-# name: the schema; the module with `check` and `run`, or one of each
+from nemo_minitron.environment import INTERRUPTED_BY_USER
+
+# name: the module of its schema in config/, and the schema; its work is in workflows/NAME/{check,run}.py
 RECIPES = {
-    "pretrain": ("config.recipes:PretrainRecipe", "workflows.pretrain.run"),
-    "prune": ("config.recipes:PruneRecipe", "workflows.prune.run"),
-    "search": ("config.recipes:SearchRecipe", "workflows.search.run"),
-    "correct_teacher": ("config.recipes:CorrectTeacherRecipe", "workflows.correct_teacher.run"),
-    "cache_teacher": ("config.recipes:CacheTeacherRecipe", "workflows.cache_teacher.run"),
-    "synthesize": ("config.recipes:SynthesizeRecipe", "workflows.synthesize.run"),
-    "distill": ("config.recipes:DistillRecipe", "workflows.distill.run"),
-    "sft": ("config.align:SftRecipe", "workflows.align.sft"),
-    "preference": ("config.align:PreferenceRecipe", "workflows.align.preference"),
-    "export": ("config.export:ExportRecipe", "workflows.export.check workflows.export.run"),
-    "chat": ("config.chat:ChatRecipe", "workflows.chat.check workflows.chat.run"),
-    "instruct_data": ("config.instruct:InstructDataRecipe", "workflows.instruct_data.run"),
-    "evaluate_instruct": ("config.instruct:EvaluateInstructRecipe", "workflows.evaluate_instruct.run"),
+    "pretrain": "recipes:PretrainRecipe",
+    "prune": "recipes:PruneRecipe",
+    "search": "recipes:SearchRecipe",
+    "correct_teacher": "recipes:CorrectTeacherRecipe",
+    "cache_teacher": "recipes:CacheTeacherRecipe",
+    "synthesize": "recipes:SynthesizeRecipe",
+    "distill": "recipes:DistillRecipe",
+    "sft": "align:SftRecipe",
+    "preference": "align:PreferenceRecipe",
+    "export": "export:ExportRecipe",
+    "chat": "chat:ChatRecipe",
+    "instruct_data": "instruct:InstructDataRecipe",
+    "evaluate_instruct": "instruct:EvaluateInstructRecipe",
 }
 _PACKAGE = Path(__file__).resolve().parents[1]
 _NEEDED = ("hydra", "torch", "megatron")
@@ -41,19 +43,18 @@ def resources() -> Path:
 def main(name: str) -> None:
     """Run a recipe with the command line that is in sys.argv."""
     use_environment()
-    schema, work = RECIPES[name]
-    module, _, cls = schema.partition(":")
-    run_recipe(name, f"nemo_minitron.{module}", cls, [f"nemo_minitron.{part}" for part in work.split()])
+    module, _, schema = RECIPES[name].partition(":")
+    run_recipe(name, f"nemo_minitron.config.recipes.{module}", schema, f"nemo_minitron.workflows.{name}")
 
 
-def run_recipe(name: str, schemas: str, schema: str, work: list[str]) -> None:
-    """Import what a recipe needs, and hand over to `recipe.main`.
+def run_recipe(name: str, schemas: str, schema: str, work: str) -> None:
+    """Import what a recipe checks, and hand over to `recipe.main`; what it runs is imported after its checks.
 
     Args:
         name: of conf/NAME.yaml.
         schemas: the module with the schema.
         schema: its name there.
-        work: the module with `check` and `run`, or one of each.
+        work: the package with `check` and `run`.
     """
     from nemo_minitron.run import terminal
 
@@ -62,11 +63,11 @@ def run_recipe(name: str, schemas: str, schema: str, work: list[str]) -> None:
         from nemo_minitron.run import main as recipe
 
         described = getattr(importlib.import_module(schemas), schema)
-        modules = [importlib.import_module(part) for part in work]
+        check = importlib.import_module(f"{work}.check").check
     except KeyboardInterrupt:
         print("\ninterrupted: before the run began", file=sys.stderr)
-        sys.exit(terminal.INTERRUPTED_BY_USER)
-    recipe.main(name, described, modules[0].check, modules[-1].run)
+        sys.exit(INTERRUPTED_BY_USER)
+    recipe.main(name, described, check, lambda *given: importlib.import_module(f"{work}.run").run(*given))
 
 
 def use_environment() -> None:

@@ -43,7 +43,7 @@ def _does(name: str) -> str:
     """The first sentence of the module that does the work, without the recipe's name."""
     if name not in RECIPES:
         return ""
-    spec = importlib.util.find_spec(f"nemo_minitron.{RECIPES[name][1].split()[-1]}")
+    spec = importlib.util.find_spec(f"nemo_minitron.workflows.{name}.run")
     assert spec is not None
     assert spec.origin is not None
     first = (ast.get_docstring(ast.parse(Path(spec.origin).read_text())) or "").partition("\n")[0]

@@ -9,7 +9,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_minitron.config.recipes import CommonConfig, parse
 
-VARIABLE = "NEMO_MINITRON_COMPOSE"
 # In a configuration that is started without conf/common.yaml, which says the same: a run keeps its own record.
 HYDRA_WRITES_NOTHING: dict[str, Any] = {
     "hydra": {"run": {"dir": "."}, "output_subdir": None, "job_logging": {"root": None}}

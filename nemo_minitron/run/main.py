@@ -8,14 +8,13 @@ import contextlib
 import io
 import json
 import os
-import resource
 import shlex
 import shutil
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,21 +26,17 @@ from omegaconf.errors import OmegaConfBaseException
 from nemo_minitron import __version__, cpu_compat
 from nemo_minitron.config.recipes import CommonConfig, SchemaT, parse
 from nemo_minitron.cpu_compat import imports, product_choice
+from nemo_minitron.environment import COMPOSE, INTERRUPTED, INTERRUPTED_BY_USER, PREPARE, PYTHON, RESULT, rank
 from nemo_minitron.errors import FailedRun, InputError, InterruptedRun
+from nemo_minitron.files import write_text
 from nemo_minitron.run import job_spec, overrides, sweep, terminal
 from nemo_minitron.run.closing import closing_line
 from nemo_minitron.run.commands import resources
+from nemo_minitron.run.help_text import help_text
 from nemo_minitron.run.lock import LOCK, check_writable, claim, make
 
-RESULT = "result.json"
 CONFIGURATION = "config.yaml"
-INTERRUPTED = 75
 _NO_SPACE = 32 * 2**20  # bytes
-
-
-def rank() -> int:
-    """This process's rank as the launcher set it, 0 where there is none."""
-    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
 
 
 def register_resolvers(name: str, schema: type[Any] = CommonConfig) -> None:
@@ -55,8 +50,6 @@ def register_resolvers(name: str, schema: type[Any] = CommonConfig) -> None:
         name: of the recipe that runs.
         schema: its schema.
     """
-    from nemo_minitron.run.help_text import help_text
-
     answers: dict[str, Callable[..., Any]] = {
         "repository": lambda: str(resources()),
         "recipe": lambda: name,
@@ -104,14 +97,21 @@ def main(
         else:
             the_run.carry_out(config)
 
+    with _refusals(lambda: started):
+        compose = COMPOSE in os.environ
+        sys.argv[1:] = overrides.for_hydra(name, schema, typed, compose=compose)  # type: ignore[arg-type]
+        task()
+
+
+@contextlib.contextmanager
+def _refusals(started: Callable[[], bool]) -> Iterator[None]:
+    """What goes wrong before the recipe has `started` is the command line's fault: one line, exit code 2."""
     stderr = io.StringIO()
     try:
-        compose = job_spec.VARIABLE in os.environ
-        sys.argv[1:] = overrides.for_hydra(name, schema, typed, compose=compose)  # type: ignore[arg-type]
-        with contextlib.redirect_stderr(terminal.Tee(stderr, lambda: started)):
-            task()
+        with contextlib.redirect_stderr(terminal.Tee(stderr, started)):
+            yield
     except SystemExit as stop:
-        if started or not stop.code:
+        if started() or not stop.code:
             raise
         _refuse(_composition_error(stderr.getvalue()))
     except InputError as error:
@@ -122,19 +122,19 @@ def main(
         os._exit(128 + signal.SIGPIPE)
     except (HydraException, OmegaConfBaseException, OSError) as error:
         # With HYDRA_FULL_ERROR=1 Hydra leaves its exceptions to us; a sweep's directory may not be writable.
-        if started:
+        if started():
             raise
         _refuse(_composition_error(str(error)))
 
 
 def _submit_if_asked() -> None:
     """`python recipes/X.py ... +cluster=NAME` is `launchers/slurm.sh recipes/X.py ... +cluster=NAME`."""
-    if job_spec.VARIABLE in os.environ or not any(a.startswith("+cluster=") for a in sys.argv[1:]):
+    if COMPOSE in os.environ or not any(a.startswith("+cluster=") for a in sys.argv[1:]):
         return
     launcher = resources() / "launchers" / "slurm.sh"
     if not launcher.is_file():
         _refuse("+cluster: jobs are submitted from a clone of the repository, with launchers/slurm.sh")
-    os.environ.setdefault("NEMO_MINITRON_PYTHON", sys.executable)
+    os.environ.setdefault(PYTHON, sys.executable)
     os.execv(launcher, [str(launcher), *sys.argv])
 
 
@@ -157,7 +157,7 @@ def _refuse(line: str) -> None:
 def _interrupted(where: str) -> None:
     if rank() == 0:
         print(f"\ninterrupted: {where}", file=sys.stderr, flush=True)
-    _leave(terminal.INTERRUPTED_BY_USER)
+    _leave(INTERRUPTED_BY_USER)
 
 
 def _leave(code: int) -> None:
@@ -179,11 +179,11 @@ class _Run:
         """From a composed configuration to the end of the process; every way of ending has its exit code."""
         begin = time.monotonic()
         directory = ""
-        if job_spec.VARIABLE not in os.environ:  # in a sweep of a launcher Hydra would log into it
+        if COMPOSE not in os.environ:  # in a sweep of a launcher Hydra would log into it
             terminal.log_to_stderr()
         try:
             config = overrides.with_home(config)
-            if file := os.environ.get(job_spec.VARIABLE):
+            if file := os.environ.get(COMPOSE):
                 _check_unfinished(job_spec.hand_over(config, self.schema, Path(file)))
                 return
             parsed = parse(self.schema, config)
@@ -226,7 +226,7 @@ class _Run:
         if rank() == 0:
             self._take(directory, config)
         choice = product_choice.settle(directory, write=rank() == 0)
-        if os.environ.get("NEMO_MINITRON_PREPARE") == "1":
+        if os.environ.get(PREPARE) == "1":
             write_text(directory / "resolved.yaml", OmegaConf.to_yaml(_resolved(config, prepared)))
             print(directory.resolve(), flush=True)
             return None
@@ -289,26 +289,6 @@ def _check_unfinished(parsed: CommonConfig) -> None:
             )
 
 
-def fresh(path: Path) -> Path:
-    """Remove what an unfinished or overwritten run left at `path` (rank 0), and return it."""
-    if rank() == 0 and (path.exists() or path.is_symlink()):
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    return path
-
-
-def peak_rss_gib() -> float:
-    """Peak resident memory of this process so far, in GiB."""
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3)
-
-
 def write_result(directory: Path, fields: dict[str, Any]) -> Path:
     """Write RUN/result.json atomically: its presence is what says that a run is finished."""
     return write_text((directory / RESULT).resolve(), json.dumps(fields, indent=2, sort_keys=True) + "\n")
-
-
-def write_text(path: Path, text: str) -> Path:
-    """Write a file that is there as a whole or not at all; returns its path."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-    return path

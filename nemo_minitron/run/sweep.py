@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
-from nemo_minitron.run import job_spec
+from nemo_minitron.environment import COMPOSE
 
 
 def is_sweep() -> bool:
     """Whether the running configuration is one of a sweep here; a launcher's sweep runs elsewhere."""
-    if job_spec.VARIABLE in os.environ or not HydraConfig.initialized():
+    if COMPOSE in os.environ or not HydraConfig.initialized():
         return False
     return bool(HydraConfig.get().mode == RunMode.MULTIRUN)
 

@@ -14,7 +14,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-INTERRUPTED_BY_USER = 128 + signal.SIGINT
+from nemo_minitron.environment import INTERRUPTED_BY_USER, verbose
+
 # Libraries that greet at INFO level, or warn of what is not installed, whenever they are imported.
 _TALKATIVE = ("pytorch_lightning", "lightning", "nemo", "NeMo", "megatron", "datasets", "matplotlib", "root")
 _EXPECTED = (
@@ -29,11 +30,6 @@ _FORMAT = "[%(asctime)s][%(name)s][%(levelname)s] - %(message)s"
 # Ctrl-C reaches a process twice where its parent passes it on as well.
 _SAME_INTERRUPT_S = 1.0
 _asked_at: float | None = None
-
-
-def verbose() -> bool:
-    """Whether NEMO_MINITRON_VERBOSE=1 asks for all that libraries say."""
-    return os.environ.get("NEMO_MINITRON_VERBOSE") == "1"
 
 
 def quiet() -> None:

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from nemo_minitron.arch import Architecture
+from nemo_minitron.axes import AXES, PRUNABLE
 from nemo_minitron.errors import InputError
-from nemo_minitron.pruning.target import PRUNABLE, check_target, resolve_target
+from nemo_minitron.pruning.target import check_target, resolve_target
 
 _LARGEST_GRID = 1_000_000
 METRICS = ("parameters", "non_embedding_parameters", "flops_per_token", "memory_bytes")
@@ -60,7 +61,7 @@ class Candidate:
     def name(self) -> str:
         """A readable key, unique among the prunings of one source: sizes of the axes in Megatron's order."""
         a = self.architecture
-        return f"l{a.num_layers}-h{a.hidden_size}-f{a.ffn_hidden_size}-a{a.num_attention_heads}-g{a.num_query_groups}"
+        return "-".join([f"l{a.num_layers}", *(f"{axis.letter}{axis.size(a)}" for axis in AXES)])
 
 
 def make_budget(source: Architecture, limits: Mapping[str, Any], slack: float, load: Workload) -> Budget:

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from nemo_minitron.arch import Architecture
+from nemo_minitron.axes import WIDTH_AXES
 from nemo_minitron.search.candidates import Candidate, Workload
 
-_AXES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
+_AXES = ("num_layers", *WIDTH_AXES)
 _COLUMNS = (
     "rank",
     *_AXES,

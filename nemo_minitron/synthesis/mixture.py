@@ -4,9 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nemo_minitron.config.recipes import DataConfig, cache_dir
-from nemo_minitron.data.corpora import Corpus, jsonl_documents
+from nemo_minitron.data.corpora import jsonl_documents
+from nemo_minitron.data.corpus import Corpus
 from nemo_minitron.data.indexed import MANIFEST, IndexedCorpus, build_indexed
 from nemo_minitron.data.prepare import PreparedData, open_corpus
+from nemo_minitron.environment import RESULT
 from nemo_minitron.errors import InputError
 
 TEXT = Path("text") / "train.jsonl"
@@ -58,7 +60,7 @@ def check_mixture(run: str | None, weight: float) -> None:
         )
     if not (Path(run) / TEXT).is_file():
         raise InputError(f"sdg={run}: no run directory of recipes/synthesize.py (no {TEXT})")
-    if not (Path(run) / "result.json").is_file():
+    if not (Path(run) / RESULT).is_file():
         raise InputError(f"sdg={run}: this run did not finish (no result.json)")
 
 

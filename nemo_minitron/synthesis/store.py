@@ -2,14 +2,13 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from nemo_minitron.errors import InputError
-from nemo_minitron.files import read_text
+from nemo_minitron.files import read_text, write_text
 
 MANIFEST = "manifest.json"
 
@@ -68,9 +67,7 @@ class Store:
             for path in self.directory.glob("*"):
                 path.unlink()
             self.directory.mkdir(parents=True, exist_ok=True)
-            replace_file(
-                self.directory / MANIFEST, json.dumps(self.manifest, indent=2, sort_keys=True) + "\n"
-            )
+            write_text(self.directory / MANIFEST, json.dumps(self.manifest, indent=2, sort_keys=True) + "\n")
 
     def _found(self) -> Any:
         try:
@@ -84,7 +81,7 @@ class Store:
 
     def write(self, number: int, samples: Iterable[Written]) -> None:
         """Keep a batch; it is there as a whole or not at all."""
-        replace_file(self._path(number), "".join(json.dumps(asdict(sample)) + "\n" for sample in samples))
+        write_text(self._path(number), "".join(json.dumps(asdict(sample)) + "\n" for sample in samples))
 
     def read(self) -> Iterator[Written]:
         """All samples, in order."""
@@ -94,13 +91,3 @@ class Store:
 
     def _path(self, number: int) -> Path:
         return self.directory / f"batch-{number:06d}.jsonl"
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Write a file that is there as a whole or, after a kill, as it was before."""
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

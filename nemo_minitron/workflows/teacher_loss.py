@@ -6,7 +6,9 @@ from typing import Any
 
 from nemo_minitron.config.recipes import DataConfig
 from nemo_minitron.data.prepare import PreparedData
+from nemo_minitron.data.statistics import unigram_entropy_nats
 from nemo_minitron.errors import InputError
+from nemo_minitron.nemo.session import split_loss
 
 logger = logging.getLogger("nemo_minitron")
 # Nats. Random weights cost as much as a guess among all tokens, or more.
@@ -31,9 +33,6 @@ def teacher_loss(
     Raises:
         InputError: it guesses.
     """
-    from nemo_minitron.data.statistics import unigram_entropy_nats
-    from nemo_minitron.nemo.session import split_loss
-
     loss = split_loss(
         chunks, data, d, "valid", samples, micro_batch_size=micro_batch_size, label="teacher"
     ).nats

@@ -225,14 +225,14 @@ def examined(overrides: list[str]) -> dict[str, Any]:
     from nemo_minitron.config.recipes import PruneRecipe, parse
     from nemo_minitron.evaluation.layer_removal import lm_loss_without
     from nemo_minitron.evaluation.multiple_choice import choice_losses
-    from nemo_minitron.workflows.prune import run as prune
     from nemo_minitron.workflows.prune import scoring
+    from nemo_minitron.workflows.prune.check import check
     from tests.support.ranks import ROOT, layout
 
     layout()
     with sessions._launched(), initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
         r = parse(PruneRecipe, compose("prune", overrides=overrides))
-        ready = prune.check(r)
+        ready = check(r)
     session = sessions.open_session(ready.source.path)
     scores = scoring.score(
         session, r, ready.data, ready.task, gone=[0], choose_layers=False, source_sha256=""

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from nemo_minitron import parallel
-from nemo_minitron.arch import WIDTH_AXES, Architecture
+from nemo_minitron.arch import Architecture
+from nemo_minitron.axes import WIDTH_AXES
 from nemo_minitron.errors import InputError
 from nemo_minitron.importance import BlockInfluenceCollector, ImportanceCollector
 from nemo_minitron.importance.aggregation import STATISTICS

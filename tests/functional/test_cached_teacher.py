@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from nemo_minitron.config.recipes import CacheTeacherRecipe, DistillRecipe, parse
 from nemo_minitron.errors import InputError
 from nemo_minitron.run.main import register_resolvers
-from nemo_minitron.workflows.cache_teacher import run as cache_teacher
-from nemo_minitron.workflows.distill import run as distill
+from nemo_minitron.workflows.cache_teacher import check as cache_teacher
+from nemo_minitron.workflows.distill import check as distill
 from tests.functional.conftest import Pruned, Teacher
 from tests.support.commands import ROOT, SEQ_LENGTH, SIZES, Commands
 

@@ -34,7 +34,6 @@ from tests.fuzz.places import Places, make_places
 
 # CPU, since others may use the machine too; what waits, for a pipe say, waits for so many times as long.
 SECONDS, WAITING, BYTES, LONGEST_LINE = 60, 4, 2 << 30, 1500
-MODULES = {name: work.split()[0] for name, (_, work) in RECIPES.items()}
 _STARTS = {
     "os.system",
     "os.exec",
@@ -116,9 +115,11 @@ class Checks:
         from tests.unit.test_config import CONF, SCHEMAS
 
         self.places, self.schemas = places, SCHEMAS
-        assert set(MODULES) == set(SCHEMAS)
-        self.modules = {name: importlib.import_module(f"nemo_minitron.{m}") for name, m in MODULES.items()}
-        self.keys = {name: sorted(set(overrides.keys(SCHEMAS[name]))) for name in MODULES}
+        assert set(RECIPES) == set(SCHEMAS)
+        self.modules = {
+            name: importlib.import_module(f"nemo_minitron.workflows.{name}.check") for name in RECIPES
+        }
+        self.keys = {name: sorted(set(overrides.keys(SCHEMAS[name]))) for name in RECIPES}
         self.watch = Watch(places.home.parent)
         initialize_config_dir(version_base="1.3", config_dir=str(CONF)).__enter__()
 
@@ -199,7 +200,7 @@ Case = tuple[str, list[str], list[str], str]
 
 def override_case(checks: Checks, rng: random.Random) -> Case:
     """Recipe, all overrides, those that are odd, what was done."""
-    recipe = rng.choice(sorted(MODULES))
+    recipe = rng.choice(sorted(RECIPES))
     given = overrides.draw(rng, checks.keys[recipe], checks.places.odd_paths())
     return recipe, [*checks.places.base(recipe), *given], given, " ".join(given)[:300]
 
@@ -262,7 +263,7 @@ def main() -> int:
     begin = time.monotonic()
     checks = Checks(make_places(home / "places"))
     os.chdir(home / "user")
-    for name in MODULES:
+    for name in RECIPES:
         # Not watched: libraries look at the machine when they are first imported.
         code, said = checks.answer(name, checks.places.base(name))
         assert code == 0, (name, said)

@@ -16,8 +16,8 @@ from nemo_minitron.alignment.checkpoints import save_model
 from nemo_minitron.checkpoints.source import Source, find_source
 from nemo_minitron.config.align import AlignConfig
 from nemo_minitron.config.trainer import TrainerConfig
-from nemo_minitron.run import main as recipe
-from nemo_minitron.workflows.align import sft
+from nemo_minitron.environment import rank
+from nemo_minitron.workflows.sft import run as sft
 
 
 def logits_of(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
@@ -47,7 +47,7 @@ def through_aligner(source: Source, tp: int, tokens: torch.Tensor, output: Path)
     _, model = training.open_model(cfg, "sft", sft.model_class, source)
     logits = logits_of(model.model.eval(), tokens)
     save_model(model, source, output / "checkpoint", tokenizer=source.tokenizer)
-    if recipe.rank() == 0:
+    if rank() == 0:
         save_file({"logits": logits.float().contiguous()}, output / "logits.safetensors")
 
 

@@ -159,13 +159,14 @@ def searched(overrides: list[str]) -> dict[str, Any]:
     from hydra import compose, initialize_config_dir
 
     from nemo_minitron.config.recipes import SearchRecipe, parse
-    from nemo_minitron.workflows.search import run as search
+    from nemo_minitron.workflows.search.check import check
+    from nemo_minitron.workflows.search.run import run
 
     layout(1, 1)
     with _launched(), initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
         recipe = parse(SearchRecipe, compose("search", overrides=overrides))
         Path(recipe.run_dir).mkdir(parents=True)
-        return search.run(recipe, search.check(recipe), Path(recipe.run_dir))
+        return run(recipe, check(recipe), Path(recipe.run_dir))
 
 
 def pruned_under(overrides: list[str], sizes: dict[str, Any]) -> dict[str, Any]:
@@ -174,7 +175,8 @@ def pruned_under(overrides: list[str], sizes: dict[str, Any]) -> dict[str, Any]:
     from hydra import compose, initialize_config_dir
 
     from nemo_minitron.config.recipes import PruneRecipe, parse
-    from nemo_minitron.workflows.prune import run as prune
+    from nemo_minitron.workflows.prune.check import check
+    from nemo_minitron.workflows.prune.run import run
 
     layout(sizes.get("tensor_model_parallel_size", 1), sizes.get("pipeline_model_parallel_size", 1))
     with _launched(), initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
@@ -184,7 +186,7 @@ def pruned_under(overrides: list[str], sizes: dict[str, Any]) -> dict[str, Any]:
         if dist.get_rank() == 0:
             directory.mkdir(parents=True)
         dist.barrier()
-        return prune.run(recipe, prune.check(recipe), directory)
+        return run(recipe, check(recipe), directory)
 
 
 def distilled_under(
@@ -199,7 +201,8 @@ def distilled_under(
     from megatron.core import num_microbatches_calculator
 
     from nemo_minitron.config.recipes import DistillRecipe, parse
-    from nemo_minitron.workflows.distill import run as distill
+    from nemo_minitron.workflows.distill.check import check
+    from nemo_minitron.workflows.distill.run import run
 
     # An earlier training in this process may have had other batches.
     num_microbatches_calculator.destroy_num_microbatches_calculator()
@@ -219,7 +222,7 @@ def distilled_under(
         if dist.get_rank() == 0:
             directory.mkdir(parents=True, exist_ok=True)
         dist.barrier()
-        return distill.run(recipe, distill.check(recipe), directory)
+        return run(recipe, check(recipe), directory)
 
 
 @contextlib.contextmanager

@@ -23,6 +23,7 @@ SITE = ["cluster.gpus_per_node=0", "cluster.time=30"]
 TINY = """
 import os, signal, subprocess, sys, time
 from nemo_minitron.config.recipes import PruneRecipe
+from nemo_minitron.environment import rank as rank_here
 from nemo_minitron.run import main as recipe
 
 class Ready:
@@ -30,7 +31,7 @@ class Ready:
         return {}
 
 def run(r, prepared, directory):
-    rank = recipe.rank()
+    rank = rank_here()
     WORK
     return {"seed": r.prune.seed, "ranks": int(os.environ["WORLD_SIZE"])}
 

@@ -32,8 +32,8 @@ def schema_of(recipe: Path) -> type[CommonConfig]:
     tree = ast.parse(recipe.read_text())
     if recipe.stem in RECIPES:
         assert f'main("{recipe.stem}")' in recipe.read_text()
-        module, _, schema = RECIPES[recipe.stem][0].partition(":")
-        return getattr(importlib.import_module(f"nemo_minitron.{module}"), schema)
+        module, _, schema = RECIPES[recipe.stem].partition(":")
+        return getattr(importlib.import_module(f"nemo_minitron.config.recipes.{module}"), schema)
     calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and ast.unparse(n.func) == "recipe.main"]
     (call,) = calls
     primary, schema = call.args[:2]

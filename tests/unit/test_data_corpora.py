@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from nemo_minitron.data.corpora import Corpus, Document, load_corpus
+from nemo_minitron.data.corpora import load_corpus
+from nemo_minitron.data.corpus import Corpus, Document
 from nemo_minitron.data.stdlib import stdlib_corpus
 from nemo_minitron.errors import InputError
 

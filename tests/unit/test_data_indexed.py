@@ -13,7 +13,8 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatase
 
 from nemo_minitron.data import indexed as module
 from nemo_minitron.data.beginning import beginning
-from nemo_minitron.data.corpora import Corpus, Document, Stream, load_corpus
+from nemo_minitron.data.corpora import load_corpus
+from nemo_minitron.data.corpus import Corpus, Document, Stream
 from nemo_minitron.data.indexed import IndexedCorpus, build_indexed
 from nemo_minitron.data.tokenizer import EOS, train_bpe
 from nemo_minitron.errors import InputError

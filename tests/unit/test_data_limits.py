@@ -5,9 +5,9 @@ import importlib.util
 from typing import Any
 
 import pytest
+from nemo_minitron.data.limits import check_ends, check_limits, refuse_limits
 
 from nemo_minitron.config.recipes import DataConfig
-from nemo_minitron.data.limits import check_ends, check_limits, refuse_limits
 from nemo_minitron.errors import InputError
 
 APART = DataConfig(reset_attention_mask=True)

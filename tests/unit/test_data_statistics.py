@@ -11,7 +11,7 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from nemo_minitron.data import statistics
-from nemo_minitron.data.corpora import Corpus, Document
+from nemo_minitron.data.corpus import Corpus, Document
 
 
 def _indexed(prefix, documents: list[list[int]], dtype) -> str:

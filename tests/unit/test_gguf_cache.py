@@ -55,7 +55,7 @@ def test_the_conversion_goes_where_data_cache_dir_says(
     recipe: str, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NEMO_MINITRON_HOME", str(tmp_path / "home"))
-    work = importlib.import_module(f"nemo_minitron.{RECIPES[recipe][1].split()[0]}")
+    work = importlib.import_module(f"nemo_minitron.workflows.{recipe}.check")
     asked = [setting.format(file) for setting in TAKES[recipe]]
     asked += [
         f"data.cache_dir={tmp_path / 'cache'}",

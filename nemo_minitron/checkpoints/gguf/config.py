@@ -11,6 +11,7 @@ import numpy as np
 
 from nemo_minitron.checkpoints.gguf.reader import GGUFFile
 from nemo_minitron.checkpoints.gguf.settings import Settings
+from nemo_minitron.checkpoints.gguf.weights import numbers
 from nemo_minitron.errors import InputError
 
 # general.architecture -> Hugging Face's model_type. Mistral's files say "llama"; both compute the same.
@@ -126,7 +127,6 @@ def _rope_scaling(file: GGUFFile, s: Settings, head_dim: int, theta: float) -> d
         return {"rope_type": kind, "factor": factor}
     if _ROPE_FREQUENCIES not in file.tensors:
         return None
-    from nemo_minitron.checkpoints.gguf.weights import numbers
 
     factors = numbers(file, file.tensors[_ROPE_FREQUENCIES]).astype(np.float64).ravel()
     if factors.shape != (head_dim // 2,) or not (np.isfinite(factors) & (factors > 0)).all():

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.arch import Architecture
+from nemo_minitron.checkpoints.gguf import config, reader, tokenizer, weights
+from nemo_minitron.checkpoints.gguf.settings import Settings
 from nemo_minitron.checkpoints.untrusted_files import check_no_pointer
 from nemo_minitron.errors import InputError
-from nemo_minitron.files import file_sha256
+from nemo_minitron.files import file_sha256, put
 
 # How a converted file is laid out; part of the cache's key.
 _FORMAT = 2
@@ -60,7 +62,7 @@ def to_huggingface(path: Path, cache: Path, where: str, architecture_of: Archite
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         _convert(path, temporary, where, architecture_of)
-        os.replace(temporary, final)
+        put(temporary, final)
     except OSError as error:
         # Another process was faster; its copy is the same.
         if not (final / "config.json").is_file():
@@ -81,9 +83,6 @@ def _key(path: Path, where: str) -> str:
 
 
 def _convert(path: Path, to: Path, where: str, architecture_of: ArchitectureOf) -> None:
-    from nemo_minitron.checkpoints.gguf import config, reader, tokenizer, weights
-    from nemo_minitron.checkpoints.gguf.settings import Settings
-
     file = reader.read_header(path, where)
     values = config.config_json(file, where)
     architecture, settings = architecture_of(values, where), Settings(file.metadata, where)

@@ -7,7 +7,6 @@ keys are kept. Other shapes are converted by `data.chat_shapes`.
 
 import json
 import math
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.errors import InputError
-from nemo_minitron.files import lines
+from nemo_minitron.files import lines, replacing
 
 ROLES = ("system", "user", "assistant", "tool")
 # Who may speak after whom; "" is the beginning.
@@ -111,12 +110,10 @@ def _object(line: bytes, where: str) -> dict[str, Any]:
 def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> Path:
     """Write one object a line, atomically, in UTF-8; returns the path."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    os.replace(temporary, path)
+        file.flush()
     return path
 
 

@@ -6,7 +6,6 @@ than `apply_chat_template`.
 """
 
 import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING
 from nemo_minitron.data.chat.conversations import Conversation, Message, Preference, clean
 from nemo_minitron.data.rendering import render, try_template
 from nemo_minitron.errors import InputError
-from nemo_minitron.files import read_text
+from nemo_minitron.files import read_text, write_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -107,9 +106,7 @@ def attach_template(directory: str | Path, template: str | None = None) -> str:
             raise InputError(f"{path}: has another chat template than the one that is to be attached")
         return str(present)
     config["chat_template"] = template or CHAT_TEMPLATE
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
     return str(config["chat_template"])
 
 

@@ -2,9 +2,7 @@
 
 import hashlib
 import json
-import os
 import random
-import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +14,7 @@ from nemo_minitron.data.instruct import calls, instruction, passage, persona
 from nemo_minitron.data.instruct.checks import share_passed
 from nemo_minitron.data.instruct.template_families import Draft, Family, Skill, assistant
 from nemo_minitron.errors import InputError
+from nemo_minitron.files import making_once
 
 SKILLS: list[Skill] = [*instruction.SKILLS, *persona.SKILLS, *passage.SKILLS, *calls.SKILLS]
 CATEGORIES = ("instruction", "persona", "passage", "function")
@@ -168,11 +167,6 @@ def cached_instruct_set(cache: str | Path, seed: int = 1234, sizes: Sizes | None
     key = json.dumps([_FORMAT, seed, asdict(sizes or Sizes())])
     final = Path(cache) / hashlib.sha256(key.encode()).hexdigest()[:24]
     if not final.is_dir():
-        temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        write_instruct_set(temporary, seed, sizes)
-        try:
-            os.replace(temporary, final)
-        except OSError:  # another process was faster; its files are the same
-            shutil.rmtree(temporary)
+        with making_once(final) as temporary:
+            write_instruct_set(temporary, seed, sizes)
     return InstructFiles.below(final)

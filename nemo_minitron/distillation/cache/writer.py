@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from nemo_minitron.distillation.cache.format import (
     shards_of,
 )
 from nemo_minitron.errors import InputError
-from nemo_minitron.files import file_sha256, read_text
+from nemo_minitron.files import file_sha256, read_text, replacing, write_text
 
 PLAN = "plan.json"
 
@@ -59,7 +58,7 @@ class CachePlan:
         self.directory.mkdir(parents=True, exist_ok=True)
         for left_over in self.directory.glob(".*.tmp"):
             left_over.unlink()
-        _write_text(self.directory / PLAN, json.dumps(self.to_dict(), indent=1) + "\n")
+        write_text(self.directory / PLAN, json.dumps(self.to_dict(), indent=1) + "\n")
 
     def finished(self) -> dict[int, File]:
         """The shards that are there, by number.
@@ -126,13 +125,10 @@ class CachePlan:
 
     def _write(self, name: str, tensors: dict[str, Tensor], sequences: int) -> File:
         path = self.directory / name
-        temporary = self.directory / f".{name}.{os.getpid()}.tmp"
-        save_file(tensors, temporary)
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
-        file = File(name, temporary.stat().st_size, file_sha256(temporary), sequences)
-        os.replace(temporary, path)
-        _write_text(_note(path), json.dumps(dataclasses.asdict(file)) + "\n")
+        with replacing(path) as temporary:
+            save_file(tensors, temporary)
+            file = File(name, temporary.stat().st_size, file_sha256(temporary), sequences)
+        write_text(_note(path), json.dumps(dataclasses.asdict(file)) + "\n")
         return file
 
     def finish(self, lm_loss_nats: float) -> Manifest:
@@ -141,15 +137,9 @@ class CachePlan:
         assert len(found) == len(self.shards), f"{len(found)} of {len(self.shards)} shards"
         head = self._entry(HEAD) if self.contents.form == "hidden" else None
         manifest = Manifest(self.contents, lm_loss_nats, tuple(found[n] for n in sorted(found)), head)
-        _write_text(self.directory / MANIFEST, manifest.to_json())
+        write_text(self.directory / MANIFEST, manifest.to_json())
         return manifest
 
 
 def _note(path: Path) -> Path:
     return path.with_suffix(".json")
-
-
-def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)

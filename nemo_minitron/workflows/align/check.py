@@ -4,58 +4,27 @@ import dataclasses
 import hashlib
 import importlib.util
 import json
-import os
-import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nemo_minitron.alignment.conversations import EncodedSplit
-from nemo_minitron.checkpoints.origin import absolute
-from nemo_minitron.checkpoints.source import CHECKPOINT, Source, find_source
+from nemo_minitron.alignment.prepared import Prepared, has_cuda
+from nemo_minitron.alignment.runs import ALIGNER, keep_one_checkpoint
+from nemo_minitron.checkpoints.source import Source, find_source
 from nemo_minitron.config.align import AlignConfig
 from nemo_minitron.config.recipes import DataConfig, cache_dir
 from nemo_minitron.config.trainer import TrainerConfig
 from nemo_minitron.data.chat.template import with_template
 from nemo_minitron.data.held_out import refuse_shared
 from nemo_minitron.data.instruct import cached_instruct_set
-from nemo_minitron.data.prepare import PreparedData, prepare_data
+from nemo_minitron.data.prepare import prepare_data
 from nemo_minitron.data.tokenizer import load_tokenizer, tokenizer_sha256
+from nemo_minitron.environment import RESULT
 from nemo_minitron.errors import InputError
 from nemo_minitron.export import generation
-from nemo_minitron.files import read_text
-from nemo_minitron.run import main as recipe
+from nemo_minitron.files import making_once, read_text, remove_stale
 from nemo_minitron.workflows.preflight import check_source, check_vocabulary, converted
-
-STEPS = "steps.jsonl"
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """What is known and made before a model is loaded; the student is of kind "nemo".
-
-    `tokenizer`: a Hugging Face directory with the chat template. `corpus`: of the LM loss. `max_epochs`: those that are
-    begun.
-    """
-
-    student: Source
-    tokenizer: Path
-    corpus: PreparedData
-    train: EncodedSplit
-    valid: EncodedSplit
-    trainer: TrainerConfig
-    max_epochs: int
-
-    def to_config(self) -> dict[str, Any]:
-        """For the launcher's ranks."""
-        return {
-            "student": str(self.student.path),
-            "tokenizer": str(self.tokenizer),
-            "corpus": self.corpus.to_config(),
-            "train": self.train.to_config(),
-            "valid": self.valid.to_config(),
-        }
 
 
 def prepare(
@@ -110,13 +79,6 @@ def _check_nemo_file(r: Any, student: Source) -> None:
             f"align.save_nemo=true: trainer.tensor_model_parallel_size={ranks} does not divide the student's "
             f"vocab_size {rows}, and the file would hold padding; must be false, or a size that divides"
         )
-
-
-def has_cuda() -> bool:
-    """Whether the run is on GPUs."""
-    import torch
-
-    return torch.cuda.is_available()
 
 
 def check_settings(a: AlignConfig, t: TrainerConfig) -> None:
@@ -224,14 +186,10 @@ def prepared_tokenizer(a: AlignConfig, student: Source, d: DataConfig) -> Path:
     key = hashlib.sha256(named.encode()).hexdigest()[:24]
     final = cache_dir(d, "tokenizers") / f"chat-{key}"
     if not (final / "tokenizer").is_dir():
-        temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
-        # NeMo calls the directory in a checkpoint's context as it is called here.
-        tokenizer.save_pretrained(str(temporary / "tokenizer"))
-        generation.write(settings, temporary / "tokenizer")
-        try:
-            os.replace(temporary, final)
-        except OSError:  # another process was faster, with the same files
-            shutil.rmtree(temporary)
+        with making_once(final) as temporary:
+            # NeMo calls the directory in a checkpoint's context as it is called here.
+            tokenizer.save_pretrained(str(temporary / "tokenizer"))
+            generation.write(settings, temporary / "tokenizer")
     return final / "tokenizer"
 
 
@@ -273,48 +231,7 @@ def _files(r: Any, own_set: tuple[str, str]) -> dict[str, list[str]]:
 
 def keep_resumable(r: Any) -> None:
     """Put the checkpoints of a run that was killed in order; a run that is overwritten begins anew."""
-    from nemo_minitron.alignment.runs import ALIGNER, keep_one_checkpoint
-
     directory = Path(r.run_dir)
-    if r.overwrite and (directory / recipe.RESULT).exists():
-        recipe.fresh(directory / ALIGNER)
+    if r.overwrite and (directory / RESULT).exists():
+        remove_stale(directory / ALIGNER)
     keep_one_checkpoint(directory)
-
-
-def summary(r: Any, prepared: Prepared, directory: Path, metrics: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The fields of `result.json` that all alignment recipes have.
-
-    Args:
-        metrics: further ones of a validation.
-    """
-    from nemo_minitron.nemo.step_log import read_steps
-
-    t = prepared.trainer
-    valid = [line for line in read_steps(directory / STEPS) if line["split"] == "valid"]
-    return {
-        "student": absolute(r.student),
-        "params": prepared.student.architecture.parameters(),
-        "peft": r.align.peft,
-        "steps": t.max_steps,
-        "global_batch_size": t.global_batch_size,
-        "seed": r.seed,
-        "valid_loss_nats_before": valid[0]["loss"],
-        "valid_loss_nats_after": valid[-1]["loss"],
-        **{f"valid_{name}_after": valid[-1][name] for name in metrics},
-        **_counts(prepared),
-        "ranks": t.ranks,
-        "tensor_model_parallel_size": t.tensor_model_parallel_size,
-        "pipeline_model_parallel_size": t.pipeline_model_parallel_size,
-        "data_parallel_size": t.data_parallel_size,
-        "peak_rss_gib": recipe.peak_rss_gib(),
-        "checkpoint": str((directory / CHECKPOINT).resolve()),
-    }
-
-
-def _counts(prepared: Prepared) -> dict[str, int]:
-    return {
-        f"{name}_{key}": value
-        for name, split in (("train", prepared.train), ("valid", prepared.valid))
-        for key, value in split.to_config().items()
-        if key != "path"
-    }

@@ -11,10 +11,9 @@ from nemo_minitron.distillation.cache.format import Contents
 from nemo_minitron.distillation.cache.top_k_logits import most_probable
 from nemo_minitron.distillation.cache.writer import CachePlan
 from nemo_minitron.evaluation.lm_loss import evaluating
+from nemo_minitron.megatron_gpt import forward_only, no_loss
 from nemo_minitron.nemo.session import progress_bar
 from nemo_minitron.nemo.teacher import give_hidden_states, output_weight
-
-from megatron.core.pipeline_parallel import get_forward_backward_func  # isort: skip
 
 Keep = Callable[[Tensor], dict[str, Tensor]]
 
@@ -108,19 +107,8 @@ def _forward(chunk: Any, microbatches: Sequence[Tensor], take: Callable[[Tensor]
         output = model(tokens, positions, None)
         if model.post_process:
             take(output)
-
-        def nothing(hidden: Tensor) -> Any:
-            return hidden.new_zeros(()), {}
-
-        return output, nothing
+        return output, no_loss
 
     with evaluating([chunk]):
-        get_forward_backward_func()(
-            forward_step_func=step,
-            data_iterator=iter(microbatches),
-            model=chunk,
-            num_microbatches=len(microbatches),
-            seq_length=microbatches[0].shape[1],
-            micro_batch_size=microbatches[0].shape[0],
-            forward_only=True,
-        )
+        b, s = microbatches[0].shape
+        forward_only(step, [chunk], microbatches, (b, s))

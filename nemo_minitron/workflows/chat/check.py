@@ -7,10 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron.checkpoints.families import FAMILIES
 from nemo_minitron.checkpoints.gguf import is_gguf
+from nemo_minitron.checkpoints.gguf.reader import read_header
+from nemo_minitron.checkpoints.gguf.settings import Settings
+from nemo_minitron.checkpoints.source import find_source
 from nemo_minitron.config.chat import ChatRecipe
 from nemo_minitron.data.chat.template import render_prompt
+from nemo_minitron.environment import RESULT
 from nemo_minitron.errors import InputError
+from nemo_minitron.export import huggingface
 from nemo_minitron.files import read_text
 
 TEMPLATE = "tokenizer.chat_template"
@@ -50,7 +56,7 @@ def check(r: ChatRecipe) -> Prepared:
 def _exported(path: Path) -> Path:
     """What a run of recipes/export.py wrote, or the path itself."""
     try:
-        result = json.loads(read_text(path / "result.json"))
+        result = json.loads(read_text(path / RESULT))
     except (OSError, ValueError):
         return path
     if (
@@ -79,8 +85,6 @@ def _of_file(r: ChatRecipe, file: Path) -> Prepared:
             raise InputError(
                 f"source={r.source}: a GGUF file needs the package {package} (make setup EXTRAS=dev,search,device)"
             )
-    from nemo_minitron.checkpoints.gguf.reader import read_header
-    from nemo_minitron.checkpoints.gguf.settings import Settings
 
     where = f"source={r.source}"
     settings = Settings(read_header(file, where).metadata, where)
@@ -91,10 +95,6 @@ def _of_file(r: ChatRecipe, file: Path) -> Prepared:
 
 
 def _of_source(r: ChatRecipe, path: Path) -> Prepared:
-    from nemo_minitron.checkpoints.families import FAMILIES
-    from nemo_minitron.checkpoints.source import find_source
-    from nemo_minitron.export import huggingface
-
     # A template is tried in a child process; `tokenizers` would warn of its threads there.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     source = find_source(path)

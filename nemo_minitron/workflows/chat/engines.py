@@ -5,9 +5,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from nemo_minitron.checkpoints.source import find_source
 from nemo_minitron.config.chat import ChatRecipe
 from nemo_minitron.config.recipes import cache_dir
 from nemo_minitron.errors import InputError
+from nemo_minitron.export import huggingface, llama_cpp
+from nemo_minitron.nemo.huggingface import exported_once, load_huggingface
 from nemo_minitron.workflows.chat.check import Prepared, prompt_ids
 
 Say = Callable[[str], object]
@@ -39,7 +42,6 @@ def opened(r: ChatRecipe, prepared: Prepared) -> Iterator[Engine]:
     if prepared.file is None:
         yield _Transformers(r, prepared)
         return
-    from nemo_minitron.export import llama_cpp
 
     with llama_cpp.opened(prepared.file, prepared.context, r.chat.threads) as server:
         engine = _LlamaCpp(r, prepared, server)
@@ -53,10 +55,6 @@ def opened(r: ChatRecipe, prepared: Prepared) -> Iterator[Engine]:
 class _Transformers:
     def __init__(self, r: ChatRecipe, prepared: Prepared) -> None:
         import torch
-
-        from nemo_minitron.checkpoints.source import find_source
-        from nemo_minitron.export import huggingface
-        from nemo_minitron.nemo.huggingface import exported_once, load_huggingface
 
         self.r, self.prepared = r, prepared
         directory = exported_once(prepared.source, cache_dir(r.data, "exports"))

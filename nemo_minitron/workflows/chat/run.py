@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.config.chat import ChatRecipe
+from nemo_minitron.environment import peak_rss_gib
 from nemo_minitron.errors import InputError
-from nemo_minitron.run import main as recipe
+from nemo_minitron.files import remove_stale
 from nemo_minitron.workflows.chat import engines
 from nemo_minitron.workflows.chat.check import Prepared, first
 
@@ -25,7 +26,7 @@ def run(r: ChatRecipe, prepared: Prepared, directory: Path) -> dict[str, Any]:
     """
     if not prepared.has_template:
         print("no chat template: each message is gone on with as it is", file=sys.stderr, flush=True)
-    file = recipe.fresh(directory / CONVERSATION)
+    file = remove_stale(directory / CONVERSATION)
     answers, seconds, tokens = 0, 0.0, 0
     last = None
     with engines.opened(r, prepared) as engine:
@@ -48,7 +49,7 @@ def run(r: ChatRecipe, prepared: Prepared, directory: Path) -> dict[str, Any]:
         "tokens_per_s": round(tokens / seconds, 2) if seconds else 0.0,
         "last_answer": None if last is None else last.text,
         "last_answer_ended": None if last is None else last.ended,
-        "peak_rss_gib": recipe.peak_rss_gib(),
+        "peak_rss_gib": peak_rss_gib(),
     }
 
 

@@ -5,10 +5,11 @@ import json
 from typing import Any
 
 from nemo_minitron.checkpoints.source import Source, find_source
+from nemo_minitron.config.document_limits import refuse_limits
 from nemo_minitron.config.recipes import DataConfig, DistillRecipe
-from nemo_minitron.data.limits import refuse_limits
 from nemo_minitron.data.prepare import PreparedData
 from nemo_minitron.data.sequences import Schedule, SplitSequences, schedules
+from nemo_minitron.data.tokenizer import load_tokenizer
 from nemo_minitron.distillation.cache.format import Contents
 from nemo_minitron.distillation.cache.reader import TeacherCache, covers
 from nemo_minitron.distillation.loss.settings import LossSettings
@@ -61,8 +62,6 @@ def open_cache(r: DistillRecipe, student: Source, settings: LossSettings | None)
 
 
 def _check_contents(cache: TeacherCache, r: DistillRecipe, student: Source) -> None:
-    from nemo_minitron.data.tokenizer import load_tokenizer
-
     contents = cache.contents
     for key, ours, theirs in (
         ("data.seq_length", r.data.seq_length, contents.seq_length),

@@ -1,7 +1,6 @@
 """The work of `recipes/distill.py`: train a student on its teacher's predictions, and measure both."""
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,82 +8,18 @@ from nemo_minitron import parallel
 from nemo_minitron.checkpoints import origin
 from nemo_minitron.checkpoints.source import CHECKPOINT, Source, find_source
 from nemo_minitron.config.recipes import DistillRecipe
-from nemo_minitron.config.trainer import TrainerConfig
-from nemo_minitron.data.prepare import PreparedData, prepare_data
 from nemo_minitron.distillation.cache.reader import TeacherCache
-from nemo_minitron.distillation.intermediate import Intermediate
-from nemo_minitron.distillation.loss.settings import LossSettings
-from nemo_minitron.errors import InputError
-from nemo_minitron.run import main as recipe
-from nemo_minitron.synthesis.mixture import TeacherText, check_mixture, prepare_text
-from nemo_minitron.workflows.distill import cache as cache_checks
+from nemo_minitron.environment import peak_rss_gib
+from nemo_minitron.files import read_steps
+from nemo_minitron.nemo import fit, models, session, trainer
+from nemo_minitron.nemo.counted_tokens import CountedTokens
+from nemo_minitron.nemo.distill_transform import DistillTransform
+from nemo_minitron.nemo.session import Session
+from nemo_minitron.nemo.step_log import StepLog
+from nemo_minitron.nemo.teacher import output_rows
 from nemo_minitron.workflows.distill import settings as checks
-from nemo_minitron.workflows.preflight import check_source, check_vocabulary, converted
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """What is known and made before a model is loaded; sources are of kind "nemo".
-
-    `teacher_named`: where the user has the teacher, or where the student says that it came from.
-    """
-
-    student: Source
-    teacher: Source | TeacherCache | None
-    data: PreparedData
-    trainer: TrainerConfig
-    settings: LossSettings | None
-    between: Intermediate | None
-    text: TeacherText | None
-    teacher_named: str | None = None
-
-    def to_config(self) -> dict[str, Any]:
-        """For the launcher's ranks."""
-        return {
-            "student": str(self.student.path),
-            "teacher": str(self.teacher.path) if isinstance(self.teacher, Source) else None,
-            "teacher_cache": str(self.teacher.directory) if isinstance(self.teacher, TeacherCache) else None,
-            "teacher_named": self.teacher_named,
-            "data": self.data.to_config(),
-            "sdg": self.text.to_config() if self.text else None,
-        }
-
-
-def check(r: DistillRecipe) -> Prepared:
-    """Refuse what cannot work; convert the checkpoints and index the data once.
-
-    Raises:
-        InputError: a loss, a weight or a map that is none; checkpoints or a cache that do not fit each other, the
-            layout or the data.
-    """
-    ready = r.prepared or {}
-    trainer, settings = checks.training_layout(r), checks.loss_settings(r)
-    check_mixture(r.sdg, r.distill.sdg_weight)
-    student = find_source(ready.get("student", r.student), "student", r.data)
-    check_source("student", student, trainer, r.data.seq_length)
-    teacher, cache = None, cache_checks.open_cache(r, student, settings)
-    named = ready.get("teacher_named") or r.teacher
-    if settings is not None and cache is None:
-        named = named or origin.teacher_of(r.student, r.data)
-        teacher = find_source(ready.get("teacher") or named, "teacher", r.data)
-        check_source("teacher", teacher, trainer, r.data.seq_length)
-        checks.check_vocabularies(student, teacher)
-    between = checks.intermediate(r, student.architecture, teacher.architecture if teacher else None)
-    data = prepare_data(r.data, str(student.tokenizer), ready.get("data"))
-    check_vocabulary(student, data, trained=not r.distill.from_scratch)
-    if teacher is not None:
-        check_vocabulary(teacher, data)
-    text = prepare_text(r.sdg, r.distill.sdg_weight, r.data, data, ready.get("sdg"))
-    if cache is not None and text is not None:
-        raise InputError(
-            f"teacher_cache={r.teacher_cache}, sdg={r.sdg}: a cache has the corpus's states only"
-        )
-    if cache is not None and not ready:
-        cache_checks.check_sequences(cache, r, data)
-    teacher = None if teacher is None else converted(teacher, r.data)
-    return Prepared(
-        converted(student, r.data), teacher or cache, data, trainer, settings, between, text, named
-    )
+from nemo_minitron.workflows.distill.check import Prepared
+from nemo_minitron.workflows.teacher_loss import teacher_loss
 
 
 def run(r: DistillRecipe, prepared: Prepared, directory: Path, *, who: str = "student") -> dict[str, Any]:
@@ -132,7 +67,7 @@ def run(r: DistillRecipe, prepared: Prepared, directory: Path, *, who: str = "st
         "ranks": t.ranks,
         "tensor_model_parallel_size": t.tensor_model_parallel_size,
         "pipeline_model_parallel_size": t.pipeline_model_parallel_size,
-        "peak_rss_gib": recipe.peak_rss_gib(),
+        "peak_rss_gib": peak_rss_gib(),
         "teacher_states_gib": round(trained["ahead"].get("bytes", 0) / 2**30, 6),
         "teacher_schedule_s": round(trained["ahead"].get("seconds", 0.0), 2),
         "checkpoint": str((directory / CHECKPOINT).resolve()),
@@ -148,8 +83,6 @@ def _teacher_name(prepared: Prepared) -> str | None:
 
 
 def _lm_loss(r: DistillRecipe, prepared: Prepared, source: Source, label: str) -> Any:
-    from nemo_minitron.nemo.session import Session
-
     session = Session(source, r.trainer, seq_length=source.seq_length)
     return session.lm_loss(prepared.data, r.data, "valid", r.eval.samples, label)
 
@@ -160,9 +93,6 @@ def _finish(r: DistillRecipe, prepared: Prepared, directory: Path, label: str) -
     Raises:
         FloatingPointError: it is not finite; nothing is saved.
     """
-    from nemo_minitron.nemo import fit
-    from nemo_minitron.nemo.session import Session
-
     last = find_source(fit.last_checkpoint(directory), "student")
     dtype = r.trainer.checkpoint_dtype or prepared.student.dtype
     session = Session(last, r.trainer, seq_length=last.seq_length)
@@ -176,10 +106,6 @@ def _finish(r: DistillRecipe, prepared: Prepared, directory: Path, label: str) -
 
 def _train(r: DistillRecipe, prepared: Prepared, directory: Path) -> dict[str, Any]:
     """What the run says of the teacher and of its last validation."""
-    from nemo_minitron.nemo import fit, models, session, trainer
-    from nemo_minitron.nemo.counted_tokens import CountedTokens
-    from nemo_minitron.nemo.step_log import StepLog, read_steps
-
     data, t, source, text = prepared.data, prepared.trainer, prepared.student, prepared.text
     steps = StepLog(directory / "steps.jsonl")
     transform = None if prepared.teacher is None else _transform(r, prepared, steps)
@@ -210,9 +136,6 @@ def _ahead(transform: Any) -> dict[str, float]:
 
 
 def _transform(r: DistillRecipe, prepared: Prepared, steps: Any) -> Any:
-    from nemo_minitron.nemo.distill_transform import DistillTransform
-    from nemo_minitron.workflows.teacher_loss import teacher_loss
-
     teacher = prepared.teacher
     assert teacher is not None
     assert prepared.settings is not None
@@ -234,7 +157,7 @@ def _transform(r: DistillRecipe, prepared: Prepared, steps: Any) -> Any:
     return DistillTransform(
         teacher,
         prepared.settings,
-        vocab_size=checks.shared_vocabulary(prepared.student, checks.output_rows(teacher)),
+        vocab_size=checks.shared_vocabulary(prepared.student, output_rows(teacher)),
         between=prepared.between,
         precision=r.trainer.precision,
         on_loaded=loaded,

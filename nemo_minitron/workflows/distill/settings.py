@@ -7,10 +7,11 @@ from nemo_minitron.arch import Architecture
 from nemo_minitron.checkpoints.source import Source
 from nemo_minitron.config.recipes import DistillRecipe
 from nemo_minitron.config.trainer import TrainerConfig
-from nemo_minitron.distillation.cache.reader import TeacherCache
+from nemo_minitron.data.tokenizer import load_tokenizer
 from nemo_minitron.distillation.intermediate import Intermediate, check_map, late_map
 from nemo_minitron.distillation.loss.settings import LossSettings
 from nemo_minitron.errors import InputError
+from nemo_minitron.pruning import PrunePlan
 
 CROSS_ENTROPY = "cross_entropy"
 
@@ -50,8 +51,6 @@ def check_vocabularies(student: Source, teacher: Source) -> None:
     Raises:
         InputError: names the first token that differs.
     """
-    from nemo_minitron.data.tokenizer import load_tokenizer
-
     ours, theirs = (load_tokenizer(str(source.tokenizer)).get_vocab() for source in (student, teacher))
     if ours != theirs:
         token = min(set(ours.items()) ^ set(theirs.items()), key=lambda item: item[1])
@@ -63,15 +62,7 @@ def check_vocabularies(student: Source, teacher: Source) -> None:
 
 def true_vocabulary(source: Source) -> int:
     """Entries of its tokenizer: the rows of its output layer without padding."""
-    from nemo_minitron.data.tokenizer import load_tokenizer
-
     return len(load_tokenizer(str(source.tokenizer)))
-
-
-def output_rows(teacher: Source | TeacherCache) -> int:
-    """Rows of the teacher's output layer, padding included."""
-    cached = isinstance(teacher, TeacherCache)
-    return teacher.contents.vocab_size if cached else teacher.architecture.vocab_size
 
 
 def shared_vocabulary(student: Source, teacher_rows: int) -> int:
@@ -123,8 +114,6 @@ def _layers(r: DistillRecipe, student: Architecture, teacher: Architecture) -> d
 
 def _kept_layers(student: str, error: InputError) -> str:
     """What the layers of a student that lost some were called before, where that is known and of use."""
-    from nemo_minitron.pruning import PrunePlan
-
     path = Path(student) / "plan.json"
     if "the student has layers" not in str(error) or not path.is_file():
         return ""

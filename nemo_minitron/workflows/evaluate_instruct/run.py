@@ -3,66 +3,21 @@
 import hashlib
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from nemo_minitron.checkpoints.source import Source, find_source
-from nemo_minitron.config.instruct import EvaluateInstructRecipe, InstructEvalConfig
-from nemo_minitron.config.recipes import cache_dir
+from nemo_minitron.config.instruct import EvaluateInstructRecipe
 from nemo_minitron.data.chat.conversations import write_jsonl
-from nemo_minitron.data.chat.template import with_template
-from nemo_minitron.data.instruct import cached_instruct_set
-from nemo_minitron.data.tokenizer import load_tokenizer
-from nemo_minitron.errors import InputError, of_setting
+from nemo_minitron.environment import peak_rss_gib
 from nemo_minitron.evaluation import instruct
-from nemo_minitron.run import main as recipe
+from nemo_minitron.files import remove_stale
+from nemo_minitron.nemo.huggingface import export_checkpoint, load_huggingface
+from nemo_minitron.workflows.evaluate_instruct.check import Prepared
 
 ANSWERS = "answers.jsonl"
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """The checkpoint, the file of prompts, and the prompts in tokens."""
-
-    source: Source
-    tokenizer: Any
-    file: Path
-    items: list[instruct.Item]
-
-    def to_config(self) -> dict[str, Any]:
-        """Where the prompts lie."""
-        return {"file": str(self.file)}
-
-
-def check(r: EvaluateInstructRecipe) -> Prepared:
-    """Refuse what cannot work; generate the project's own set if no file is named.
-
-    Raises:
-        InputError: names the value, or the prompt's file and line.
-    """
-    e = r.instruct
-    if r.trainer.ranks > 1:
-        raise InputError(f"{r.trainer.ranks} ranks: evaluate_instruct works in one process")
-    source = find_source(r.source, data=r.data)
-    tokenizer = with_template(load_tokenizer(source.tokenizer), str(source.tokenizer))
-    if len(tokenizer) > source.architecture.vocab_size:
-        raise InputError(
-            f"source={r.source}: its tokenizer has {len(tokenizer)} entries, the model's vocabulary "
-            f"{source.architecture.vocab_size}"
-        )
-    file = _file(r, e)
-    with of_setting("instruct.file"):
-        items = instruct.load_items(
-            file, tokenizer, context=source.seq_length, max_new_tokens=e.max_new_tokens
-        )
-    return Prepared(source, tokenizer, file, items)
-
-
-def _file(r: EvaluateInstructRecipe, e: InstructEvalConfig) -> Path:
-    if e.file is not None:
-        return Path(e.file)
-    return Path(getattr(cached_instruct_set(cache_dir(r.data, "instruct"), e.seed, e.sizes), e.split))
 
 
 def run(r: EvaluateInstructRecipe, prepared: Prepared, directory: Path) -> dict[str, Any]:
@@ -71,7 +26,7 @@ def run(r: EvaluateInstructRecipe, prepared: Prepared, directory: Path) -> dict[
     Returns:
         The fields of `result.json`; the scores are those of `evaluation.instruct.scores`.
     """
-    recipe.fresh(directory / ANSWERS)
+    remove_stale(directory / ANSWERS)
     model = load_model(prepared.source, directory)
     said = instruct.answers(
         model,
@@ -93,7 +48,7 @@ def run(r: EvaluateInstructRecipe, prepared: Prepared, directory: Path) -> dict[
         "chat_template_sha256": hashlib.sha256(prepared.tokenizer.chat_template.encode()).hexdigest(),
         **instruct.scores(prepared.items, said),
         "answers": str(path.resolve()),
-        "peak_rss_gib": recipe.peak_rss_gib(),
+        "peak_rss_gib": peak_rss_gib(),
     }
 
 
@@ -106,10 +61,6 @@ def load_model(source: Source, scratch: Path) -> Any:
     Raises:
         InputError: the weights do not fit the config, or NeMo has no exporter for the model.
     """
-    import torch
-
-    from nemo_minitron.nemo.huggingface import export_checkpoint, load_huggingface
-
     if source.kind == "huggingface":
         model = load_huggingface(source)
     else:

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron.checkpoints.families import FAMILIES
+from nemo_minitron.checkpoints.source import find_source
 from nemo_minitron.config.export import GGUF_QUANTISED, ExportRecipe
 from nemo_minitron.errors import InputError
 from nemo_minitron.export import consumers, gguf_quantiser, hub, huggingface
@@ -13,6 +15,7 @@ from nemo_minitron.export.licences import Licence
 from nemo_minitron.export.lineage import Lineage, lineage
 from nemo_minitron.export.target import bytes_of, check_target
 from nemo_minitron.workflows.export import fp8
+from nemo_minitron.workflows.preflight import converted
 
 # Where the export lies in a run directory if `to` does not say.
 _NAMES = {"hf": "huggingface", "gguf": "gguf"}
@@ -45,9 +48,6 @@ def check(r: ExportRecipe) -> Prepared:
     Raises:
         InputError: names the value.
     """
-    from nemo_minitron.checkpoints.families import FAMILIES
-    from nemo_minitron.checkpoints.source import find_source
-
     if r.trainer.ranks > 1:
         raise InputError(
             f"{r.trainer.ranks} ranks: export works in one process, whatever layout the source had"
@@ -107,7 +107,6 @@ def _licence(r: ExportRecipe, came_from: Lineage) -> Licence | None:
 def _opened(r: ExportRecipe, source: Any, to: str | Path) -> tuple[huggingface.Model, Any, Path, str]:
     """The weights, after a conversion where the source needs one."""
     from nemo_minitron.nemo.huggingface import export_model
-    from nemo_minitron.workflows.preflight import converted
 
     sha256 = source.sha256()
     source = converted(source, r.data)

@@ -8,6 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import apply_factories
 from torch import Tensor
 
 from nemo_minitron.checkpoints.source import Source
@@ -15,10 +18,6 @@ from nemo_minitron.config.trainer import TrainerConfig
 from nemo_minitron.export.distributed_reader import DistributedReader
 from nemo_minitron.nemo import models, trainer
 from nemo_minitron.nemo.session import nemo_tokenizer
-
-from megatron.core.dist_checkpointing import ShardedTensor  # isort: skip
-from megatron.core.dist_checkpointing.dict_utils import nested_values  # isort: skip
-from megatron.core.dist_checkpointing.mapping import apply_factories  # isort: skip
 
 
 def logits(

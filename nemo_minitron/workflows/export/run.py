@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.config.export import ExportRecipe
+from nemo_minitron.environment import peak_rss_gib
 from nemo_minitron.export import generation, hub, huggingface
 from nemo_minitron.export.target import under_another_name
-from nemo_minitron.run import main as recipe
 from nemo_minitron.workflows.export import fp8, gguf, papers, verification
 from nemo_minitron.workflows.export.check import FP8, GGUF, Prepared
 
@@ -26,7 +26,7 @@ def run(r: ExportRecipe, prepared: Prepared, directory: Path) -> dict[str, Any]:
         else:
             fields = _write_directory(prepared, temporary)
         fields["write_s"] = round(time.monotonic() - begin, 2)
-        fields["peak_rss_gib_after_writing"] = recipe.peak_rss_gib()
+        fields["peak_rss_gib_after_writing"] = peak_rss_gib()
         begin = time.monotonic()
         if r.format == GGUF:
             fields |= gguf.verify(r, prepared, temporary)
@@ -45,7 +45,7 @@ def run(r: ExportRecipe, prepared: Prepared, directory: Path) -> dict[str, Any]:
         "params": prepared.source.architecture.parameters(),
         "license": None if prepared.licence is None else prepared.licence.name,
         **fields,
-        "peak_rss_gib": recipe.peak_rss_gib(),
+        "peak_rss_gib": peak_rss_gib(),
         "exported": str(prepared.target),
     }
 

@@ -8,8 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
+from nemo_minitron.checkpoints.families import architecture_of
 from nemo_minitron.export import gguf_model, huggingface, written
 from nemo_minitron.export.tensors import EMBEDDING
+from nemo_minitron.workflows.export import layer_by_layer
 from nemo_minitron.workflows.export.check import Prepared
 
 # Largest difference of two logits, as a share of the largest logit if that is above 1.
@@ -41,8 +43,6 @@ def of_gguf(prepared: Prepared, file: Path, kind: str, count: int) -> dict[str, 
     Raises:
         RuntimeError: logits differ.
     """
-    from nemo_minitron.checkpoints.families import architecture_of
-
     config, read = written.gguf_read(file, architecture_of)
     return _verify(prepared, config, read, count, gguf_model.rounding(kind))
 
@@ -53,8 +53,6 @@ def of_quantised(prepared: Prepared, file: Path, count: int) -> dict[str, Any]:
     Raises:
         RuntimeError: it gives a number that is not finite.
     """
-    from nemo_minitron.checkpoints.families import architecture_of
-
     config, read = written.gguf_read(file, architecture_of)
     found = _verify(prepared, config, read, count, lambda weight: weight, tolerance=sys.float_info.max)
     return {"quantized_max_difference": found["verify_max_difference"]}
@@ -82,8 +80,6 @@ def _verify(
         config, read: of what was written, as `written.logits` takes them.
         rounded: what became of a weight when it was written.
     """
-    from nemo_minitron.workflows.export import layer_by_layer
-
     source, reader, tokens = prepared.source, prepared.model.weights.reader, tokens_of(prepared, count)
     vocab, layers = source.architecture.vocab_size, source.architecture.num_layers
     found = written.logits(config, read, tokens, progress("transformers", layers, "layers"))

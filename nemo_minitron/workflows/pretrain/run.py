@@ -3,71 +3,20 @@
 import platform
 import shlex
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.arch import Architecture
-from nemo_minitron.checkpoints.source import CHECKPOINT
+from nemo_minitron.checkpoints.source import CHECKPOINT, find_source
 from nemo_minitron.config.recipes import PretrainRecipe
-from nemo_minitron.config.trainer import check_stages, check_tensor_ranks
-from nemo_minitron.data.prepare import PreparedData, open_corpus, prepare_data
+from nemo_minitron.data.prepare import open_corpus
 from nemo_minitron.data.statistics import bits_per_byte, compression_bits_per_byte, unigram_entropy_nats
-from nemo_minitron.errors import InputError
-from nemo_minitron.run import main as recipe_module
-
-
-def architecture(recipe: PretrainRecipe, vocab_size: int) -> Architecture:
-    """The model's sizes, checked against the layout.
-
-    Raises:
-        InputError: sizes that the tensor- or pipeline-parallel size does not divide.
-    """
-    m, t = recipe.model, recipe.trainer
-    arch = Architecture(
-        num_layers=m.num_layers,
-        hidden_size=m.hidden_size,
-        ffn_hidden_size=m.ffn_hidden_size,
-        num_attention_heads=m.num_attention_heads,
-        num_query_groups=m.num_query_groups,
-        kv_channels=m.kv_channels,
-        vocab_size=vocab_size,
-        share_embeddings_and_output_weights=m.share_embeddings_and_output_weights,
-        rotary_base=m.rotary_base,
-        model_type="llama",
-    )
-    shared = {f"model.{axis}": getattr(arch, axis) for axis in ("num_query_groups", "ffn_hidden_size")}
-    check_tensor_ranks("trainer.tensor_model_parallel_size", t.tensor_model_parallel_size, shared)
-    check_stages(t, arch.num_layers, "model.num_layers")
-    return arch
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """The indexed corpus and the sizes of the model that will be trained on it."""
-
-    data: PreparedData
-    architecture: Architecture
-
-    def to_config(self) -> dict[str, Any]:
-        """For the launcher's ranks."""
-        return {"data": self.data.to_config()}
-
-
-def check(recipe: PretrainRecipe) -> Prepared:
-    """Prepare the data and check the sizes, before NeMo is imported.
-
-    Raises:
-        InputError: what `prepare_data` and `architecture` refuse; no training steps; an export from several ranks.
-    """
-    if recipe.trainer.max_steps < 1:
-        raise InputError(f"trainer.max_steps={recipe.trainer.max_steps}: must be at least 1")
-    if recipe.export_dir and recipe.trainer.ranks > 1:
-        raise InputError(
-            f"export_dir={recipe.export_dir}: is written by one process, not by {recipe.trainer.ranks}"
-        )
-    data = prepare_data(recipe.data, ready=(recipe.prepared or {}).get("data"))
-    return Prepared(data, architecture(recipe, data.indexed.vocab_size))
+from nemo_minitron.environment import peak_rss_gib
+from nemo_minitron.nemo import fit, models, session, trainer
+from nemo_minitron.nemo.counted_tokens import CountedTokens
+from nemo_minitron.nemo.huggingface import export_checkpoint
+from nemo_minitron.nemo.session import Session
+from nemo_minitron.nemo.step_log import StepLog
+from nemo_minitron.workflows.pretrain.check import Prepared
 
 
 def run(recipe: PretrainRecipe, prepared: Prepared, directory: Path) -> dict[str, Any]:
@@ -76,9 +25,6 @@ def run(recipe: PretrainRecipe, prepared: Prepared, directory: Path) -> dict[str
     Returns:
         The fields of `result.json`.
     """
-    from nemo_minitron.checkpoints.source import find_source
-    from nemo_minitron.nemo.huggingface import export_checkpoint
-
     last = find_source(_train(recipe, prepared, directory))
     result = _measure(recipe, prepared, last, directory)
     source = find_source(directory / CHECKPOINT)
@@ -93,10 +39,6 @@ def run(recipe: PretrainRecipe, prepared: Prepared, directory: Path) -> dict[str
 
 
 def _train(recipe: PretrainRecipe, prepared: Prepared, directory: Path) -> Path:
-    from nemo_minitron.nemo import fit, models, session, trainer
-    from nemo_minitron.nemo.counted_tokens import CountedTokens
-    from nemo_minitron.nemo.step_log import StepLog
-
     data, t = prepared.data, recipe.trainer
     steps = StepLog(directory / "steps.jsonl")
     counted = CountedTokens(steps, t.global_batch_size * recipe.data.seq_length)
@@ -116,9 +58,6 @@ def _train(recipe: PretrainRecipe, prepared: Prepared, directory: Path) -> Path:
 
 def _measure(recipe: PretrainRecipe, prepared: Prepared, last: Any, directory: Path) -> dict[str, Any]:
     """Loss on the held-out split beside what knows nothing (unigrams) and what knows no language (xz)."""
-    from nemo_minitron.nemo import fit
-    from nemo_minitron.nemo.session import Session
-
     data, t, d = prepared.data, recipe.trainer, recipe.data
     session, dtype = Session(last, t), t.checkpoint_dtype or last.dtype
     session.round(dtype)
@@ -142,7 +81,7 @@ def _measure(recipe: PretrainRecipe, prepared: Prepared, last: Any, directory: P
         "data_sha256": data.indexed.manifest_sha256,
         "python": platform.python_version(),
         "command": " ".join(["python", *map(shlex.quote, sys.argv)]),
-        "peak_rss_gib": recipe_module.peak_rss_gib(),
+        "peak_rss_gib": peak_rss_gib(),
     }
 
 

@@ -1,89 +1,25 @@
 """Pruning in one or several steps: score, plan, prune, and again on what is left."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from nemo_minitron.arch import Architecture
-from nemo_minitron.config.recipes import PruneConfig, PruneRecipe
-from nemo_minitron.errors import InputError
-from nemo_minitron.workflows.prune import scoring
-
-if TYPE_CHECKING:
-    from nemo_minitron.workflows.prune.run import Prepared
+from nemo_minitron.config.recipes import PruneRecipe
+from nemo_minitron.nemo.prune_transform import prune_model
+from nemo_minitron.workflows.prune import plans, scoring
+from nemo_minitron.workflows.prune.check import Prepared
 
 
-def targets(
-    r: PruneRecipe, arch: Architecture, target: Architecture, keep_layers: list[int] | None
-) -> list[Architecture]:
-    """The architecture after each of `prune.iterations` steps.
-
-    Raises:
-        InputError: steps that cannot be made, or that the layout cannot hold.
-    """
-    from nemo_minitron.pruning import check_target, step_targets
-
-    p, t = r.prune, r.trainer
-    if p.iterations > 1:
-        _check_iterations(p, chosen=keep_layers is None and target.num_layers < arch.num_layers)
-    steps = step_targets(arch, target, p.iterations, layers_at_once=keep_layers is not None)
-    for number, (before, after) in enumerate(zip([arch, *steps], steps, strict=False), 1):
-        try:
-            check_target(before, after, tp=t.tensor_model_parallel_size, pp=t.pipeline_model_parallel_size)
-        except InputError as error:
-            if number == len(steps):
-                raise
-            raise InputError(f"prune.iterations={p.iterations}, after step {number}: {error}") from None
-    return steps
-
-
-def _check_iterations(p: PruneConfig, chosen: bool) -> None:
-    """`chosen`: the scores decide which layers go."""
-    said = f"prune.iterations={p.iterations}: every step is scored anew,"
-    if p.scores is not None:
-        raise InputError(f"{said} so prune.scores={p.scores} cannot be used; leave one of the two out")
-    if p.head_residual:
-        raise InputError(
-            f"{said} and prune.head_residual=true cannot be told in one plan of all; use one step"
-        )
-    if p.contiguous and chosen:
-        raise InputError(f"{said} and prune.contiguous=true drops one block; use one step")
-
-
-def try_plans(
-    p: PruneConfig,
-    arch: Architecture,
-    steps: Sequence[Architecture],
-    keep_layers: list[int] | None,
-    scores: Any,
-    sha256: str,
-) -> None:
-    """Make the plans from the given scores, or from random ones for want of better.
-
-    Raises:
-        InputError: what no scores could make a plan of, or given scores that hold too little.
-    """
-    for step, (before, after) in enumerate(zip([arch, *steps], steps, strict=False)):
-        if p.importance == "random":
-            random_plan(p, before, after, p.seed + step, sha256)
-        else:
-            scored_plan(p, before, after, scores, sha256, keep_layers, dry=scores is None)
-        keep_layers = None
-
-
-def score_and_prune(session: Any, r: PruneRecipe, prepared: "Prepared") -> list[tuple[Any, Any]]:
+def score_and_prune(session: Any, r: PruneRecipe, prepared: Prepared) -> list[tuple[Any, Any]]:
     """Prune the session's model in place; every rank makes this call.
 
     Returns:
         (scores, or None at random; plan) of each step; a plan is for the model that the steps before it have left.
     """
-    from nemo_minitron.nemo.prune_transform import prune_model
-
     p, made = r.prune, []
     before, listed = prepared.source.architecture, prepared.keep_layers
     for after in prepared.steps:
         sha256, scores = scoring.step_sha256(prepared.source_sha256, [plan for _, plan in made]), None
         if p.importance == "random":
-            plan = random_plan(p, before, after, p.seed + len(made), sha256)
+            plan = plans.random_plan(p, before, after, p.seed + len(made), sha256)
         else:
             scores = prepared.scores or scoring.score(
                 session,
@@ -94,46 +30,8 @@ def score_and_prune(session: Any, r: PruneRecipe, prepared: "Prepared") -> list[
                 choose_layers=listed is None,
                 source_sha256=sha256,
             )
-            plan = scored_plan(p, before, after, scores, sha256, listed)
+            plan = plans.scored_plan(p, before, after, scores, sha256, listed)
         prune_model(session.model, session.chunks, plan)
         made.append((scores, plan))
         before, listed = after, None
     return made
-
-
-def random_plan(p: PruneConfig, before: Architecture, after: Architecture, seed: int, sha256: str) -> Any:
-    """The control: it takes neither the listed layers nor a head residual."""
-    from nemo_minitron.pruning import make_plan
-
-    return make_plan(before, after, importance="random", seed=seed, source_sha256=sha256, **_limits(p))
-
-
-def scored_plan(
-    p: PruneConfig,
-    before: Architecture,
-    after: Architecture,
-    scores: Any,
-    sha256: str,
-    keep_layers: list[int] | None,
-    *,
-    dry: bool = False,
-) -> Any:
-    """The plan by scores; `dry`: by random ones, to see whether there is one."""
-    from nemo_minitron.pruning import make_plan
-
-    return make_plan(
-        before,
-        after,
-        scores,
-        importance="random" if dry else "activation",
-        source_sha256=sha256,
-        keep_layers=keep_layers,
-        layer_metric=p.layer_metric,
-        head_residual=p.head_residual,
-        **_limits(p),
-    )
-
-
-def _limits(p: PruneConfig) -> dict[str, Any]:
-    names = ("contiguous", "protect_first", "protect_last")
-    return {name: getattr(p, name) for name in names}

@@ -7,35 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.arch import Architecture
-from nemo_minitron.config.recipes import PruneConfig, PruneRecipe
+from nemo_minitron.config.recipes import PruneRecipe
 from nemo_minitron.data.prepare import PreparedData
-from nemo_minitron.errors import InputError, of_setting
-
-
-def check_importance(p: PruneConfig, arch: Architecture, sha256: str) -> Any:
-    """The given scores, checked against the source; None where they are to be made.
-
-    Raises:
-        InputError: an unknown layer metric; scores of another model; a metric without its
-            task.
-    """
-    from nemo_minitron.importance import block_influence, depth_metrics
-    from nemo_minitron.importance.scores import Scores
-
-    if p.scores is not None:
-        with of_setting("prune.scores"):
-            scores = Scores.load(p.scores)
-        scores.check_matches(arch, sha256)
-        return scores
-    metrics = (*block_influence.METRICS, *depth_metrics.METRICS)
-    if p.layer_metric not in metrics:
-        raise InputError(
-            f"prune.layer_metric={p.layer_metric}: must be one of {', '.join(metrics)}, or be in prune.scores"
-        )
-    if p.layer_metric == "task" and p.task_file is None and p.importance == "activation":
-        raise InputError("prune.layer_metric=task: needs the questions, prune.task_file=FILE.jsonl")
-    return None
+from nemo_minitron.importance.depth_metrics import lm_loss_scores, task_scores
+from nemo_minitron.importance.pictures import importance_picture
+from nemo_minitron.nemo.importance_callback import ImportanceCallback
+from nemo_minitron.nemo.session import progress_bar
 
 
 def score(
@@ -65,8 +42,6 @@ def score(
     Raises:
         InputError: NaN or infinity in the activations or losses.
     """
-    from nemo_minitron.nemo.importance_callback import ImportanceCallback
-
     lengths = sorted({1, *filter(None, gone)}) if any(gone) else []
     callback = ImportanceCallback(
         batch=r.prune.batch,
@@ -91,9 +66,6 @@ def score(
 def _by_removal(
     session: Any, r: PruneRecipe, data: PreparedData, task: Any, lengths: Sequence[int]
 ) -> dict[str, Any]:
-    from nemo_minitron.importance.depth_metrics import lm_loss_scores, task_scores
-    from nemo_minitron.nemo.session import progress_bar
-
     micro_batch_size = session.layout.micro_batch_size
     if r.prune.layer_metric == "lm_loss":
         samples = r.prune.calibration_samples
@@ -138,8 +110,6 @@ def keep_scores(made: Sequence[tuple[Any, Any]], directory: Path) -> None:
     Args:
         made: (scores, plan) of each step; a random one has no scores, and leaves nothing.
     """
-    from nemo_minitron.importance.pictures import importance_picture
-
     for step, (scores, plan) in enumerate(made):
         if scores is None:
             continue

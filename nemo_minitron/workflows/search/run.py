@@ -1,98 +1,21 @@
 """The work of `recipes/search.py`: prune to every candidate inside a budget, rank by LM loss, keep the best."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron.axes import PRUNABLE
 from nemo_minitron.checkpoints import origin
-from nemo_minitron.checkpoints.source import CHECKPOINT, Source, find_source
+from nemo_minitron.checkpoints.source import CHECKPOINT
 from nemo_minitron.config.recipes import SearchRecipe
-from nemo_minitron.data.prepare import PreparedData, prepare_data
-from nemo_minitron.errors import InputError
-from nemo_minitron.pruning.target import PRUNABLE
-from nemo_minitron.run import main as recipe
+from nemo_minitron.environment import peak_rss_gib, rank
 from nemo_minitron.search.candidates import (
-    Budget,
     Candidate,
-    Workload,
-    candidates,
-    check_grid,
-    make_budget,
     search_grid,
     search_optuna,
 )
-from nemo_minitron.workflows.preflight import check_source, converted
-from nemo_minitron.workflows.prune import iterations, scoring
-from nemo_minitron.workflows.prune import run as prune
-from nemo_minitron.workflows.search.trials import Trials, check_distillation
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """What is known and made before a model is loaded."""
-
-    source: Source
-    source_sha256: str
-    data: PreparedData
-    scores: Any
-    task: Any
-    grid: dict[str, list[Any]]
-    budget: Budget
-    load: Workload
-    candidates: list[Candidate]
-
-    def to_config(self) -> dict[str, Any]:
-        """For the launcher's ranks."""
-        return {
-            "source": str(self.source.path),
-            "source_sha256": self.source_sha256,
-            "data": self.data.to_config(),
-        }
-
-
-def check(r: SearchRecipe) -> Prepared:
-    """Refuse what cannot work, enumerate the candidates, convert the checkpoint and index the data once.
-
-    Raises:
-        InputError: as `recipes/prune.py`; a budget or grid that is none; no candidate inside.
-    """
-    s, t = r.search, r.trainer
-    for name in ("keep_layers", "drop_layers"):
-        if getattr(r.prune, name) is not None:
-            raise InputError(
-                f"prune.{name}={getattr(r.prune, name)}: a search chooses layers by prune.layer_metric; set it to null"
-            )
-    if r.prune.multiple_of is not None:
-        raise InputError(
-            f"prune.multiple_of={r.prune.multiple_of}: a search takes the sizes of its grid as they are"
-        )
-    if r.prune.iterations != 1:
-        raise InputError(f"prune.iterations={r.prune.iterations}: a search scores the source once; must be 1")
-    # An axis that the grid leaves open has the size that the preset gives it.
-    fixed = {axis: [v] for axis in PRUNABLE if (v := getattr(r.prune, axis)) is not None}
-    grid = {**fixed, **check_grid(s.grid or {})}
-    ready = r.prepared or {}
-    source = find_source(ready.get("source", r.source), data=r.data)
-    check_source("source", source, r.trainer, r.data.seq_length)
-    load = Workload(s.context, s.sequences, s.bytes_per_value)
-    budget = make_budget(source.architecture, s.budget or {}, s.slack, load)
-    found = candidates(
-        source.architecture,
-        grid,
-        budget,
-        load,
-        tp=t.tensor_model_parallel_size,
-        pp=t.pipeline_model_parallel_size,
-    )
-    check_distillation(r, source.architecture, found)
-    sha256 = ready.get("source_sha256") or source.sha256()
-    scores = scoring.check_importance(r.prune, source.architecture, sha256)
-    for candidate in found:
-        iterations.try_plans(r.prune, source.architecture, [candidate.architecture], None, scores, sha256)
-    data = prepare_data(r.data, str(source.tokenizer), ready.get("data"))
-    prune.check_data(r, source, data, scores)
-    task = prune.load_questions(r.prune, source, data)
-    return Prepared(converted(source, r.data), sha256, data, scores, task, grid, budget, load, found)
+from nemo_minitron.search.report import write_report
+from nemo_minitron.workflows.search.check import Prepared
+from nemo_minitron.workflows.search.trials import Trials
 
 
 def run(r: SearchRecipe, prepared: Prepared, directory: Path) -> dict[str, Any]:
@@ -103,8 +26,6 @@ def run(r: SearchRecipe, prepared: Prepared, directory: Path) -> dict[str, Any]:
     Returns:
         The fields of `result.json`.
     """
-    from nemo_minitron.search.report import write_report
-
     trials = Trials(r, prepared, directory)
     pruned, distilled = _try(r, prepared, trials)
     tried = sorted(
@@ -112,7 +33,7 @@ def run(r: SearchRecipe, prepared: Prepared, directory: Path) -> dict[str, Any]:
         key=lambda c: (c.name not in distilled, distilled.get(c.name, pruned[c.name]), c.name),
     )
     teacher = trials.teacher_loss()
-    if recipe.rank() == 0:
+    if rank() == 0:
         write_report(
             tried, pruned, distilled, prepared.source.architecture, teacher, prepared.load, directory
         )
@@ -168,6 +89,6 @@ def _result(
         "params_after": best.costs["parameters"],
         "lm_loss_nats_after": pruned[best.name],
         "lm_loss_nats_distilled": distilled.get(best.name),
-        "peak_rss_gib": recipe.peak_rss_gib(),
+        "peak_rss_gib": peak_rss_gib(),
         "checkpoint": str((directory / CHECKPOINT).resolve()),
     }

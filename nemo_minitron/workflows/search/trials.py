@@ -4,79 +4,33 @@ import dataclasses
 import gc
 import hashlib
 import json
-import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from nemo_minitron.arch import Architecture
+from nemo_minitron.axes import PRUNABLE
 from nemo_minitron.checkpoints.source import CHECKPOINT
-from nemo_minitron.config.recipes import DistillRecipe, SearchRecipe
-from nemo_minitron.distillation.loss.settings import DIVERGENCES
-from nemo_minitron.errors import InputError
-from nemo_minitron.pruning.target import PRUNABLE
-from nemo_minitron.run import main as recipe
+from nemo_minitron.config.recipes import SearchRecipe
+from nemo_minitron.environment import rank
+from nemo_minitron.files import remove_stale, write_text
+from nemo_minitron.importance.pictures import importance_picture
+from nemo_minitron.importance.scores import Scores
+from nemo_minitron.nemo.prune_transform import prune_model
+from nemo_minitron.nemo.session import Session
 from nemo_minitron.search.candidates import Candidate
+from nemo_minitron.workflows.distill import check as distill_check
 from nemo_minitron.workflows.distill import run as distill
-from nemo_minitron.workflows.distill import settings as distill_checks
-from nemo_minitron.workflows.prune import iterations, scoring
+from nemo_minitron.workflows.prune import plans, scoring
 from nemo_minitron.workflows.prune import run as prune
-
-if TYPE_CHECKING:
-    from nemo_minitron.workflows.search.run import Prepared
+from nemo_minitron.workflows.search.check import Prepared, short_distillation
 
 CANDIDATES = "candidates"
 _DISTILLED = ".distilled"
 
 
-def check_distillation(r: SearchRecipe, source: Architecture, found: list[Candidate]) -> None:
-    """Refuse a short distillation that cannot be made of every candidate.
-
-    Raises:
-        InputError: a number of steps or candidates that is none; what `recipes/distill.py` would refuse.
-    """
-    s = r.search
-    if s.distill_candidates is not None and not s.distill_steps:
-        raise InputError(
-            f"search.distill_candidates={s.distill_candidates}: needs search.distill_steps above 0, or null"
-        )
-    if not s.distill_steps:
-        return
-    if r.distill.from_scratch:
-        raise InputError("distill.from_scratch=true: a search ranks pruned models; must be false")
-    if r.distill.optim.warmup_steps >= s.distill_steps:
-        raise InputError(
-            f"search.distill_steps={s.distill_steps}: must be above distill.optim.warmup_steps="
-            f"{r.distill.optim.warmup_steps}"
-        )
-    training = short_distillation(r, "", r.run_dir)
-    distill_checks.training_layout(training)
-    if distill_checks.loss_settings(training) is None:
-        raise InputError(
-            f"distill.loss={r.distill.loss}: candidates are distilled from the source; must be one of "
-            f"{', '.join(DIVERGENCES)}"
-        )
-    for candidate in found:
-        distill_checks.intermediate(training, candidate.architecture, source)
-
-
-def short_distillation(r: SearchRecipe, student: str, run_dir: str) -> DistillRecipe:
-    """The distillation of a candidate: the schedule of `distill`, run to its end within `search.distill_steps`."""
-    return DistillRecipe(
-        run_dir=run_dir,
-        seed=r.seed,
-        data=r.data,
-        trainer=r.trainer,
-        eval=r.eval,
-        distill=dataclasses.replace(r.distill, max_steps=r.search.distill_steps),
-        student=student,
-        teacher=r.source,
-    )
-
-
 class Trials:
     """Losses of candidates, remembered in RUN/candidates/NAME.json and RUN/candidates/NAME.distilled.json."""
 
-    def __init__(self, r: SearchRecipe, prepared: "Prepared", directory: Path) -> None:
+    def __init__(self, r: SearchRecipe, prepared: Prepared, directory: Path) -> None:
         self.r, self.prepared = r, prepared
         self.directory = directory
         self.remembered = self._remembered()
@@ -105,7 +59,7 @@ class Trials:
             )
             self._remember(name, result["lm_loss_nats_after"])
         for left in (CHECKPOINT, "nemo", "student"):
-            recipe.fresh(directory / left)
+            remove_stale(directory / left)
         return self.remembered[name]
 
     def teacher_loss(self) -> float:
@@ -116,13 +70,11 @@ class Trials:
 
     def keep(self, candidate: Candidate) -> None:
         """Save the candidate's student, plan and picture as `recipes/prune.py` would."""
-        from nemo_minitron.importance.pictures import importance_picture
-
         for name in (CHECKPOINT, "plan.json", "importance.png"):
-            recipe.fresh(self.directory / name)
+            remove_stale(self.directory / name)
         plan = self._plan(candidate)
         session = self._student(candidate)
-        if recipe.rank() == 0:
+        if rank() == 0:
             plan.save(self.directory / "plan.json")
             if self.scores is not None:
                 importance_picture(self.scores, plan.kept, self.directory / "importance.png")
@@ -144,20 +96,16 @@ class Trials:
             "teacher": str(self.prepared.source.path),
             "data": self.prepared.data.to_config(),
         }
-        result = distill.run(training, distill.check(training), directory)
+        result = distill.run(training, distill_check.check(training), directory)
         # The trainer, its model and its hooks refer to each other.
         gc.collect()
         return result
 
     def _session(self) -> Any:
-        from nemo_minitron.nemo.session import Session
-
         source = self.prepared.source
         return Session(source, self.r.trainer, seq_length=source.seq_length)
 
     def _student(self, candidate: Candidate) -> Any:
-        from nemo_minitron.nemo.prune_transform import prune_model
-
         session = self._session()
         prune_model(session.model, session.chunks, self._plan(candidate))
         return session
@@ -166,16 +114,14 @@ class Trials:
         p = self.prepared
         before, after, options = p.source.architecture, candidate.architecture, self.r.prune
         if options.importance == "random":
-            return iterations.random_plan(options, before, after, options.seed, p.source_sha256)
-        return iterations.scored_plan(options, before, after, self.scores, p.source_sha256, None)
+            return plans.random_plan(options, before, after, options.seed, p.source_sha256)
+        return plans.scored_plan(options, before, after, self.scores, p.source_sha256, None)
 
     def _measure(self, session: Any, label: str) -> float:
         return session.lm_loss(self.prepared.data, self.r.data, "valid", self.r.eval.samples, label).nats
 
     def _scores(self) -> Any:
         """Given, found in the run directory, or made: once for all candidates."""
-        from nemo_minitron.importance.scores import Scores
-
         path = self.directory / "scores.safetensors"
         if self.prepared.scores is not None or self.r.prune.importance == "random":
             return self.prepared.scores
@@ -192,7 +138,7 @@ class Trials:
             choose_layers=True,
             source_sha256=self.prepared.source_sha256,
         )
-        if recipe.rank() == 0:
+        if rank() == 0:
             scores.save(path)
         self._remember("scores", 0.0)
         return scores
@@ -222,10 +168,7 @@ class Trials:
 
     def _remember(self, name: str, nats: float) -> None:
         self.remembered[name] = nats
-        if recipe.rank() == 0:
+        if rank() == 0:
             path = self.directory / CANDIDATES / f"{name}.json"
-            path.parent.mkdir(exist_ok=True)
-            temporary = path.with_suffix(".tmp")
             entry = {"name": name, "fingerprint": self._fingerprint(name), "lm_loss_nats": nats}
-            temporary.write_text(json.dumps(entry) + "\n")
-            os.replace(temporary, path)
+            write_text(path, json.dumps(entry) + "\n")

@@ -3,92 +3,24 @@
 import json
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from nemo_minitron import parallel
-from nemo_minitron.checkpoints.source import Source, find_source
 from nemo_minitron.config.recipes import SynthesizeRecipe
-from nemo_minitron.config.synthesize import MEGATRON, check_settings, sampling
-from nemo_minitron.data.prepare import PreparedData, prepare_data
-from nemo_minitron.data.tokenizer import load_tokenizer
+from nemo_minitron.environment import peak_rss_gib, rank
 from nemo_minitron.errors import InputError
-from nemo_minitron.run import main as recipe
+from nemo_minitron.files import write_text
+from nemo_minitron.nemo.session import progress_bar
 from nemo_minitron.synthesis import report
 from nemo_minitron.synthesis.filters import Sieve, Text
 from nemo_minitron.synthesis.mixture import TEXT
-from nemo_minitron.synthesis.prompts import Prompts, openings, read_prompts
-from nemo_minitron.synthesis.store import Store, Written, batch_seed, replace_file
-from nemo_minitron.workflows.preflight import check_source, check_vocabulary, converted
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """What is known and made before a model is loaded. `data`: None where prompts come from a file."""
-
-    teacher: Source
-    tokenizer: Any
-    prompts: Prompts
-    data: PreparedData | None
-    store: Store
-
-    def to_config(self) -> dict[str, Any]:
-        """For the launcher's ranks."""
-        return {
-            "teacher": str(self.teacher.path),
-            "teacher_sha256": self.store.manifest["teacher_sha256"],
-            "data": self.data.to_config() if self.data else None,
-        }
-
-
-def check(r: SynthesizeRecipe) -> Prepared:
-    """Refuse what cannot work; read the prompts, and for sharded writing convert the checkpoint once.
-
-    Raises:
-        InputError: settings that no backend has; prompts that are none or do not fit the teacher's context; a run
-            directory with samples of other settings.
-    """
-    s, ready = r.synthesize, r.prepared or {}
-    check_settings(s, r.trainer)
-    teacher = find_source(ready.get("teacher", r.teacher), "teacher", r.data)
-    # Prompts of a file are not packed.
-    check_source("teacher", teacher, r.trainer, r.data.seq_length if s.prompts is None else 1)
-    tokenizer, data = load_tokenizer(teacher.tokenizer), None
-    if s.prompts is None:
-        data = prepare_data(r.data, str(teacher.tokenizer), ready.get("data"))
-        check_vocabulary(teacher, data)
-        prompts = openings(
-            data.indexed,
-            of=s.openings,
-            length=s.opening_tokens,
-            seq_length=r.data.seq_length,
-            samples=s.samples,
-            seed=r.seed,
-        )
-    else:
-        prompts = read_prompts(s.prompts, s.prompt_key, tokenizer, bos=r.data.bos)
-    prompts.check_room(s.max_new_tokens, teacher.seq_length)
-    store = _store(r, prompts, ready.get("teacher_sha256") or teacher.sha256())
-    if not r.overwrite:
-        store.check()
-    if s.backend == MEGATRON:
-        teacher = converted(teacher, r.data)
-    return Prepared(teacher, tokenizer, prompts, data, store)
-
-
-def _store(r: SynthesizeRecipe, prompts: Prompts, teacher_sha256: str) -> Store:
-    manifest = {
-        **sampling(r.synthesize),
-        "seed": r.seed,
-        "precision": r.trainer.precision,
-        "prompts_sha256": prompts.sha256,
-        "teacher_sha256": teacher_sha256,
-    }
-    batches = -(-r.synthesize.samples // r.synthesize.batch_size)
-    return Store(Path(r.run_dir) / "samples", manifest, batches)
+from nemo_minitron.synthesis.store import Written, batch_seed
+from nemo_minitron.workflows.synthesize.check import Prepared
+from nemo_minitron.workflows.synthesize.generators import make_writer
 
 
 def run(r: SynthesizeRecipe, prepared: Prepared, directory: Path) -> dict[str, Any]:
@@ -100,11 +32,11 @@ def run(r: SynthesizeRecipe, prepared: Prepared, directory: Path) -> dict[str, A
     Raises:
         InputError: no text passes the filters; the samples stay, for other settings of them.
     """
-    if recipe.rank() == 0:
+    if rank() == 0:
         prepared.store.begin()
     tokens, seconds = _write(r, prepared)
     parallel.barrier()
-    found = _judge(r, prepared, directory) if recipe.rank() == 0 else {}
+    found = _judge(r, prepared, directory) if rank() == 0 else {}
     parallel.barrier()
     t = r.trainer
     return {
@@ -122,7 +54,7 @@ def run(r: SynthesizeRecipe, prepared: Prepared, directory: Path) -> dict[str, A
         "ranks": t.ranks,
         "tensor_model_parallel_size": t.tensor_model_parallel_size,
         "pipeline_model_parallel_size": t.pipeline_model_parallel_size,
-        "peak_rss_gib": recipe.peak_rss_gib(),
+        "peak_rss_gib": peak_rss_gib(),
         "text": str((directory / TEXT).resolve()),
     }
 
@@ -132,8 +64,6 @@ def _write(r: SynthesizeRecipe, prepared: Prepared) -> tuple[int, float]:
     prompts, store = prepared.prompts.tokens, prepared.store
     if r.trainer.ranks == 1 and not store.missing():
         return 0, 0.0
-    from nemo_minitron.nemo.session import progress_bar
-    from nemo_minitron.workflows.synthesize.generators import make_writer
 
     writer = make_writer(r, prepared.teacher, max(map(len, prompts)))
     parallel.barrier()  # rank 0 has made the directory ready, and the next: nobody writes before all have looked
@@ -182,11 +112,11 @@ def _judge(r: SynthesizeRecipe, prepared: Prepared, directory: Path) -> dict[str
     ]
     path = directory / TEXT
     path.parent.mkdir(exist_ok=True)
-    replace_file(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     quality = report.quality(s, written, kept, sieve.dropped, _reference(prepared, kept))
     shown = report.excerpts(kept, s.excerpts)
-    replace_file(directory / "report.json", json.dumps({**quality, "excerpts": shown}, indent=2) + "\n")
-    replace_file(directory / "report.md", report.markdown(quality, shown))
+    write_text(directory / "report.json", json.dumps({**quality, "excerpts": shown}, indent=2) + "\n")
+    write_text(directory / "report.md", report.markdown(quality, shown))
     print(directory / "report.md", file=sys.stderr)
     return quality
 
@@ -204,8 +134,6 @@ def _text(tokenizer: Any, sample: Written) -> Text:
 
 def _reference(prepared: Prepared, kept: list[Text]) -> list[tuple[list[int], str]]:
     """As many tokens of the corpus as were kept, in pieces of the same lengths."""
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
-
     if prepared.data is None:
         return []
     prefix = prepared.data.indexed.train_prefix

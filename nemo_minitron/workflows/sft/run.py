@@ -1,35 +1,18 @@
 """The work of `recipes/sft.py`: supervised fine-tuning on conversations with NeMo-Aligner."""
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.alignment.conversations import EncodedSplit, encode_split
+from nemo_aligner.models.nlp.gpt.gpt_sft_model import GPTSFTModel
+from nemo_aligner.utils.train_script_utils import retrieve_custom_trainer_state_dict
+
+from nemo_minitron.alignment import loaders, training
+from nemo_minitron.alignment.conversations import EncodedSplit
+from nemo_minitron.alignment.prepared import Prepared
+from nemo_minitron.alignment.samples import sampling_trainer
 from nemo_minitron.config.align import SftRecipe
-from nemo_minitron.config.recipes import cache_dir
-from nemo_minitron.data.chat.formats import convert_file
 from nemo_minitron.workflows.align import check as checks
-from nemo_minitron.workflows.align.check import Prepared
-
-
-def check(r: SftRecipe) -> Prepared:
-    """Refuse what cannot work; convert the checkpoint and encode the conversations once.
-
-    Raises:
-        InputError: as `checks.prepare`; a conversation that cannot be trained on, by file and line.
-    """
-    return checks.prepare(r, partial(_encode, r), own_set=("train", "valid"), whole_batches=False)
-
-
-def _encode(r: SftRecipe, name: str, files: list[str], tokenizer: Any) -> EncodedSplit:
-    return encode_split(
-        (sample for file in files for sample in convert_file(file)),
-        tokenizer,
-        name=name,
-        seq_length=r.data.seq_length,
-        longer=r.align.longer,
-        directory=cache_dir(r.data, "conversations"),
-    )
+from nemo_minitron.workflows.align.result import summary
 
 
 def run(r: SftRecipe, prepared: Prepared, directory: Path) -> dict[str, Any]:
@@ -38,20 +21,14 @@ def run(r: SftRecipe, prepared: Prepared, directory: Path) -> dict[str, Any]:
     Returns:
         The fields of `result.json`.
     """
-    from nemo_minitron.alignment import training
-
     training.save_result(_train(r, prepared, directory), prepared, directory)
     losses = training.lm_losses(r, prepared, directory)
-    return {"recipe": "sft", **checks.summary(r, prepared, directory), **losses}
+    return {"recipe": "sft", **summary(r, prepared, directory), **losses}
 
 
 def _train(r: SftRecipe, prepared: Prepared, directory: Path) -> Any:
-    from nemo_minitron.alignment import loaders, training
-    from nemo_minitron.alignment.samples import sampling_trainer
-
     cfg = training.run_configuration(r, prepared, directory, key="sft", data=_data_config(r, prepared))
     trainer, model = training.open_model(cfg, "sft", model_class, prepared.student)
-    from nemo_aligner.utils.train_script_utils import retrieve_custom_trainer_state_dict
 
     done = retrieve_custom_trainer_state_dict(trainer)
     train, valid = (
@@ -72,8 +49,6 @@ def _train(r: SftRecipe, prepared: Prepared, directory: Path) -> Any:
 
 def model_class() -> Any:
     """Aligner's; imported late."""
-    from nemo_aligner.models.nlp.gpt.gpt_sft_model import GPTSFTModel
-
     return GPTSFTModel
 
 

@@ -1,0 +1,39 @@
+"""What launchers and ranks tell each other: names in the environment, exit codes, this process's rank and memory.
+
+Only the standard library is imported: launchers/ use it too.
+"""
+
+import os
+import resource
+
+# Set by launchers. COMPOSE: a file to write the composed configuration to, and nothing else is done. PREPARE: check and
+# prepare, write RUN/resolved.yaml, and start no rank. NPROC: how many ranks there will be.
+COMPOSE = "NEMO_MINITRON_COMPOSE"
+PREPARE = "NEMO_MINITRON_PREPARE"
+NPROC = "NEMO_MINITRON_NPROC"
+# Set by users. GRACE_S: seconds that a launcher gives ranks to end. PYTHON: the interpreter of launchers/*.sh.
+GRACE_S = "NEMO_MINITRON_GRACE_S"
+PYTHON = "NEMO_MINITRON_PYTHON"
+VERBOSE = "NEMO_MINITRON_VERBOSE"
+
+RESULT = "result.json"  # in a run directory: its presence says that the run is finished
+
+# Exit codes beside 0 (done) and 1 (failed while running).
+BAD_INPUT = 2
+INTERRUPTED = 75  # a checkpoint was saved: EX_TEMPFAIL of sysexits.h
+INTERRUPTED_BY_USER = 130  # Ctrl-C
+
+
+def rank() -> int:
+    """This process's rank as the launcher set it, 0 where there is none."""
+    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
+
+
+def verbose() -> bool:
+    """Whether NEMO_MINITRON_VERBOSE=1 asks for all that libraries say."""
+    return os.environ.get(VERBOSE) == "1"
+
+
+def peak_rss_gib() -> float:
+    """Peak resident memory of this process so far, in GiB."""
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3)

@@ -1,0 +1,83 @@
+"""The work of `recipes/distill.py`: train a student on its teacher's predictions, and measure both."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from nemo_minitron.checkpoints import origin
+from nemo_minitron.checkpoints.source import Source, find_source
+from nemo_minitron.config.recipes import DistillRecipe
+from nemo_minitron.config.trainer import TrainerConfig
+from nemo_minitron.data.prepare import PreparedData, prepare_data
+from nemo_minitron.distillation.cache.reader import TeacherCache
+from nemo_minitron.distillation.intermediate import Intermediate
+from nemo_minitron.distillation.loss.settings import LossSettings
+from nemo_minitron.errors import InputError
+from nemo_minitron.synthesis.mixture import TeacherText, check_mixture, prepare_text
+from nemo_minitron.workflows.distill import cache as cache_checks
+from nemo_minitron.workflows.distill import settings as checks
+from nemo_minitron.workflows.preflight import check_source, check_vocabulary, converted
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What is known and made before a model is loaded; sources are of kind "nemo".
+
+    `teacher_named`: where the user has the teacher, or where the student says that it came from.
+    """
+
+    student: Source
+    teacher: Source | TeacherCache | None
+    data: PreparedData
+    trainer: TrainerConfig
+    settings: LossSettings | None
+    between: Intermediate | None
+    text: TeacherText | None
+    teacher_named: str | None = None
+
+    def to_config(self) -> dict[str, Any]:
+        """For the launcher's ranks."""
+        return {
+            "student": str(self.student.path),
+            "teacher": str(self.teacher.path) if isinstance(self.teacher, Source) else None,
+            "teacher_cache": str(self.teacher.directory) if isinstance(self.teacher, TeacherCache) else None,
+            "teacher_named": self.teacher_named,
+            "data": self.data.to_config(),
+            "sdg": self.text.to_config() if self.text else None,
+        }
+
+
+def check(r: DistillRecipe) -> Prepared:
+    """Refuse what cannot work; convert the checkpoints and index the data once.
+
+    Raises:
+        InputError: a loss, a weight or a map that is none; checkpoints or a cache that do not fit each other, the
+            layout or the data.
+    """
+    ready = r.prepared or {}
+    trainer, settings = checks.training_layout(r), checks.loss_settings(r)
+    check_mixture(r.sdg, r.distill.sdg_weight)
+    student = find_source(ready.get("student", r.student), "student", r.data)
+    check_source("student", student, trainer, r.data.seq_length)
+    teacher, cache = None, cache_checks.open_cache(r, student, settings)
+    named = ready.get("teacher_named") or r.teacher
+    if settings is not None and cache is None:
+        named = named or origin.teacher_of(r.student, r.data)
+        teacher = find_source(ready.get("teacher") or named, "teacher", r.data)
+        check_source("teacher", teacher, trainer, r.data.seq_length)
+        checks.check_vocabularies(student, teacher)
+    between = checks.intermediate(r, student.architecture, teacher.architecture if teacher else None)
+    data = prepare_data(r.data, str(student.tokenizer), ready.get("data"))
+    check_vocabulary(student, data, trained=not r.distill.from_scratch)
+    if teacher is not None:
+        check_vocabulary(teacher, data)
+    text = prepare_text(r.sdg, r.distill.sdg_weight, r.data, data, ready.get("sdg"))
+    if cache is not None and text is not None:
+        raise InputError(
+            f"teacher_cache={r.teacher_cache}, sdg={r.sdg}: a cache has the corpus's states only"
+        )
+    if cache is not None and not ready:
+        cache_checks.check_sequences(cache, r, data)
+    teacher = None if teacher is None else converted(teacher, r.data)
+    return Prepared(
+        converted(student, r.data), teacher or cache, data, trainer, settings, between, text, named
+    )

@@ -1,0 +1,31 @@
+"""The work of `recipes/sft.py`: supervised fine-tuning on conversations with NeMo-Aligner."""
+
+from functools import partial
+from typing import Any
+
+from nemo_minitron.alignment.conversations import EncodedSplit, encode_split
+from nemo_minitron.alignment.prepared import Prepared
+from nemo_minitron.config.align import SftRecipe
+from nemo_minitron.config.recipes import cache_dir
+from nemo_minitron.data.chat.formats import convert_file
+from nemo_minitron.workflows.align import check as checks
+
+
+def check(r: SftRecipe) -> Prepared:
+    """Refuse what cannot work; convert the checkpoint and encode the conversations once.
+
+    Raises:
+        InputError: as `checks.prepare`; a conversation that cannot be trained on, by file and line.
+    """
+    return checks.prepare(r, partial(_encode, r), own_set=("train", "valid"), whole_batches=False)
+
+
+def _encode(r: SftRecipe, name: str, files: list[str], tokenizer: Any) -> EncodedSplit:
+    return encode_split(
+        (sample for file in files for sample in convert_file(file)),
+        tokenizer,
+        name=name,
+        seq_length=r.data.seq_length,
+        longer=r.align.longer,
+        directory=cache_dir(r.data, "conversations"),
+    )
