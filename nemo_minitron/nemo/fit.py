@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron import parallel
-from nemo_minitron.checkpoints.source import CHECKPOINT, is_unfinished, weights_may_only_be_tensors
+from nemo_minitron.checkpoints.source import CHECKPOINT, is_unfinished
 from nemo_minitron.checkpoints.true_rows import cut_padding
+from nemo_minitron.checkpoints.untrusted import weights_may_only_be_tensors
 from nemo_minitron.environment import rank
 from nemo_minitron.files import put, remove_stale
 from nemo_minitron.nemo.preemption import SaveAndEnd
