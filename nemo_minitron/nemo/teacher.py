@@ -74,7 +74,7 @@ class Teacher:
         length = s // parallel.tp_size() if config.sequence_parallel else s
         return torch.empty(length, b, config.hidden_size, dtype=config.params_dtype, device=self.device)
 
-    def ahead(
+    def precompute(
         self, batches: list[Any], taken: Callable[[], dict[Any, Tensor]]
     ) -> list[tuple[Tensor | None, dict[Any, Tensor]]]:
         """`hidden_states` of several microbatches by Megatron's forward-only schedule; every stage calls.
