@@ -171,7 +171,7 @@ def measure(a: argparse.Namespace, directory: Path) -> dict[str, Any]:
         tokenizer,
         name="train",
         seq_length=512,
-        longer="refuse",
+        overlong="refuse",
         directory=directory / "encoded",
     )
     nemo_format(files.train, directory / "nemo.jsonl")

@@ -4,7 +4,6 @@ Only the standard library is imported: launchers/ use it too.
 """
 
 import os
-import resource
 
 # Set by launchers. COMPOSE: a file to write the composed configuration to, and nothing else is done. PREPARE: check and
 # prepare, write RUN/resolved.yaml, and start no rank. NPROC: how many ranks there will be.
@@ -36,4 +35,6 @@ def verbose() -> bool:
 
 def peak_rss_gib() -> float:
     """Peak resident memory of this process so far, in GiB."""
+    import resource  # only runs ask, and importing this module is to import nothing
+
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3)

@@ -12,8 +12,9 @@ from omegaconf import DictConfig
 
 from nemo_minitron import parallel
 from nemo_minitron.checkpoints.saved_dtype import cast, name_dtype
-from nemo_minitron.checkpoints.source import Source, weights_may_only_be_tensors
+from nemo_minitron.checkpoints.source import Source
 from nemo_minitron.checkpoints.true_rows import cut_padding
+from nemo_minitron.checkpoints.untrusted import weights_may_only_be_tensors
 from nemo_minitron.config.trainer import TrainerConfig
 from nemo_minitron.environment import rank
 from nemo_minitron.files import put, remove_stale

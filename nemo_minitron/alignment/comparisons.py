@@ -26,7 +26,7 @@ def encode_pairs(
     *,
     name: str,
     seq_length: int,
-    longer: str,
+    overlong: str,
     preference_loss: str,
     directory: Path,
 ) -> EncodedSplit:
@@ -45,9 +45,9 @@ def encode_pairs(
         InputError: as `fit_preferences`; a pair without the rewards that the loss compares with.
     """
     try:
-        kept, fitted = fit_preferences(tokenizer, _with_rewards(pairs, preference_loss), seq_length, longer)
+        kept, fitted = fit_preferences(tokenizer, _with_rewards(pairs, preference_loss), seq_length, overlong)
     except InputError as error:
-        raise InputError(f"align.{name}: {error}".replace("too_long=", "align.longer=")) from None
+        raise InputError(f"align.{name}: {error}".replace("overlong=", "align.overlong=")) from None
     logger.info("%s: %s", name, fitted.line(seq_length))
     encoded = [_encoded(tokenizer, pair, text) for pair in kept for text in (pair.chosen, pair.rejected)]
     return EncodedSplit(

@@ -47,7 +47,7 @@ def encode_split(
     *,
     name: str,
     seq_length: int,
-    longer: str,
+    overlong: str,
     directory: Path,
 ) -> EncodedSplit:
     """Write the tokens of each conversation into a file that is named by its content.
@@ -63,9 +63,9 @@ def encode_split(
         InputError: as `fit_conversations`.
     """
     try:
-        kept, fitted = fit_conversations(tokenizer, conversations, seq_length, longer)
+        kept, fitted = fit_conversations(tokenizer, conversations, seq_length, overlong)
     except InputError as error:
-        raise InputError(f"align.{name}: {error}".replace("too_long=", "align.longer=")) from None
+        raise InputError(f"align.{name}: {error}".replace("overlong=", "align.overlong=")) from None
     logger.info("%s: %s", name, fitted.line(seq_length))
     encoded = [encode_conversation(tokenizer, sample.messages, sample.where) for sample in kept]
     return EncodedSplit(

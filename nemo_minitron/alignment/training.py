@@ -11,6 +11,7 @@ from nemo_minitron.alignment import lora, runs
 from nemo_minitron.alignment.checkpoints import load_model, save_model
 from nemo_minitron.alignment.prepared import STEPS, Prepared, has_cuda
 from nemo_minitron.checkpoints.source import CHECKPOINT, Source, find_source
+from nemo_minitron.cpu_compat.aligner import connect_ranks
 from nemo_minitron.environment import rank
 from nemo_minitron.padding import leave_out_padding
 
@@ -52,7 +53,6 @@ def open_model(cfg: DictConfig, key: str, cls_of: Callable[[], Any], source: Sou
     from nemo.utils.exp_manager import exp_manager
     from nemo_aligner.utils import train_script_utils as aligner
 
-    from nemo_minitron.cpu_compat.aligner import connect_ranks
     from nemo_minitron.nemo.models import quiet_nemo
 
     quiet_nemo()

@@ -1,22 +1,14 @@
 """Checkpoints as data: what a directory holds, whether it is whole, and its architecture, read without running it.
 
 A checkpoint is untrusted. NeMo's `io.load_context` instantiates whatever class `context/io.json` names, and a
-distributed checkpoint holds pickles; so the context is read as text, and pickles are opened with a list of what they
-may name (`weights_may_only_be_tensors`).
+distributed checkpoint holds pickles; so the context is read as text, and pickles are opened by `untrusted` alone.
 """
 
-import dataclasses
-import enum
 import functools
 import hashlib
 import math
-import os
-import pickle
 import sys
-import warnings
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +21,13 @@ from nemo_minitron.checkpoints import families, foreign
 from nemo_minitron.checkpoints.config_keys import check_keys
 from nemo_minitron.checkpoints.config_values import short
 from nemo_minitron.checkpoints.gguf import is_gguf, to_huggingface
-from nemo_minitron.checkpoints.untrusted_files import check_regular, read_json
+from nemo_minitron.checkpoints.untrusted import (
+    check_common,
+    check_regular,
+    first_sentence,
+    read_json,
+    table_of_contents,
+)
 from nemo_minitron.checkpoints.weight_files import check_tensors, dtype_of, read_headers
 from nemo_minitron.config.recipes import DataConfig, cache_dir
 from nemo_minitron.environment import RESULT, rank
@@ -57,19 +55,7 @@ _NOT_BUILT = (
     ),
     *("apply_residual_connection_post_layernorm", "is_hybrid_model"),
 )
-_LARGEST_PICKLE = 256 << 20
 _EMBEDDING = "module.embedding.word_embeddings.weight"
-# What the table of contents of a distributed checkpoint names: dataclasses and enums of these packages, and
-_PICKLED_CLASSES_OF = ("torch.distributed.checkpoint.", "megatron.core.dist_checkpointing.")
-_PICKLED_BESIDE = {
-    "torch.Size",
-    "torch.device",
-    "torch.serialization._get_layout",
-    "collections.OrderedDict",
-    "pathlib.Path",
-    "pathlib.PosixPath",
-    "pathlib.PurePosixPath",
-}
 
 
 @dataclass(frozen=True)
@@ -185,7 +171,7 @@ def _nemo(directory: Path, where: str) -> Source:
     weights, context = directory / "weights", directory / "context"
     _check_nemo_files(directory, where)
     contents = table_of_contents(weights / ".metadata", where)
-    _check_common(weights / "common.pt", where)
+    check_common(weights / "common.pt", where)
     try:
         model = yaml.safe_load(files.read_text(context / "model.yaml", 1 << 20))
         _check_expanded(model)
@@ -210,7 +196,7 @@ def _nemo(directory: Path, where: str) -> Source:
         RecursionError,
     ) as error:
         raise InputError(
-            f"{where}: context/model.yaml cannot be read ({type(error).__name__}: {_line(error)})"
+            f"{where}: context/model.yaml cannot be read ({type(error).__name__}: {first_sentence(error)})"
         ) from None
     tokenizer, dtype = _tokenizer_in(context, where), _dtype(contents.state_dict_metadata)
     return Source(directory, "nemo", architecture, seq_length, tokenizer, dtype)
@@ -278,76 +264,3 @@ def _tokenizer_in(context: Path, where: str) -> Path:
     if not found:
         raise InputError(f"{where}: no Hugging Face tokenizer in context/")
     return found[0]
-
-
-class _NamesOnly(pickle.Unpickler):
-    """Unpickles what a distributed checkpoint's table of contents needs, and nothing else.
-
-    The names of a package would not do: modules also hold functions, and other modules that they import.
-    """
-
-    def find_class(self, module: str, name: str) -> Any:
-        if f"{module}.{name}" in _PICKLED_BESIDE or (module == "torch" and name.isidentifier()):
-            found = super().find_class(module, name)
-            if f"{module}.{name}" in _PICKLED_BESIDE or type(found).__name__ == "dtype":
-                return found
-        elif module.startswith(_PICKLED_CLASSES_OF) and name.isidentifier():
-            found = super().find_class(module, name)
-            own_class = isinstance(found, type) and found.__module__ == module
-            if own_class and (dataclasses.is_dataclass(found) or issubclass(found, enum.Enum)):
-                return found
-        raise pickle.UnpicklingError(f"it names {module}.{name}")
-
-
-def table_of_contents(file: Path, where: str) -> Any:
-    """What a distributed checkpoint's `.metadata` says of its tensors (torch.distributed.checkpoint's Metadata).
-
-    Raises:
-        InputError: it is damaged, or would run code when it is opened.
-    """
-    try:
-        with files.open_regular(file, _LARGEST_PICKLE) as opened:
-            contents = _NamesOnly(opened).load()
-        if not isinstance(getattr(contents, "state_dict_metadata", None), dict):
-            raise TypeError(f"it holds a {type(contents).__name__}, no table of contents")
-        return contents
-    except Exception as error:
-        raise InputError(f"{where}: {file.name} is damaged or not safe to open ({_line(error)})") from None
-
-
-def _check_common(file: Path, where: str) -> None:
-    """What is not sharded: plain values, which torch opens without running anything."""
-    import torch
-
-    try:
-        with weights_may_only_be_tensors(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            files.check_regular(file, _LARGEST_PICKLE)
-            torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise InputError(f"{where}: {file.name} is damaged or not safe to open ({_line(error)})") from None
-
-
-def _line(error: BaseException) -> str:
-    """The first sentence of what a library says; torch's advice is to switch the protection off."""
-    return str(error).strip().split("\n")[0].split(". ")[0][:200] or type(error).__name__
-
-
-@contextmanager
-def weights_may_only_be_tensors() -> Iterator[None]:
-    """Within it, torch.load opens tensors and plain values only, whatever its caller asks for: megatron-core 0.13.1
-    opens `common.pt` and extra states with weights_only=False (dist_checkpointing/strategies/common.py)."""
-    import pathlib
-
-    import torch
-
-    before = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
-    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
-    try:
-        with torch.serialization.safe_globals([pathlib.PosixPath]):
-            yield
-    finally:
-        if before is None:
-            del os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"]
-        else:
-            os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = before

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from nemo_minitron.checkpoints.source import table_of_contents
+from nemo_minitron.checkpoints.untrusted import table_of_contents
 from nemo_minitron.files import replacing
 
 _TABLES = (

@@ -12,7 +12,7 @@ from typing import Any
 
 from nemo_minitron.arch import Architecture
 from nemo_minitron.checkpoints.config_values import short
-from nemo_minitron.checkpoints.untrusted_files import check_no_pointer, read_json
+from nemo_minitron.checkpoints.untrusted import check_no_pointer, read_json
 from nemo_minitron.errors import InputError
 
 INDEX = "model.safetensors.index.json"

@@ -51,8 +51,8 @@ class AlignConfig:
     """How a student learns from conversations.
 
     `train` and `valid`: JSONL files of conversations; null: the project's own set. `chat_template`: a Jinja file; null:
-    the tokenizer's own. `longer`: what is done with samples of more than `data.seq_length` tokens: "refuse", "drop" or
-    "cut". `max_steps` null: `max_epochs` passes. `samples`: held-out prompts whose greedy answers, of up to
+    the tokenizer's own. `overlong`: what is done with samples of more than `data.seq_length` tokens: "refuse", "drop"
+    or "cut". `max_steps` null: `max_epochs` passes. `samples`: held-out prompts whose greedy answers, of up to
     `samples_max_new_tokens` tokens, are written into RUN/samples.jsonl at each validation. `peft`: "none", all weights,
     or "lora". `save_nemo`: also write NeMo-Aligner's own .nemo file.
     """
@@ -60,7 +60,7 @@ class AlignConfig:
     train: Files = None
     valid: Files = None
     chat_template: PathName | None = None
-    longer: Annotated[str, Choice("drop", "cut", "refuse")] = "refuse"
+    overlong: Annotated[str, Choice("drop", "cut", "refuse")] = "refuse"
     packed_sequence: bool = False
     max_epochs: Positive = 1
     max_steps: Positive | None = None

@@ -27,21 +27,21 @@ class InstructSizes:
 class InstructDataConfig:
     """What `recipes/instruct_data.py` makes files of.
 
-    `input`: a JSONL file in one of the shapes of `data.chat_shapes`; null: the project's own set, of `sizes`, is
-    generated. `shape`: one of them, or "auto". `kind`: "conversations", or "preferences" for chosen and rejected
+    `input`: a JSONL file in one of the formats of `data.chat.formats`; null: the project's own set, of `sizes`, is
+    generated. `format`: one of them, or "auto". `kind`: "conversations", or "preferences" for chosen and rejected
     answers. `tokenizer`: a Hugging Face directory, id or checkpoint that the texts are tried with; null: lengths and
-    control tokens stay unchecked. `max_tokens`: the context; longer samples are left out, cut or refused as `too_long`
+    control tokens stay unchecked. `max_tokens`: the context; longer samples are left out, cut or refused as `overlong`
     says ("drop", "cut", "refuse"). `valid_fraction`: of the input, held out by the prompts' hash.
     """
 
     input: PathName | None = None
-    shape: Annotated[
+    format: Annotated[
         str, Choice("auto", "messages", "alpaca", "self_instruct", "sharegpt", "nemo", "prompt")
     ] = "auto"
     kind: Annotated[str, Choice("conversations", "preferences")] = "conversations"
     tokenizer: PathName | None = None
     max_tokens: Positive | None = None
-    too_long: Annotated[str, Choice("drop", "cut", "refuse")] = "refuse"
+    overlong: Annotated[str, Choice("drop", "cut", "refuse")] = "refuse"
     valid_fraction: Annotated[float, Range(least=0, below=1)] = 0.0
     sizes: InstructSizes = field(default_factory=InstructSizes)
 

@@ -140,8 +140,8 @@ class PruneConfig:
     protect_last: Count = 0
     importance: Annotated[str, Choice("activation", "random")] = "activation"
     seed: Seed = 0
-    batch: Statistic = "l2"
-    sequence: Statistic = "mean"
+    batch_aggregation: Statistic = "l2"
+    sequence_aggregation: Statistic = "mean"
     include_final_norm: bool = True
     head_residual: bool = False
     calibration_samples: Positive = 128

@@ -5,8 +5,6 @@ import importlib.util
 from collections.abc import Iterable
 from typing import Any
 
-from nemo_minitron.cpu_compat.norm import HostNorm
-
 
 def transformer_engine_imports() -> bool:
     """Whether NeMo and megatron-core will find Transformer Engine; asked as they ask."""
@@ -36,6 +34,8 @@ def local_norm_refuses_sequence_parallel() -> None:
     from megatron.core.models import backends
     from megatron.core.models.gpt import gpt_layer_specs
     from megatron.core.transformer import torch_norm, transformer_block
+
+    from nemo_minitron.cpu_compat.norm import HostNorm
 
     _replace(
         torch_norm.WrappedTorchNorm, HostNorm, (torch_norm, backends, gpt_layer_specs, transformer_block)

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_minitron.checkpoints.untrusted_files import check_no_pointer, check_regular, read_json
+from nemo_minitron.checkpoints.untrusted import check_no_pointer, check_regular, read_json
 from nemo_minitron.errors import InputError
 from nemo_minitron.files import check_tokenizer_files
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.checkpoints.untrusted_files import read_json
+from nemo_minitron.checkpoints.untrusted import read_json
 from nemo_minitron.errors import InputError
 
 FILE = "generation_config.json"

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nemo_minitron import parallel
 from nemo_minitron.errors import FailedRun
-from nemo_minitron.nemo.proven_checkpoints import place
+from nemo_minitron.nemo.proven_checkpoints import describe_step
 from nemo_minitron.nemo.step_log import StepLog
 
 
@@ -61,6 +61,6 @@ class CountedTokens(pl.Callback):
         self.steps.add("train", {"tokens": tokens})
         if tokens != self.expected:
             raise FailedRun(
-                f"{place(self.trainer.global_step)}: {tokens} tokens counted in the loss, expected {self.expected} "
-                "(trainer.global_batch_size x data.seq_length)"
+                f"{describe_step(self.trainer.global_step)}: {tokens} tokens counted in the loss, expected "
+                f"{self.expected} (trainer.global_batch_size x data.seq_length)"
             )

@@ -21,8 +21,8 @@ from nemo_minitron.distillation.loss.settings import LossSettings
 from nemo_minitron.distillation.loss.vocabulary import align_head
 from nemo_minitron.megatron_gpt import forward_only, gpt_model
 from nemo_minitron.nemo.cached_teacher import CachedTeacher
-from nemo_minitron.nemo.intermediate_states import Between, add_projections
-from nemo_minitron.nemo.proven_checkpoints import place
+from nemo_minitron.nemo.intermediate_states import IntermediateLosses, add_projections
+from nemo_minitron.nemo.proven_checkpoints import describe_step
 from nemo_minitron.nemo.teacher import Teacher, microbatch_mask, microbatch_tokens, output_rows, output_weight
 
 # What the last stage reports of a microbatch: sums over its tokens.
@@ -57,7 +57,7 @@ class DistillTransform(ModelTransform):
     The student's last stage hands its final hidden states to `distillation.losses`, so that the logits of a whole
     microbatch never exist. With one pipeline stage the teacher runs inside the microbatch; with more, a forward-only
     schedule of the teacher runs before each step, and its states wait where they are compared: memory for the global
-    batch's [s, b, h] on the last stage, and a second bubble (`ahead_bytes`, `ahead_seconds`).
+    batch's [s, b, h] on the last stage, and a second bubble (`teacher_states_bytes`, `teacher_schedule_seconds`).
 
     Args:
         teacher: a checkpoint of kind "nemo", with the student's vocabulary; it takes the student's layout. Or a cache,
@@ -72,7 +72,7 @@ class DistillTransform(ModelTransform):
         on_loaded: called with the teacher's Megatron GPTModels (none with a cache) before the first step, on every
             rank.
         on_step: called after each step with the split ("train", "valid") and means over the global batch, nats a token:
-            `PARTS` and, with `between`, "intermediate" and "alpha"; on every rank.
+            `PARTS` and, with `intermediate`, "intermediate" and "alpha"; on every rank.
 
     Attributes:
         ahead_bytes: the most that waited on this stage for one step.
@@ -85,7 +85,7 @@ class DistillTransform(ModelTransform):
         settings: LossSettings,
         *,
         vocab_size: int | None = None,
-        between: Intermediate | None = None,
+        intermediate: Intermediate | None = None,
         precision: str = "32",
         on_loaded: Callable[[list[Any]], None] | None = None,
         on_step: Callable[[str, dict[str, float]], None] | None = None,
@@ -94,17 +94,17 @@ class DistillTransform(ModelTransform):
         self.source, self.settings, self.precision = teacher, settings, precision
         self._cache = teacher if isinstance(teacher, TeacherCache) else None
         self.vocab_size = vocab_size or output_rows(teacher)
-        self.between, self.on_loaded, self.on_step = between, on_loaded, on_step
+        self.intermediate, self.on_loaded, self.on_step = intermediate, on_loaded, on_step
         self.teacher: Teacher | None = None
-        self.ahead_bytes, self.ahead_seconds = 0, 0.0
-        self._alpha = between.alpha if between else None
+        self.teacher_states_bytes, self.teacher_schedule_seconds = 0, 0.0
+        self._alpha = intermediate.alpha if intermediate else None
         self._student: Any = None
-        self._compared: Between | None = None
+        self._compared: IntermediateLosses | None = None
         self._mask: Tensor | None = None
         self._target: HiddenTeacher | TopKTeacher | None = None
         self._cached: CachedTeacher | None = None
         self._batches: list[Any] = []
-        self._ahead: list[tuple[Tensor | None, Any]] = []
+        self._precomputed: list[tuple[Tensor | None, Any]] = []
         self._masks: list[Tensor] = []
         self._microbatch = 0
         self._validation: list[dict[str, float]] = []
@@ -114,13 +114,13 @@ class DistillTransform(ModelTransform):
         self.trainer = trainer
         pl_module._training_loss_reduction = DistillationReduction()
         pl_module._validation_loss_reduction = DistillationReduction(validation_step=True)
-        if self.between is None:
+        if self.intermediate is None:
             return
-        configure, between = pl_module.configure_model, self.between
+        configure, intermediate = pl_module.configure_model, self.intermediate
 
         def with_projections(*args: Any, **kwargs: Any) -> None:
             configure(*args, **kwargs)
-            add_projections(gpt_model(pl_module.module), between, self.source.architecture.hidden_size)
+            add_projections(gpt_model(pl_module.module), intermediate, self.source.architecture.hidden_size)
 
         pl_module.configure_model = with_projections
 
@@ -138,9 +138,9 @@ class DistillTransform(ModelTransform):
         if self.on_loaded is not None:
             self.on_loaded([self.teacher.chunk] if self.teacher else [])
         self._student = gpt_model(chunks[0])
-        if self.between is not None:
+        if self.intermediate is not None:
             assert self.teacher is not None, "a cache holds no states between layers"
-            self._compared = Between(self.between, self._student, self.teacher.chunk)
+            self._compared = IntermediateLosses(self.intermediate, self._student, self.teacher.chunk)
         if self._student.post_process:
             self._student._postprocess = self._postprocess
             self._take_output_layer(output_weight(self._student))
@@ -157,33 +157,35 @@ class DistillTransform(ModelTransform):
     def on_megatron_step_start(self, step: Any) -> Any:
         """NeMo's hook: what has to run before the student's schedule; the microbatches are read once and replayed."""
         self._microbatch = 0
-        balances = self.between is not None and self._alpha is None and self.trainer.training
-        ahead = parallel.pp_size() > 1
-        if not (balances or ahead or self._cache):
+        balances = self.intermediate is not None and self._alpha is None and self.trainer.training
+        precompute = parallel.pp_size() > 1
+        if not (balances or precompute or self._cache):
             return step
         # What reaches a microbatch has no tokens on the last stage, and no mask on the others.
         batches = [next(step.data) for _ in range(get_num_microbatches())]
         if self._cache:
             self._batches = batches
-        elif ahead:
-            self._run_ahead(batches)
+        elif precompute:
+            self._precompute(batches)
         if balances:
             self._first_balance(step, batches)
         return dataclasses.replace(step, data=iter(batches))
 
-    def _run_ahead(self, batches: list[Any]) -> None:
+    def _precompute(self, batches: list[Any]) -> None:
         assert self.teacher is not None
         begin = time.monotonic()
         compared = self._compared
-        found = self.teacher.ahead(batches, compared.take if compared else dict)
+        found = self.teacher.precompute(batches, compared.take if compared else dict)
         hidden, states = [h for h, _ in found], [s for _, s in found]
         if compared is not None:
             states = compared.move(states, self.teacher.state_like(batches[0]))
-        self._ahead = list(zip(hidden, states, strict=True))
+        self._precomputed = list(zip(hidden, states, strict=True))
         self._masks = [microbatch_mask(batch) for batch in batches]
-        waiting = [t for h, s in self._ahead for t in (h, *s.values()) if t is not None]
-        self.ahead_bytes = max(self.ahead_bytes, sum(t.numel() * t.element_size() for t in waiting))
-        self.ahead_seconds += time.monotonic() - begin
+        waiting = [t for h, s in self._precomputed for t in (h, *s.values()) if t is not None]
+        self.teacher_states_bytes = max(
+            self.teacher_states_bytes, sum(t.numel() * t.element_size() for t in waiting)
+        )
+        self.teacher_schedule_seconds += time.monotonic() - begin
 
     def _first_balance(self, step: Any, batches: list[Any]) -> None:
         """Before the first step nothing is known of the losses: one pass without gradients."""
@@ -205,7 +207,7 @@ class DistillTransform(ModelTransform):
             return
         assert self.teacher is not None
         if parallel.pp_size() > 1:
-            hidden, states = self._ahead[self._microbatch]
+            hidden, states = self._precomputed[self._microbatch]
             self._mask = self._masks[self._microbatch].to(self.teacher.device)
         else:
             hidden = self.teacher.hidden_states(batch)
@@ -266,17 +268,17 @@ class DistillTransform(ModelTransform):
         training = bool(self.trainer.training)
         module = self.trainer.lightning_module
         parts = self._shared(module.training_loss_reduction if training else module.validation_loss_reduction)
-        self._ahead, self._masks, self._batches, self._target = [], [], [], None
+        self._precomputed, self._masks, self._batches, self._target = [], [], [], None
         if self._compared is not None:
             self._compared.end()
         if not training:
             self._validation.append(parts)
             return
         if not all(map(math.isfinite, parts.values())):
-            raise FloatingPointError(f"{place(self.trainer.global_step)}: {parts}")
+            raise FloatingPointError(f"{describe_step(self.trainer.global_step)}: {parts}")
         if self._alpha is not None:
             parts["alpha"] = self._alpha
-        if self.between is not None and self.between.alpha is None:
+        if self.intermediate is not None and self.intermediate.alpha is None:
             self._alpha = _balance(parts)
         if self.on_step is not None:
             self.on_step("train", parts)
@@ -293,7 +295,7 @@ class DistillTransform(ModelTransform):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Lightning's hook."""
-        if self.between is not None and self.between.alpha is None:
+        if self.intermediate is not None and self.intermediate.alpha is None:
             self._alpha = state_dict["alpha"]
 
 

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron import parallel
-from nemo_minitron.checkpoints.source import CHECKPOINT, is_unfinished, weights_may_only_be_tensors
+from nemo_minitron.checkpoints.source import CHECKPOINT, is_unfinished
 from nemo_minitron.checkpoints.true_rows import cut_padding
+from nemo_minitron.checkpoints.untrusted import weights_may_only_be_tensors
 from nemo_minitron.environment import rank
 from nemo_minitron.files import put, remove_stale
 from nemo_minitron.nemo.preemption import SaveAndEnd
-from nemo_minitron.nemo.proven_checkpoints import Checkpoints, is_not_finite, place
+from nemo_minitron.nemo.proven_checkpoints import ProvenCheckpoint, describe_step, is_not_finite
 from nemo_minitron.nemo.step_log import TokenRate
 
 
@@ -102,13 +103,13 @@ def _train(model: Any, data: Any, trainer: Any, log: Any, resume: Any) -> None:
     except RuntimeError as error:
         if not is_not_finite(error):
             raise
-        raise FloatingPointError(f"{place(trainer.global_step)}: a gradient is not finite") from error
+        raise FloatingPointError(f"{describe_step(trainer.global_step)}: a gradient is not finite") from error
 
 
 def _logger(directory: Path, every_n_steps: int) -> Any:
     import nemo.lightning as nl
 
-    checkpoints = Checkpoints(
+    checkpoints = ProvenCheckpoint(
         every_n_train_steps=every_n_steps,
         filename="{step}",
         # Without it the save at the last step leaves the optimizer out, and resuming fails with a KeyError.

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from nemo_minitron.checkpoints.families import FAMILIES, config_of
 from nemo_minitron.checkpoints.saved_dtype import saving_in
 from nemo_minitron.checkpoints.source import contents
-from nemo_minitron.checkpoints.untrusted_files import read_json
+from nemo_minitron.checkpoints.untrusted import read_json
 from nemo_minitron.checkpoints.weight_files import EMBEDDING, HEAD, read_headers
 from nemo_minitron.errors import InputError
 from nemo_minitron.export.distributed_reader import DistributedReader

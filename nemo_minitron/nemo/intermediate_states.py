@@ -21,7 +21,7 @@ PROJECTION = "distillation_projection"
 States = dict[Key, Tensor]
 
 
-def add_projections(model: Any, between: Intermediate, teacher_width: int) -> None:
+def add_projections(model: Any, intermediate: Intermediate, teacher_width: int) -> None:
     """Give a student's GPTModel the maps that it needs, before gradient buffers and optimizer are made.
 
     Args:
@@ -30,22 +30,22 @@ def add_projections(model: Any, between: Intermediate, teacher_width: int) -> No
         teacher_width: the teacher's hidden_size.
     """
     config = model.config
-    if between.projection is None and config.hidden_size == teacher_width:
+    if intermediate.projection is None and config.hidden_size == teacher_width:
         return
-    keys = taps(model, [student for _, student in between.pairs], between.at)
+    keys = taps(model, [student for _, student in intermediate.pairs], intermediate.at)
     if keys:
         projections = Projections(
             keys,
             config.hidden_size,
             teacher_width,
-            shared=between.projection != "each",
+            shared=intermediate.projection != "each",
             sequence_parallel=config.sequence_parallel,
             dtype=config.params_dtype,
         )
         setattr(model, PROJECTION, projections)
 
 
-class Between:
+class IntermediateLosses:
     """Reads the teacher's states, compares the student's, and lets the losses join the backward pass.
 
     Args:
@@ -53,25 +53,25 @@ class Between:
         student, teacher: this rank's GPTModels of the same stage.
     """
 
-    def __init__(self, between: Intermediate, student: Any, teacher: Any) -> None:
-        self.settings, self._student = between, student
+    def __init__(self, intermediate: Intermediate, student: Any, teacher: Any) -> None:
+        self.settings, self._student = intermediate, student
         self._projections = getattr(student, PROJECTION, None)
         self._read: States = {}
         self._states: States = {}
         self._weight: Tensor | None = None
         self._scale = 0.0
         self._sum = torch.zeros((), dtype=torch.float64)
-        student_taps = taps(student, [s for _, s in between.pairs], between.at)
-        teacher_taps = taps(teacher, [t for t, _ in between.pairs], between.at)
+        student_taps = taps(student, [s for _, s in intermediate.pairs], intermediate.at)
+        teacher_taps = taps(teacher, [t for t, _ in intermediate.pairs], intermediate.at)
         for key, tap in teacher_taps.items():
             tap.attach(self._reader(key, tap.state))
-        for of_teacher, of_student in between.pairs:
+        for of_teacher, of_student in intermediate.pairs:
             if (own := student_taps.get(of_student)) is not None:
                 own.attach(self._comparer(of_teacher, of_student, own.state))
         held = parallel.gather_over_pp((list(student_taps), list(teacher_taps)))
         self._stages = [
             (_stage(held, 1, of_teacher), _stage(held, 0, of_student))
-            for of_teacher, of_student in between.pairs
+            for of_teacher, of_student in intermediate.pairs
         ]
 
     def _reader(self, key: Key, state: Any) -> Any:

@@ -21,7 +21,7 @@ from nemo_minitron.environment import rank
 _IN_GRADIENTS = "in local grad norm"
 
 
-def place(step: int) -> str:
+def describe_step(step: int) -> str:
     """What a training step, counted from 0, was made of."""
     size = get_current_global_batch_size()
     return f"step {step}, samples {step * size} to {(step + 1) * size - 1} of the training data's order"
@@ -106,7 +106,7 @@ class Checkpoints(nl.ModelCheckpoint):
         """
         loss = float(trainer.callback_metrics["reduced_train_loss"])
         if not math.isfinite(loss):
-            raise FloatingPointError(f"{place(trainer.global_step - 1)}: the loss is {loss}")
+            raise FloatingPointError(f"{describe_step(trainer.global_step - 1)}: the loss is {loss}")
         self._prove(trainer)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
@@ -119,7 +119,7 @@ class Checkpoints(nl.ModelCheckpoint):
         loss = float(trainer.callback_metrics["val_loss"])
         if not math.isfinite(loss):
             raise FloatingPointError(
-                f"{place(trainer.global_step - 1)}: after it the validation loss is {loss}"
+                f"{describe_step(trainer.global_step - 1)}: after it the validation loss is {loss}"
             )
         self._prove(trainer)
         super().on_validation_end(trainer, pl_module)

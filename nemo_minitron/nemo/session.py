@@ -14,8 +14,9 @@ from nemo.lightning.io.pl import TrainerContext
 
 from nemo_minitron.arch import Architecture
 from nemo_minitron.checkpoints.saved_dtype import saving_in
-from nemo_minitron.checkpoints.source import Source, weights_may_only_be_tensors
+from nemo_minitron.checkpoints.source import Source
 from nemo_minitron.checkpoints.true_rows import cut_padding
+from nemo_minitron.checkpoints.untrusted import weights_may_only_be_tensors
 from nemo_minitron.config.recipes import DataConfig
 from nemo_minitron.config.trainer import TrainerConfig
 from nemo_minitron.data.datasets import gpt_dataset

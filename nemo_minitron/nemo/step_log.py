@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 
 from nemo_minitron.environment import rank
 from nemo_minitron.files import read_steps
-from nemo_minitron.nemo.proven_checkpoints import place
+from nemo_minitron.nemo.proven_checkpoints import describe_step
 
 
 class StepLog(pl.Callback):
@@ -46,7 +46,7 @@ class StepLog(pl.Callback):
         """
         step, loss = trainer.global_step - 1, float(trainer.callback_metrics["reduced_train_loss"])
         if not math.isfinite(loss):
-            raise FloatingPointError(f"{place(step)}: the loss is {loss}")
+            raise FloatingPointError(f"{describe_step(step)}: the loss is {loss}")
         self._write("train", step, loss)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:

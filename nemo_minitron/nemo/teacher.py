@@ -11,7 +11,8 @@ from nemo.lightning._strategy_lib import set_model_parallel_attributes
 from torch import Tensor
 
 from nemo_minitron import parallel
-from nemo_minitron.checkpoints.source import Source, weights_may_only_be_tensors
+from nemo_minitron.checkpoints.source import Source
+from nemo_minitron.checkpoints.untrusted import weights_may_only_be_tensors
 from nemo_minitron.distillation.cache.reader import TeacherCache
 from nemo_minitron.megatron_gpt import forward_only, no_loss
 from nemo_minitron.nemo import models
@@ -73,7 +74,7 @@ class Teacher:
         length = s // parallel.tp_size() if config.sequence_parallel else s
         return torch.empty(length, b, config.hidden_size, dtype=config.params_dtype, device=self.device)
 
-    def ahead(
+    def precompute(
         self, batches: list[Any], taken: Callable[[], dict[Any, Tensor]]
     ) -> list[tuple[Tensor | None, dict[Any, Tensor]]]:
         """`hidden_states` of several microbatches by Megatron's forward-only schedule; every stage calls.

@@ -28,7 +28,7 @@ class _Controller(text_generation_controller.TextGenerationController):
         return super().sample_from_logits(last_token_logits[:, : self.columns], *arguments, **options)
 
 
-class MegatronWriter:
+class MegatronGenerator:
     """Megatron-core's TextGenerationController over a static batch with a key-value cache, under any tensor- and
     pipeline-parallel layout; every rank of a model writes the same text.
 
@@ -61,7 +61,7 @@ class MegatronWriter:
         self.controller.columns = source.architecture.vocab_size
 
     def write(self, prompts: list[list[int]], seed: int) -> list[tuple[list[int], bool, float]]:
-        """See `Writer`."""
+        """See `Generator`."""
         s = self.settings
         params = SamplingParams(
             temperature=s.temperature,

@@ -37,7 +37,7 @@ def windows(tokens: list[int], n: int) -> np.ndarray:
     return np.lib.stride_tricks.sliding_window_view(np.asarray(tokens, dtype=np.int64), n)
 
 
-class Sieve:
+class TextFilter:
     """Passes texts on, and counts those that it drops.
 
     Args:

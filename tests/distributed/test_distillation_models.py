@@ -54,13 +54,13 @@ def distil(
     student: Any, teacher: Any, between: Intermediate | None, at: Layout, settings: LossSettings = SETTINGS
 ) -> Found:
     """One step's loss and gradients, as `nemo.distill_transform.DistillTransform` makes them on one stage."""
-    from nemo_minitron.nemo.intermediate_states import PROJECTION, Between, add_projections
+    from nemo_minitron.nemo.intermediate_states import PROJECTION, IntermediateLosses, add_projections
 
     tokens, labels, mask = batch()
     distance = 0.0
     if between is not None:
         add_projections(student, between, teacher.config.hidden_size)
-        compared = Between(between, student, teacher)
+        compared = IntermediateLosses(between, student, teacher)
     with torch.no_grad():
         theirs = hidden_states(gives_hidden_states(teacher), tokens)
     if between is not None:

@@ -132,7 +132,7 @@ def written(checkpoint: str, sizes: dict[str, Any], *choice: str) -> list[list[i
     from hydra import compose, initialize_config_dir
 
     from nemo_minitron.config.recipes import SynthesizeRecipe, parse
-    from nemo_minitron.nemo.text_generation import MegatronWriter
+    from nemo_minitron.nemo.text_generation import MegatronGenerator
 
     layout(sizes.get("tensor_model_parallel_size", 1), sizes.get("pipeline_model_parallel_size", 1))
     with sessions._launched(), initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
@@ -145,7 +145,7 @@ def written(checkpoint: str, sizes: dict[str, Any], *choice: str) -> list[list[i
             *choice,
         ]
         recipe = parse(SynthesizeRecipe, compose("synthesize", overrides=[*more, *named]))
-        writer = MegatronWriter(recipe, find_source(checkpoint), 4 + NEW)
+        writer = MegatronGenerator(recipe, find_source(checkpoint), 4 + NEW)
         return [new for new, _, _ in writer.write(PROMPTS, 7)]
 
 

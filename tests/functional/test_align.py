@@ -299,7 +299,7 @@ def bad_pairs(commands: Commands, data: Data, home: Path) -> tuple[dict[str, Any
         "loss": ([rewarded], ["align.dpo.preference_loss=orpo"], ["preference_loss=orpo", "dpo, ipo"]),
         "penalty": ([rewarded], ["align.dpo.ref_policy_kl_penalty=0"], ["ref_policy_kl_penalty=0"]),
         "answers": ([rewarded], ["align.samples=1"], ["align.samples=1", "must be 0", "recipes/sft.py"]),
-        "cut-pairs": ([rewarded], ["align.longer=cut"], ["align.longer=cut"]),
+        "cut-pairs": ([rewarded], ["align.overlong=cut"], ["align.overlong=cut"]),
     }
     asked = []
     for name, (rows, more, _) in cases.items():
@@ -349,9 +349,9 @@ def bad_conversations(
         ),
         "role": (file("role", [{"role": "robot", "content": "x"}, answer]), [], ["line 1", "robot"]),
         "empty": (file("empty", good, good, [user, {**answer, "content": " "}]), [], ["line 3", "empty"]),
-        "long": (file("long", good, long), [], ["long.jsonl, line 2", "context", "align.longer=drop"]),
-        "cut-to-nothing": (file("cut", long), ["align.longer=cut"], ["cut.jsonl, line 1", "empty"]),
-        "all-dropped": (file("drop", long), ["align.longer=drop"], ["1 dropped"]),
+        "long": (file("long", good, long), [], ["long.jsonl, line 2", "context", "align.overlong=drop"]),
+        "cut-to-nothing": (file("cut", long), ["align.overlong=cut"], ["cut.jsonl, line 1", "empty"]),
+        "all-dropped": (file("drop", long), ["align.overlong=drop"], ["1 dropped"]),
         "template": (data.train, [f"align.chat_template={template}"], [str(template), "render"]),
         "packed": (
             data.train,
@@ -359,7 +359,7 @@ def bad_conversations(
             ["packed_sequence=true", "Transformer Engine"],
         ),
         "few": (data.train, ["align.global_batch_size=80"], ["align.train", "80"]),
-        "longer": (data.train, ["align.longer=split"], ["align.longer=split", "drop"]),
+        "longer": (data.train, ["align.overlong=split"], ["align.overlong=split", "drop"]),
         "no-samples": (data.train, ["align.samples=-1"], ["align.samples=-1", "at least 0"]),
         "many-samples": (data.train, ["align.samples=7"], ["align.samples=7", "at most 6"]),
         "no-answers": (

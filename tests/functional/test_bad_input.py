@@ -201,8 +201,12 @@ CASES: dict[str, Case] = {
     ),
     "protected layers": Case(["prune.num_layers=2", "prune.protect_first=3"], ["protect_first=3", "1 of 4"]),
     "importance": Case(["prune.importance=magic"], ["prune.importance=magic", "activation, random"]),
-    "batch aggregation": Case(["prune.batch=median"], ["prune.batch", "median", "l2"]),
-    "sequence aggregation": Case(["prune.sequence=max"], ["prune.sequence", "max", "mean"]),
+    "batch aggregation": Case(
+        ["prune.batch_aggregation=median"], ["prune.batch_aggregation", "median", "l2"]
+    ),
+    "sequence aggregation": Case(
+        ["prune.sequence_aggregation=max"], ["prune.sequence_aggregation", "max", "mean"]
+    ),
     "no calibration": Case(["prune.calibration_samples=0"], ["calibration_samples=0", "at least 1"]),
     "too much calibration": Case(
         ["prune.calibration_samples=999999"], ["calibration_samples=999999", "only"]

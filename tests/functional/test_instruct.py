@@ -43,9 +43,9 @@ def test_data_is_made_converted_and_refused(commands: Commands) -> None:
     limit = [f"{data}.tokenizer={DEMO}", f"{data}.max_tokens=64"]
     cases: dict[str, tuple[str, list[str], list[str]]] = {
         "made": (data, [f"{data}.sizes.{size}" for size in SIZES], []),
-        "converted": (data, [f"{data}.input={good}", *limit, f"{data}.too_long=drop"], []),
+        "converted": (data, [f"{data}.input={good}", *limit, f"{data}.overlong=drop"], []),
         "pairs": (data, [*of_pairs, *limit], []),
-        "cut pairs": (data, [*of_pairs, *limit, f"{data}.too_long=cut"], ["too_long=cut", "drop or refuse"]),
+        "cut pairs": (data, [*of_pairs, *limit, f"{data}.overlong=cut"], ["overlong=cut", "drop or refuse"]),
         "no pairs": (
             data,
             [f"{data}.input={good}", f"{data}.kind=preferences"],
@@ -59,7 +59,7 @@ def test_data_is_made_converted_and_refused(commands: Commands) -> None:
             [f"{data}.input={good}", f"{data}.max_tokens=64"],
             ["instruct_data.tokenizer"],
         ),
-        "shape": (data, [f"{data}.input={good}", f"{data}.shape=csv"], ["shape=csv", "alpaca"]),
+        "format": (data, [f"{data}.input={good}", f"{data}.format=csv"], ["format=csv", "alpaca"]),
         "kind": (data, [f"{data}.kind=images"], ["instruct_data.kind=images", "preferences"]),
         "sizes": (data, [f"{data}.sizes.test=0"], ["sizes.test=0"]),
         "unscored": (ask, [f"instruct.file={unscored}"], [f"{unscored}, line 2", "category"]),

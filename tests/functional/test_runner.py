@@ -71,7 +71,12 @@ def test_the_end_of_a_run_and_what_it_leaves(tiny: Path) -> None:
     assert numbers == "tiny: 3.64M parameters"
     found = re.fullmatch(r"(.*/outputs/prune/\d{4}-\d\d-\d\d/\d\d-\d\d-\d\d)/result\.json", path)
     assert found
-    assert sorted(p.name for p in Path(found[1]).iterdir()) == [".lock", "config.yaml", "result.json"]
+    assert sorted(p.name for p in Path(found[1]).iterdir()) == [
+        ".lock",
+        "config.yaml",
+        "cpu_products.json",
+        "result.json",
+    ]
     text = Path(found[1], "config.yaml").read_text()
     assert text.startswith("# python recipes/prune.py prune=width prune.seed=7\n# nemo_minitron ")
     config = yaml.safe_load(text)

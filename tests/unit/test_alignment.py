@@ -153,7 +153,7 @@ def test_encoded_conversations_are_those_of_the_template(tmp_path: Path) -> None
         tokenizer,
         name="train",
         seq_length=512,
-        longer="refuse",
+        overlong="refuse",
         directory=tmp_path,
     )
     (line,) = map(json.loads, Path(split.path).read_text().splitlines())
@@ -171,7 +171,7 @@ def test_rendered_pairs_are_prompt_and_continuation(tmp_path: Path) -> None:
     tokenizer = with_template(load_tokenizer(TEACHER), "test")
     prompt = [{"role": "user", "content": "Which one?"}]
     pair = Preference(prompt, "this", "that", "p.jsonl, line 1", 1.0, 0.0)
-    arguments = {"name": "train", "seq_length": 64, "longer": "refuse", "directory": tmp_path}
+    arguments = {"name": "train", "seq_length": 64, "overlong": "refuse", "directory": tmp_path}
     split = encode_pairs([pair], tokenizer, preference_loss="rpo_sq", **arguments)  # type: ignore[arg-type]
     (line,) = map(json.loads, Path(split.path).read_text().splitlines())
     whole = tokenizer.apply_chat_template([*prompt, {"role": "assistant", "content": "that"}], tokenize=False)

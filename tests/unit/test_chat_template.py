@@ -216,7 +216,7 @@ def test_long_samples_are_dropped_and_counted(tokenizer: Any) -> None:
 def test_long_samples_are_refused_by_file_and_line(tokenizer: Any) -> None:
     with pytest.raises(InputError, match=r"f.jsonl, line 2: \d+ tokens, the context has 30"):
         fit_conversations(tokenizer, [SHORT, LONG], 30, "refuse")
-    with pytest.raises(InputError, match="too_long=trim: must be one of drop, cut, refuse"):
+    with pytest.raises(InputError, match="overlong=trim: must be one of drop, cut, refuse"):
         fit_conversations(tokenizer, [SHORT], 30, "trim")
 
 

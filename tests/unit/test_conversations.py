@@ -1,4 +1,4 @@
-"""Conversations: what is refused, with file and line; and the shapes of others, against conversions by hand."""
+"""Conversations: what is refused, with file and line; and the formats of others, against conversions by hand."""
 
 import json
 from pathlib import Path
@@ -28,9 +28,9 @@ def file_of(directory: Path, *rows: Any) -> Path:
     return write_jsonl(directory / "in.jsonl", rows)
 
 
-def refusal(path: Path, shape: str = "auto") -> str:
+def refusal(path: Path, format: str = "auto") -> str:
     with pytest.raises(InputError) as caught:
-        list(convert_file(path, shape))
+        list(convert_file(path, format))
     assert len(str(caught.value).splitlines()) == 1
     return str(caught.value)
 
@@ -79,7 +79,7 @@ BAD_LINES = {
     b"{": "not JSON",
     b"[1]": "expected a JSON object, found list",
     b"\xff\xfe": "not UTF-8 (byte 0: 0xff)",
-    b'{"texts": 1}': "no known shape (it has the keys texts",
+    b'{"texts": 1}': "no known format (it has the keys texts",
     b'{"messages": [], "instruction": "", "output": ""}': "could be messages or alpaca",
     b'{"conversations": [{"value": "x"}]}': "message 1: must be an object with from and value",
     b'{"conversations": [{"from": "human", "value": "x"}, {"from": "narrator", "value": "y"}]}': "'narrator'",
@@ -92,7 +92,7 @@ BAD_LINES = {
 
 
 @pytest.mark.parametrize("line", BAD_LINES)
-def test_a_line_that_has_no_shape_is_refused(line: bytes, tmp_path: Path) -> None:
+def test_a_line_that_has_no_format_is_refused(line: bytes, tmp_path: Path) -> None:
     path = tmp_path / "in.jsonl"
     path.write_bytes(line + b"\n")
     message = refusal(path)
@@ -107,11 +107,11 @@ def test_files_without_samples_and_choices_that_are_none_are_refused(tmp_path: P
     assert "cannot be read" in refusal(tmp_path / "absent.jsonl")
     assert "alpaca, self_instruct, sharegpt" in refusal(empty, "csv")
     mixed = file_of(tmp_path, {"messages": [u(), a()]}, {"instruction": "x", "output": "y"})
-    assert "line 2: is not of shape messages" in refusal(mixed)
-    assert "line 1: is not of shape alpaca" in refusal(mixed, "alpaca")
+    assert "line 2: is not of format messages" in refusal(mixed)
+    assert "line 1: is not of format alpaca" in refusal(mixed, "alpaca")
 
 
-SHAPES: dict[str, tuple[dict[str, Any], list[list[tuple[str, str]]]]] = {
+FORMATS: dict[str, tuple[dict[str, Any], list[list[tuple[str, str]]]]] = {
     "messages": (
         {"messages": [{"role": "developer", "content": "S"}, u("Q"), a([{"type": "text", "text": "A"}])]},
         [[("system", "S"), ("user", "Q"), ("assistant", "A")]],
@@ -183,19 +183,19 @@ SHAPES: dict[str, tuple[dict[str, Any], list[list[tuple[str, str]]]]] = {
 }
 
 
-@pytest.mark.parametrize("name", SHAPES)
-def test_a_shape_is_known_and_converted(name: str, tmp_path: Path) -> None:
-    row, expected = SHAPES[name]
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_format_is_known_and_converted(name: str, tmp_path: Path) -> None:
+    row, expected = FORMATS[name]
     path = file_of(tmp_path, {**row, "id": 7})
-    shape = "prompt" if name == "NeMo's prompt" else name.split()[0]
-    for choice in ("auto", shape):
+    format = "prompt" if name == "NeMo's prompt" else name.split()[0]
+    for choice in ("auto", format):
         found = list(convert_file(path, choice))
         assert [[(m["role"], m["content"]) for m in c.messages] for c in found] == expected
         assert all(c.extra == {"id": 7} and c.where == f"{path}, line 1" for c in found)
 
 
 def test_a_converted_file_is_read_again(tmp_path: Path) -> None:
-    path = file_of(tmp_path, SHAPES["nemo"][0], SHAPES["nemo"][0])
+    path = file_of(tmp_path, FORMATS["nemo"][0], FORMATS["nemo"][0])
     written = write_jsonl(tmp_path / "out.jsonl", (c.to_json() for c in convert_file(path)))
     again = read_conversations(written)
     assert [c.messages for c in again] == [c.messages for c in convert_file(path)]

@@ -236,14 +236,14 @@ def test_the_pages_commands_are_found() -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "python recipes/prune.py +conf=widht",
+        "python recipes/prune.py +conf=narrow",
         "python recipes/prune.py prune.hiden_size=3/4",
         "python recipes/sft.py prune=width",
     ],
 )
 def test_a_wrong_command_is_found(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ((recipe, typed, ranks),) = recipes_in(Command("x.md", text).words())
-    with pytest.raises(Exception, match="widht|hiden_size|no use for prune") as caught:
+    with pytest.raises(Exception, match="narrow|hiden_size|no use for prune") as caught:
         compose_and_parse(recipe, typed, monkeypatch, ranks)
     assert not isinstance(caught.value, InputError) or "prune" in str(caught.value)
 

@@ -30,7 +30,7 @@ TAKES: dict[str, list[str]] = {
     "sft": ["student={}"],
     "preference": ["student={}", "align.train=x", "align.valid=y"],
     "evaluate_instruct": ["source={}", "instruct.file=/nowhere"],
-    "export": ["source={}", "to={}"],
+    "export": ["source={}", "to={}", "license=none"],
 }
 LONGER = 2 * gguf_files.CONTEXT
 

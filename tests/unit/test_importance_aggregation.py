@@ -74,5 +74,5 @@ def test_variance_over_samples_does_not_cancel():
 def test_no_samples_is_refused_and_so_is_an_unknown_statistic():
     with pytest.raises(InputError, match="at least one sample"):
         BatchMoments("l2").merge("dp")
-    with pytest.raises(InputError, match=r"prune.batch='median': must be one of mean, l2, var"):
-        check_statistic("prune.batch", "median")
+    with pytest.raises(InputError, match=r"prune.batch_aggregation='median': must be one of mean, l2, var"):
+        check_statistic("prune.batch_aggregation", "median")

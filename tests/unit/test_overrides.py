@@ -88,11 +88,11 @@ def test_what_hydra_cannot_read_is_taken_as_typed(typed: str, arrives: object) -
         ("prune.hidden_size=3/4,1/2", ["3/4", "1/2"]),
         ("prune.seed=range(1,3)", [1, 2]),
         ("source=~/a=1,/été/b", ["~/a=1", "/été/b"]),
-        ("prune.batch=choice(l2,mean)", ["l2", "mean"]),
+        ("prune.batch_aggregation=choice(l2,mean)", ["l2", "mean"]),
     ],
 )
 def test_commas_separate_in_a_sweep(override: str, values: list[object]) -> None:
-    text = override.startswith(("source", "prune.batch"))
+    text = override.startswith(("source", "prune.batch_aggregation"))
     parsed = PARSER.parse_override(for_parser(override, text=text, sweep=True))
     assert parsed.is_sweep_override()
     jobs = [value(f"source={text}") for text in parsed.sweep_iterator(parser_transformer())]
@@ -161,7 +161,7 @@ def test_a_key_that_means_nothing_is_refused(schema: type[CommonConfig], overrid
     ("schema", "overrides"),
     [
         (PretrainRecipe, ["optim.lr=1", "model=demo", "export_dir=x", "data=files", "trainer.max_steps=3"]),
-        (SearchRecipe, ["search=width", "distill=demo", "prune.batch=l2", "source=x"]),
+        (SearchRecipe, ["search=width", "distill=demo", "prune.batch_aggregation=l2", "source=x"]),
         (
             DistillRecipe,
             ["+conf=width", "teacher_cache=x", "sdg=y", "+cluster=slurm", "seed=3", "hydra.verbose=true"],

@@ -11,11 +11,12 @@ import pytest
 from omegaconf import OmegaConf
 
 from nemo_minitron.alignment.comparisons import LOSSES
+from nemo_minitron.config import ranges
 from nemo_minitron.config.cluster import ClusterConfig
 from nemo_minitron.config.ranges import Choice, Count, Files, Positive, Range, check_ranges, check_shape
-from nemo_minitron.config.recipes import CommonConfig, SearchRecipe, ranges
-from nemo_minitron.data.chat.formats import SHAPES
-from nemo_minitron.data.chat.template import TOO_LONG
+from nemo_minitron.config.recipes import CommonConfig, SearchRecipe
+from nemo_minitron.data.chat.formats import FORMATS
+from nemo_minitron.data.chat.template import OVERLONG
 from nemo_minitron.distillation.cache.format import FORMS
 from nemo_minitron.distillation.intermediate import DISTANCES, PLACES, PROJECTIONS
 from nemo_minitron.distillation.loss.settings import DIVERGENCES
@@ -80,17 +81,17 @@ def test_defaults_are_legal() -> None:
 @pytest.mark.parametrize(
     ("group", "name", "library"),
     [
-        ("prune", "batch", STATISTICS),
-        ("prune", "sequence", STATISTICS),
+        ("prune", "batch_aggregation", STATISTICS),
+        ("prune", "sequence_aggregation", STATISTICS),
         ("distill", "loss", (*DIVERGENCES, "cross_entropy")),
         ("distill.intermediate", "at", PLACES),
         ("distill.intermediate", "distance", DISTANCES),
         ("distill.intermediate", "projection", PROJECTIONS),
         ("cache", "form", FORMS),
-        ("align", "longer", TOO_LONG),
+        ("align", "overlong", OVERLONG),
         ("align.dpo", "preference_loss", LOSSES),
-        ("instruct_data", "shape", ("auto", *SHAPES)),
-        ("instruct_data", "too_long", TOO_LONG),
+        ("instruct_data", "format", ("auto", *FORMATS)),
+        ("instruct_data", "overlong", OVERLONG),
     ],
 )
 def test_choices_are_those_of_the_code(group: str, name: str, library: tuple[str, ...]) -> None:

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from nemo_minitron.config.synthesize import SynthesizeConfig
-from nemo_minitron.synthesis.filters import FILTERS, Sieve, Text, repetition
+from nemo_minitron.synthesis.filters import FILTERS, Text, TextFilter, repetition
 from nemo_minitron.synthesis.near_duplicates import NearDuplicates
 from nemo_minitron.synthesis.report import compression, distinct, excerpts, markdown, quality
 from nemo_minitron.synthesis.store import Written
@@ -47,21 +47,23 @@ def test_each_text_is_dropped_for_the_first_reason_that_it_gives() -> None:
         "near_duplicate": text(5, near),
         "other": text(6, drawn(4)),
     }
-    sieve = Sieve(settings)
-    kept = sieve.keep(texts.values())
+    text_filter = TextFilter(settings)
+    kept = text_filter.keep(texts.values())
     assert [t.written.index for t in kept] == [0, 6]
-    assert sieve.dropped == dict.fromkeys(FILTERS, 1)
+    assert text_filter.dropped == dict.fromkeys(FILTERS, 1)
 
 
 def test_a_text_that_was_dropped_makes_no_other_a_copy() -> None:
-    sieve = Sieve(SynthesizeConfig(min_new_tokens=4, near_duplicate_jaccard=None))
-    assert [t.written.index for t in sieve.keep([text(0, [1, 2], "a"), text(1, [1, 2, 3, 4], "a")])] == [1]
+    text_filter = TextFilter(SynthesizeConfig(min_new_tokens=4, near_duplicate_jaccard=None))
+    assert [
+        t.written.index for t in text_filter.keep([text(0, [1, 2], "a"), text(1, [1, 2, 3, 4], "a")])
+    ] == [1]
 
 
 def test_near_duplicates_can_be_left_in() -> None:
     near = [*drawn(1)[:-1], 1001]
     settings = SynthesizeConfig(near_duplicate_jaccard=None)
-    assert len(Sieve(settings).keep([text(0, drawn(1)), text(1, near)])) == 2
+    assert len(TextFilter(settings).keep([text(0, drawn(1)), text(1, near)])) == 2
 
 
 def jaccard(a: list[int], b: list[int]) -> float:

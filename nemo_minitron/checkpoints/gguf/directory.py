@@ -13,7 +13,7 @@ from typing import Any
 from nemo_minitron.arch import Architecture
 from nemo_minitron.checkpoints.gguf import config, reader, tokenizer, weights
 from nemo_minitron.checkpoints.gguf.settings import Settings
-from nemo_minitron.checkpoints.untrusted_files import check_no_pointer
+from nemo_minitron.checkpoints.untrusted import check_no_pointer
 from nemo_minitron.errors import InputError
 from nemo_minitron.files import file_sha256, put
 

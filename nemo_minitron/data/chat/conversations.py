@@ -2,7 +2,7 @@
 
 A line of a file is `{"messages": [{"role": ..., "content": ...}, ...], ...}`; a line of a preference file
 `{"messages": [the prompt], "chosen": "...", "rejected": "...", "chosen_reward": ..., "rejected_reward": ...}`. Other
-keys are kept. Other shapes are converted by `data.chat_shapes`.
+keys are kept. Other formats are converted by `data.chat.formats`.
 """
 
 import json

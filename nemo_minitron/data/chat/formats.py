@@ -1,4 +1,4 @@
-"""The shapes that instruct data comes in, and their conversion to `messages`.
+"""The formats that instruct data comes in, and their conversion to `messages`.
 
 messages         {"messages": [{"role", "content"}], "tools"?}: OpenAI's; `tool_calls` and `tools` become JSON text
 alpaca           {"instruction", "input"?, "output", "system"?, "history"?}
@@ -23,7 +23,7 @@ _Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Shape:
-    """How a shape is known, how a line becomes lists of messages, and the keys that are used up by that."""
+    """How a format is known, how a line becomes lists of messages, and the keys that are used up by that."""
 
     fits: Callable[[_Row], bool]
     convert: Callable[[_Row, str], list[list[Any]]]
@@ -46,53 +46,53 @@ _SHAREGPT_ROLES = {
 _PAIRS = (("prompt", "completion"), ("prompt", "response"), ("input", "output"))
 
 
-def convert_file(path: str | Path, shape: str = AUTO) -> Iterator[Conversation]:
-    """The conversations of a file in one of the shapes, checked; `where` keeps the line that each came from.
+def convert_file(path: str | Path, format: str = AUTO) -> Iterator[Conversation]:
+    """The conversations of a file in one of the formats, checked; `where` keeps the line that each came from.
 
     Args:
-        shape: of every line; "auto" takes that of the first line for the whole file.
+        format: of every line; "auto" takes that of the first line for the whole file.
 
     Raises:
-        InputError: names file and line: an unknown shape, a line of another one, or what `check_messages` refuses; also
-            a file without a sample.
+        InputError: names file and line: an unknown format, a line of another one, or what `check_messages` refuses;
+            also a file without a sample.
     """
-    if shape != AUTO and shape not in SHAPES:
-        raise InputError(f"shape={shape}: must be {AUTO} or one of {', '.join(SHAPES)}")
+    if format != AUTO and format not in FORMATS:
+        raise InputError(f"format={format}: must be {AUTO} or one of {', '.join(FORMATS)}")
     found = False
     for where, row in read_jsonl(path):
-        if shape == AUTO:
-            shape = detect_shape(row, where)
-        yield from convert_row(row, shape, where)
+        if format == AUTO:
+            format = detect_format(row, where)
+        yield from convert_row(row, format, where)
         found = True
     if not found:
         raise InputError(f"{path}: holds no conversation")
 
 
-def detect_shape(row: _Row, where: str) -> str:
-    """The shape that a line has by its keys.
+def detect_format(row: _Row, where: str) -> str:
+    """The format that a line has by its keys.
 
     Raises:
         InputError: none, or more than one.
     """
-    found = [name for name, shape in SHAPES.items() if shape.fits(row)]
+    found = [name for name, format in FORMATS.items() if format.fits(row)]
     if len(found) != 1:
-        what = f"could be {' or '.join(found)}; choose one with shape=" if found else "no known shape"
+        what = f"could be {' or '.join(found)}; choose one with format=" if found else "no known format"
         raise InputError(
-            f"{where}: {what} (it has the keys {', '.join(map(str, list(row)[:8]))}; shapes: {', '.join(SHAPES)})"
+            f"{where}: {what} (it has the keys {', '.join(map(str, list(row)[:8]))}; formats: {', '.join(FORMATS)})"
         )
     return found[0]
 
 
-def convert_row(row: _Row, shape: str, where: str) -> list[Conversation]:
+def convert_row(row: _Row, format: str, where: str) -> list[Conversation]:
     """The conversations of one line.
 
     Raises:
-        InputError: the line has another shape, or is no conversation; see `check_messages`.
+        InputError: the line has another format, or is no conversation; see `check_messages`.
     """
-    known = SHAPES[shape]
+    known = FORMATS[format]
     if not known.fits(row):
         raise InputError(
-            f"{where}: is not of shape {shape} (it has the keys {', '.join(map(str, list(row)[:8]))})"
+            f"{where}: is not of format {format} (it has the keys {', '.join(map(str, list(row)[:8]))})"
         )
     extra = {name: value for name, value in row.items() if name not in known.keys}
     return [
@@ -255,7 +255,7 @@ def _has(*keys: str) -> Callable[[_Row], bool]:
     return lambda row: all(key in row for key in keys)
 
 
-SHAPES = {
+FORMATS = {
     "messages": Shape(_has("messages"), _messages, ("messages", "tools")),
     "alpaca": Shape(
         _has("instruction", "output"), _alpaca, ("instruction", "input", "output", "system", "history")

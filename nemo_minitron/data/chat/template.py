@@ -47,7 +47,7 @@ CHAT_TEMPLATE = (
     "{%- endif -%}"
 )
 CONFIG = "tokenizer_config.json"
-TOO_LONG = ("drop", "cut", "refuse")
+OVERLONG = ("drop", "cut", "refuse")
 _PROBE: list[Message] = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "Hello?"},
@@ -224,7 +224,7 @@ def fit_conversations(
     tokenizer: "PreTrainedTokenizerBase",
     conversations: Iterable[Conversation],
     max_tokens: int,
-    too_long: str,
+    overlong: str,
 ) -> tuple[list[Conversation], Fitted]:
     """The conversations that fit a context, and what became of the others.
 
@@ -237,7 +237,7 @@ def fit_conversations(
         InputError: a choice that is none, a sample that is too long under "refuse", an answer that is empty after a
             cut, nothing left, or as `encode_conversation`; each names the file and the line.
     """
-    _check_choice(too_long)
+    _check_choice(overlong)
     kept: list[Conversation] = []
     samples = dropped = cut = longest = 0
     for conversation in conversations:
@@ -246,10 +246,10 @@ def fit_conversations(
         longest = max(longest, length)
         if length <= max_tokens:
             kept.append(conversation)
-        elif too_long == "drop":
+        elif overlong == "drop":
             dropped += 1
         else:
-            _refuse_if(too_long, length, max_tokens, conversation.where)
+            _refuse_if(overlong, length, max_tokens, conversation.where)
             kept.append(_cut(tokenizer, conversation, max_tokens))
             cut += 1
     fitted = Fitted(samples, dropped, cut, longest)
@@ -259,16 +259,16 @@ def fit_conversations(
 
 
 def fit_preferences(
-    tokenizer: "PreTrainedTokenizerBase", pairs: Iterable[Preference], max_tokens: int, too_long: str
+    tokenizer: "PreTrainedTokenizerBase", pairs: Iterable[Preference], max_tokens: int, overlong: str
 ) -> tuple[list[Preference], Fitted]:
     """The pairs whose answers both fit a context; "cut" is refused, since a cut answer is not the one that was judged.
 
     Raises:
         InputError: as `fit_conversations`.
     """
-    _check_choice(too_long)
-    if too_long == "cut":
-        raise InputError("too_long=cut: the answers of a preference pair are not cut; choose drop or refuse")
+    _check_choice(overlong)
+    if overlong == "cut":
+        raise InputError("overlong=cut: the answers of a preference pair are not cut; choose drop or refuse")
     kept: list[Preference] = []
     samples = dropped = longest = 0
     for pair in pairs:
@@ -281,7 +281,7 @@ def fit_preferences(
         if length <= max_tokens:
             kept.append(pair)
         else:
-            _refuse_if(too_long, length, max_tokens, pair.where)
+            _refuse_if(overlong, length, max_tokens, pair.where)
             dropped += 1
     fitted = Fitted(samples, dropped, 0, longest)
     if not kept:
@@ -293,15 +293,15 @@ def _answer(text: str) -> Message:
     return {"role": "assistant", "content": text}
 
 
-def _check_choice(too_long: str) -> None:
-    if too_long not in TOO_LONG:
-        raise InputError(f"too_long={too_long}: must be one of {', '.join(TOO_LONG)}")
+def _check_choice(overlong: str) -> None:
+    if overlong not in OVERLONG:
+        raise InputError(f"overlong={overlong}: must be one of {', '.join(OVERLONG)}")
 
 
-def _refuse_if(too_long: str, length: int, max_tokens: int, where: str) -> None:
-    if too_long == "refuse":
+def _refuse_if(overlong: str, length: int, max_tokens: int, where: str) -> None:
+    if overlong == "refuse":
         raise InputError(
-            f"{where}: {length} tokens, the context has {max_tokens}; too_long=drop or cut lets the others pass"
+            f"{where}: {length} tokens, the context has {max_tokens}; overlong=drop or cut lets the others pass"
         )
 
 

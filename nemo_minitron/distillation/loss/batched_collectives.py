@@ -10,15 +10,15 @@ from nemo_minitron import parallel
 # A part yields what it needs reduced over the ranks ("max" or "sum": [k, n] for n tokens, answered alike; "gather":
 # any shape, answered [tp, ...]) and goes on with the answer.
 Request = tuple[str, Tensor]
-Steps = Generator[Request, Tensor, None]
+Reductions = Generator[Request, Tensor, None]
 Reduce = Callable[[list[Request]], list[Tensor]]
 
 
-def run_in_step(parts: Sequence[Steps], reduce: Reduce) -> None:
+def run_in_step(parts: Sequence[Reductions], reduce: Reduce) -> None:
     """Advance all parts, in their order, to their next requests, answer these together, and so on to the end."""
-    waiting: list[tuple[Steps, Tensor | None]] = [(part, None) for part in parts]
+    waiting: list[tuple[Reductions, Tensor | None]] = [(part, None) for part in parts]
     while waiting:
-        asking: list[Steps] = []
+        asking: list[Reductions] = []
         requests: list[Request] = []
         for part, answer in waiting:
             try:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_minitron.distillation.loss.batched_collectives import Steps
+from nemo_minitron.distillation.loss.batched_collectives import Reductions
 from nemo_minitron.distillation.loss.divergences import Divergence, NextToken
 
 
@@ -48,7 +48,7 @@ def _gradient(
 class RecomputingForwardKL(Divergence):
     """As `divergences.ForwardKL`; the teacher's logits are left as they are."""
 
-    def steps(self) -> Steps:
+    def steps(self) -> Reductions:
         """Find `per_token`: two reductions."""
         temperature = self.settings.temperature
         self._scale = 1 / temperature
@@ -83,7 +83,7 @@ def _peak(student: Tensor) -> Tensor:
 class ReportedNextToken(NextToken):
     """As `divergences.NextToken` where the cross-entropy is only reported: no gradient, and no memory for one."""
 
-    def steps(self) -> Steps:
+    def steps(self) -> Reductions:
         """Find `per_token` [n] in nats: two reductions."""
         peak = (yield "max", _run(_peak, self.student)[None])[0]
         label = torch.where(self._mine, self.student.gather(1, self._columns)[:, 0] - peak, 0)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from nemo_minitron.distillation.loss.batched_collectives import Steps
+from nemo_minitron.distillation.loss.batched_collectives import Reductions
 from nemo_minitron.distillation.loss.settings import LossSettings
 
 
@@ -52,14 +52,14 @@ class Divergence(ABC):
         return self._scratch.take(0, len(self.student))
 
     @abstractmethod
-    def steps(self) -> Steps:
+    def steps(self) -> Reductions:
         """Find `per_token`."""
 
     @abstractmethod
     def write_gradient(self, weight: Tensor) -> None:
         """Overwrite `student` with the gradient of sum(weight * per_token); weight [n]."""
 
-    def _centre(self) -> Steps:
+    def _centre(self) -> Reductions:
         """Divide by T, with the largest logit of each token at 0."""
         student, teacher, temperature = self.student, self.teacher, self.settings.temperature
         peaks = yield "max", torch.stack((student.amax(1), teacher.amax(1)))
@@ -73,7 +73,7 @@ class Divergence(ABC):
 class ForwardKL(Divergence):
     """KL(p || q) = sum p (a - s) - log Z_a + log Z_s; its gradient is q - p."""
 
-    def steps(self) -> Steps:
+    def steps(self) -> Reductions:
         """Find `per_token`: two reductions."""
         yield from self._centre()
         student, teacher = self.student, self.teacher
@@ -110,7 +110,7 @@ class _StudentWeighted(Divergence):
 class ReverseKL(_StudentWeighted):
     """KL(q || p) = sum q (s - a) - log Z_s + log Z_a; g = s - a."""
 
-    def steps(self) -> Steps:
+    def steps(self) -> Reductions:
         """Find `per_token`: two reductions."""
         yield from self._centre()
         student, teacher, work = self.student, self.teacher, self._work
@@ -132,7 +132,7 @@ class JensenShannon(_StudentWeighted):
     log(1 - beta + beta e^-d); their difference is d, but d - log(m / p) is noise where d is large.
     """
 
-    def steps(self) -> Steps:
+    def steps(self) -> Reductions:
         """Find `per_token`: three reductions."""
         yield from self._centre()
         student, teacher, work, beta = self.student, self.teacher, self._work, self.settings.beta
@@ -182,7 +182,7 @@ class NextToken:
         self._columns = columns.clamp(min=0)[:, None]
         self.per_token: Tensor
 
-    def steps(self) -> Steps:
+    def steps(self) -> Reductions:
         """Find `per_token` [n] in nats: two reductions. Where no rank has the label it means nothing."""
         peak = (yield "max", self.student.amax(1)[None])[0]
         centred = torch.sub(self.student, peak[:, None], out=self._work)

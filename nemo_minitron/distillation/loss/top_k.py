@@ -10,7 +10,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from nemo_minitron.distillation.loss.batched_collectives import Request, Steps, reduce_nothing, run_in_step
+from nemo_minitron.distillation.loss.batched_collectives import (
+    Reductions,
+    Request,
+    reduce_nothing,
+    run_in_step,
+)
 from nemo_minitron.distillation.loss.divergences import Scratch, divergence
 from nemo_minitron.distillation.loss.settings import LossSettings
 from nemo_minitron.distillation.loss.vocabulary import VocabShard
@@ -58,7 +63,7 @@ class TopKDivergence:
         self._tail = settings.tail and not (isinstance(teacher, TopKRows) and teacher.tail is None)
         self.per_token: Tensor
 
-    def steps(self) -> Steps:
+    def steps(self) -> Reductions:
         """Find `per_token`: one reduction, and two more with a tail."""
         temperature = self.settings.temperature
         if isinstance(self.teacher, TopKRows):

@@ -30,7 +30,7 @@ class Prepared:
     data: PreparedData
     trainer: TrainerConfig
     settings: LossSettings | None
-    between: Intermediate | None
+    intermediate: Intermediate | None
     text: TeacherText | None
     teacher_named: str | None = None
 
@@ -65,7 +65,7 @@ def check(r: DistillRecipe) -> Prepared:
         teacher = find_source(ready.get("teacher") or named, "teacher", r.data)
         check_source("teacher", teacher, trainer, r.data.seq_length)
         checks.check_vocabularies(student, teacher)
-    between = checks.intermediate(r, student.architecture, teacher.architecture if teacher else None)
+    intermediate = checks.intermediate(r, student.architecture, teacher.architecture if teacher else None)
     data = prepare_data(r.data, str(student.tokenizer), ready.get("data"))
     check_vocabulary(student, data, trained=not r.distill.from_scratch)
     if teacher is not None:
@@ -80,5 +80,5 @@ def check(r: DistillRecipe) -> Prepared:
     say_corpus(r.data, data, prepared=bool(ready), what="learns")
     teacher = None if teacher is None else converted(teacher, r.data)
     return Prepared(
-        converted(student, r.data), teacher or cache, data, trainer, settings, between, text, named
+        converted(student, r.data), teacher or cache, data, trainer, settings, intermediate, text, named
     )

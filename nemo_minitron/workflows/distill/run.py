@@ -123,15 +123,15 @@ def _train(r: DistillRecipe, prepared: Prepared, directory: Path) -> dict[str, A
         directory,
         save_every_n_steps=t.val_check_interval,
         start=None if r.distill.from_scratch else source.path,
-        new_parameters=prepared.between is not None,
+        new_parameters=prepared.intermediate is not None,
     )
     found = {entry["split"]: entry for entry in read_steps(steps.path)}
-    return {**found, "ahead": {} if transform is None else _ahead(transform)}
+    return {**found, "ahead": {} if transform is None else _precomputed(transform)}
 
 
-def _ahead(transform: Any) -> dict[str, float]:
+def _precomputed(transform: Any) -> dict[str, float]:
     """What the teacher's own schedules took, on the stage where it was the most."""
-    stages = parallel.gather_over_pp((transform.ahead_bytes, transform.ahead_seconds))
+    stages = parallel.gather_over_pp((transform.teacher_states_bytes, transform.teacher_schedule_seconds))
     return {"bytes": max(b for b, _ in stages), "seconds": max(s for _, s in stages)}
 
 
@@ -158,7 +158,7 @@ def _transform(r: DistillRecipe, prepared: Prepared, steps: Any) -> Any:
         teacher,
         prepared.settings,
         vocab_size=checks.shared_vocabulary(prepared.student, output_rows(teacher)),
-        between=prepared.between,
+        intermediate=prepared.intermediate,
         precision=r.trainer.precision,
         on_loaded=loaded,
         on_step=steps.add,

@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.checkpoints.untrusted_files import read_json
+from nemo_minitron.checkpoints.untrusted import read_json
 from nemo_minitron.config.export import ExportRecipe
 from nemo_minitron.data.chat.template import CONFIG
 from nemo_minitron.export import card, modelfile

@@ -51,7 +51,7 @@ def check(r: InstructDataRecipe) -> Prepared:
         if d.kind == "preferences":
             samples = read_preferences(d.input)
         else:
-            samples = list(convert_file(d.input, d.shape))
+            samples = list(convert_file(d.input, d.format))
     fitted = None
     if d.tokenizer is not None:
         samples, fitted = _fit(samples, with_template(load_tokenizer(d.tokenizer), d.tokenizer), d)
@@ -75,8 +75,8 @@ def _fit(
 ) -> tuple[_Samples, Fitted]:
     limit = d.max_tokens if d.max_tokens is not None else 2**62
     if d.kind == "preferences":
-        return fit_preferences(tokenizer, samples, limit, d.too_long)  # type: ignore[arg-type]
-    return fit_conversations(tokenizer, samples, limit, d.too_long)  # type: ignore[arg-type]
+        return fit_preferences(tokenizer, samples, limit, d.overlong)  # type: ignore[arg-type]
+    return fit_conversations(tokenizer, samples, limit, d.overlong)  # type: ignore[arg-type]
 
 
 def _split(samples: _Samples, valid_fraction: float) -> dict[str, Any]:

@@ -37,7 +37,7 @@ def _encode(r: PreferenceRecipe, name: str, files: list[str], tokenizer: Any) ->
         tokenizer,
         name=name,
         seq_length=r.data.seq_length,
-        longer=r.align.longer,
+        overlong=r.align.overlong,
         preference_loss=r.align.dpo.preference_loss,
         directory=cache_dir(r.data, "conversations"),
     )

@@ -44,8 +44,8 @@ def score(
     """
     lengths = sorted({1, *filter(None, gone)}) if any(gone) else []
     callback = ImportanceCallback(
-        batch=r.prune.batch,
-        sequence=r.prune.sequence,
+        batch=r.prune.batch_aggregation,
+        sequence=r.prune.sequence_aggregation,
         include_final_norm=r.prune.include_final_norm,
         block_lengths=lengths,
         source_sha256=source_sha256,

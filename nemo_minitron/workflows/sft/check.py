@@ -26,6 +26,6 @@ def _encode(r: SftRecipe, name: str, files: list[str], tokenizer: Any) -> Encode
         tokenizer,
         name=name,
         seq_length=r.data.seq_length,
-        longer=r.align.longer,
+        overlong=r.align.overlong,
         directory=cache_dir(r.data, "conversations"),
     )

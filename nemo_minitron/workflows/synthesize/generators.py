@@ -16,7 +16,7 @@ from nemo_minitron.nemo.huggingface import exported_once, load_huggingface
 from nemo_minitron.workflows.preflight import converted
 
 
-class Writer(Protocol):
+class Generator(Protocol):
     """A loaded teacher."""
 
     def write(self, prompts: list[list[int]], seed: int) -> list[tuple[list[int], bool, float]]:
@@ -24,7 +24,7 @@ class Writer(Protocol):
         -log p of the new tokens in nats, at temperature 1."""
 
 
-def make_writer(r: SynthesizeRecipe, teacher: Source, longest_prompt: int) -> Writer:
+def make_generator(r: SynthesizeRecipe, teacher: Source, longest_prompt: int) -> Generator:
     """Load the teacher for the backend that the configuration names; every rank of the layout calls.
 
     Args:
@@ -33,14 +33,14 @@ def make_writer(r: SynthesizeRecipe, teacher: Source, longest_prompt: int) -> Wr
     """
     s = r.synthesize
     if s.backend == MEGATRON:
-        from nemo_minitron.nemo.text_generation import MegatronWriter
+        from nemo_minitron.nemo.text_generation import MegatronGenerator
 
-        return MegatronWriter(r, converted(teacher, r.data), longest_prompt + s.max_new_tokens)
+        return MegatronGenerator(r, converted(teacher, r.data), longest_prompt + s.max_new_tokens)
     directory = exported_once(teacher, cache_dir(r.data, "exports"))
-    return HuggingFaceWriter(directory, s) if s.backend == "huggingface" else VllmWriter(directory, s)
+    return HuggingFaceGenerator(directory, s) if s.backend == "huggingface" else VllmGenerator(directory, s)
 
 
-class HuggingFaceWriter:
+class HuggingFaceGenerator:
     """transformers' `generate`, in one process.
 
     Args:
@@ -55,7 +55,7 @@ class HuggingFaceWriter:
 
     @torch.inference_mode()
     def write(self, prompts: list[list[int]], seed: int) -> list[tuple[list[int], bool, float]]:
-        """See `Writer`."""
+        """See `Generator`."""
         s, longest = self.settings, max(map(len, prompts))
         ids = torch.tensor([[self.eos] * (longest - len(p)) + p for p in prompts], device=self.device)
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self.device)
@@ -83,7 +83,7 @@ class HuggingFaceWriter:
         return new, ended, float(nats) if new else 0.0
 
 
-class VllmWriter:
+class VllmGenerator:
     """vLLM, in one process. Every prompt has a seed of its own.
 
     Args:
@@ -97,7 +97,7 @@ class VllmWriter:
         self.model = LLM(model=str(directory), trust_remote_code=False, max_num_seqs=settings.batch_size)
 
     def write(self, prompts: list[list[int]], seed: int) -> list[tuple[list[int], bool, float]]:
-        """See `Writer`."""
+        """See `Generator`."""
         from vllm import SamplingParams
 
         s = self.settings

@@ -16,11 +16,11 @@ from nemo_minitron.errors import InputError
 from nemo_minitron.files import write_text
 from nemo_minitron.nemo.session import progress_bar
 from nemo_minitron.synthesis import report
-from nemo_minitron.synthesis.filters import Sieve, Text
+from nemo_minitron.synthesis.filters import Text, TextFilter
 from nemo_minitron.synthesis.mixture import TEXT
 from nemo_minitron.synthesis.store import Written, batch_seed
 from nemo_minitron.workflows.synthesize.check import Prepared
-from nemo_minitron.workflows.synthesize.generators import make_writer
+from nemo_minitron.workflows.synthesize.generators import make_generator
 
 
 def run(r: SynthesizeRecipe, prepared: Prepared, directory: Path) -> dict[str, Any]:
@@ -65,7 +65,7 @@ def _write(r: SynthesizeRecipe, prepared: Prepared) -> tuple[int, float]:
     if r.trainer.ranks == 1 and not store.missing():
         return 0, 0.0
 
-    writer = make_writer(r, prepared.teacher, max(map(len, prompts)))
+    writer = make_generator(r, prepared.teacher, max(map(len, prompts)))
     parallel.barrier()  # rank 0 has made the directory ready, and the next: nobody writes before all have looked
     missing = store.missing()
     parallel.barrier()
@@ -94,10 +94,10 @@ def _judge(r: SynthesizeRecipe, prepared: Prepared, directory: Path) -> dict[str
     """Filter, write RUN/text/train.jsonl and the report, and say what the result tells of them."""
     s = r.synthesize
     written = list(prepared.store.read())
-    sieve = Sieve(s)
-    kept = sieve.keep(_text(prepared.tokenizer, sample) for sample in written)
+    text_filter = TextFilter(s)
+    kept = text_filter.keep(_text(prepared.tokenizer, sample) for sample in written)
     if not kept:
-        dropped = ", ".join(f"{count} {name}" for name, count in sieve.dropped.items() if count)
+        dropped = ", ".join(f"{count} {name}" for name, count in text_filter.dropped.items() if count)
         raise InputError(
             f"nothing is left of {len(written)} samples ({dropped}); {prepared.store.directory} keeps them: change "
             "synthesize.min_new_tokens, synthesize.max_repetition or synthesize.near_duplicate_jaccard and run again"
@@ -113,7 +113,7 @@ def _judge(r: SynthesizeRecipe, prepared: Prepared, directory: Path) -> dict[str
     path = directory / TEXT
     path.parent.mkdir(exist_ok=True)
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    quality = report.quality(s, written, kept, sieve.dropped, _reference(prepared, kept))
+    quality = report.quality(s, written, kept, text_filter.dropped, _reference(prepared, kept))
     shown = report.excerpts(kept, s.excerpts)
     write_text(directory / "report.json", json.dumps({**quality, "excerpts": shown}, indent=2) + "\n")
     write_text(directory / "report.md", report.markdown(quality, shown))
