@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -16,14 +15,21 @@ from nemo_minitron import parallel
 from nemo_minitron.checkpoints.source import Source
 from nemo_minitron.distillation.cache.reader import TeacherCache
 from nemo_minitron.distillation.intermediate import Intermediate
-from nemo_minitron.distillation.loss.losses import HiddenTeacher, TopKTeacher, distillation_loss
+from nemo_minitron.distillation.loss.losses import distillation_loss
 from nemo_minitron.distillation.loss.settings import LossSettings
 from nemo_minitron.distillation.loss.vocabulary import align_head
 from nemo_minitron.megatron_gpt import forward_only, gpt_model
-from nemo_minitron.nemo.cached_teacher import CachedTeacher
 from nemo_minitron.nemo.intermediate_states import IntermediateLosses, add_projections
 from nemo_minitron.nemo.proven_checkpoints import describe_step
-from nemo_minitron.nemo.teacher import Teacher, microbatch_mask, microbatch_tokens, output_rows, output_weight
+from nemo_minitron.nemo.teacher import Teacher, microbatch_tokens, output_rows, output_weight
+from nemo_minitron.nemo.teacher_targets import (
+    CachedTargets,
+    CachedTeacher,
+    LiveTargets,
+    Microbatch,
+    PrecomputedTargets,
+    TeacherTargets,
+)
 
 # What the last stage reports of a microbatch: sums over its tokens.
 PARTS = ("loss", "kl", "lm_loss")
@@ -66,17 +72,13 @@ class DistillTransform(ModelTransform):
         settings: the loss on the output.
         vocab_size: tokens that both models are compared on; None: all rows of their output layers, which must then be
             equally many. Where those are padded differently, this is how many they have in common.
-        between: residual states to compare beside it. Where that needs projections, they are parameters of the student
-            while it is trained, and lie in its checkpoints beside the model's own.
+        intermediate: residual states to compare beside it. Where that needs projections, they are parameters of the
+            student while it is trained, and lie in its checkpoints beside the model's own.
         precision: of the teacher, "32" or "bf16-mixed".
         on_loaded: called with the teacher's Megatron GPTModels (none with a cache) before the first step, on every
             rank.
         on_step: called after each step with the split ("train", "valid") and means over the global batch, nats a token:
             `PARTS` and, with `intermediate`, "intermediate" and "alpha"; on every rank.
-
-    Attributes:
-        ahead_bytes: the most that waited on this stage for one step.
-        ahead_seconds: spent in the teacher's own schedules so far.
     """
 
     def __init__(
@@ -92,21 +94,15 @@ class DistillTransform(ModelTransform):
     ) -> None:
         super().__init__()
         self.source, self.settings, self.precision = teacher, settings, precision
-        self._cache = teacher if isinstance(teacher, TeacherCache) else None
         self.vocab_size = vocab_size or output_rows(teacher)
         self.intermediate, self.on_loaded, self.on_step = intermediate, on_loaded, on_step
-        self.teacher: Teacher | None = None
-        self.teacher_states_bytes, self.teacher_schedule_seconds = 0, 0.0
         self._alpha = intermediate.alpha if intermediate else None
         self._student: Any = None
+        self.teacher: Teacher | None = None
         self._compared: IntermediateLosses | None = None
-        self._mask: Tensor | None = None
-        self._target: HiddenTeacher | TopKTeacher | None = None
-        self._cached: CachedTeacher | None = None
-        self._batches: list[Any] = []
-        self._precomputed: list[tuple[Tensor | None, Any]] = []
-        self._masks: list[Tensor] = []
-        self._microbatch = 0
+        self._targets: TeacherTargets | None = None
+        self._current: Microbatch | None = None
+        self._number = 0  # of the microbatch that comes next
         self._validation: list[dict[str, float]] = []
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -116,11 +112,13 @@ class DistillTransform(ModelTransform):
         pl_module._validation_loss_reduction = DistillationReduction(validation_step=True)
         if self.intermediate is None:
             return
+        assert isinstance(self.source, Source), "a cache holds no states between layers"
         configure, intermediate = pl_module.configure_model, self.intermediate
+        teacher_hidden_size = self.source.architecture.hidden_size
 
         def with_projections(*args: Any, **kwargs: Any) -> None:
             configure(*args, **kwargs)
-            add_projections(gpt_model(pl_module.module), intermediate, self.source.architecture.hidden_size)
+            add_projections(gpt_model(pl_module.module), intermediate, teacher_hidden_size)
 
         pl_module.configure_model = with_projections
 
@@ -132,7 +130,7 @@ class DistillTransform(ModelTransform):
         """Load the teacher, and let the student's last stage return losses."""
         module, chunks = trainer.lightning_module, list(trainer.strategy.megatron_parallel)
         assert len(chunks) == 1, "virtual pipeline stages are not supported"
-        if self._cache is None:
+        if isinstance(self.source, Source):
             length = module.config.seq_length
             self.teacher = Teacher(self.source, trainer.strategy, module.tokenizer, length, self.precision)
         if self.on_loaded is not None:
@@ -143,49 +141,46 @@ class DistillTransform(ModelTransform):
             self._compared = IntermediateLosses(self.intermediate, self._student, self.teacher.chunk)
         if self._student.post_process:
             self._student._postprocess = self._postprocess
-            self._take_output_layer(output_weight(self._student))
+        self._targets = self._cached() if self.teacher is None else self._of(self.teacher)
 
-    def _take_output_layer(self, student: Tensor) -> None:
-        """The teacher's, cut where the student's [v/tp, h] is."""
-        rows = student.shape[0]
-        if self._cache is not None:
-            self._cached = CachedTeacher(self._cache, self.settings, rows, self.vocab_size, student.device)
-        else:
-            assert self.teacher is not None
-            self._head = align_head(output_weight(self.teacher.chunk), rows, self.vocab_size)
+    def _of(self, teacher: Teacher) -> TeacherTargets:
+        head = None
+        if self._student.post_process:  # cut where the student's [v/tp, h] is
+            rows = output_weight(self._student).shape[0]
+            head = align_head(output_weight(teacher.chunk), rows, self.vocab_size)
+        kind = PrecomputedTargets if parallel.pp_size() > 1 else LiveTargets
+        return kind(teacher, head, self._compared)
+
+    def _cached(self) -> TeacherTargets:
+        assert isinstance(self.source, TeacherCache)
+        device, teacher = next(self._student.parameters()).device, None
+        if self._student.post_process:
+            rows = output_weight(self._student).shape[0]
+            teacher = CachedTeacher(self.source, self.settings, rows, self.vocab_size, device)
+        return CachedTargets(teacher, device)
+
+    @property
+    def teacher_states_bytes(self) -> int:
+        """The most that waited on this stage for one step."""
+        return self._targets.states_bytes if self._targets else 0
+
+    @property
+    def teacher_schedule_seconds(self) -> float:
+        """Spent in the teacher's own schedules so far."""
+        return self._targets.schedule_seconds if self._targets else 0.0
 
     def on_megatron_step_start(self, step: Any) -> Any:
         """NeMo's hook: what has to run before the student's schedule; the microbatches are read once and replayed."""
-        self._microbatch = 0
+        assert self._targets is not None
+        self._number = 0
         balances = self.intermediate is not None and self._alpha is None and self.trainer.training
-        precompute = parallel.pp_size() > 1
-        if not (balances or precompute or self._cache):
+        if not (balances or self._targets.reads_ahead):
             return step
-        # What reaches a microbatch has no tokens on the last stage, and no mask on the others.
         batches = [next(step.data) for _ in range(get_num_microbatches())]
-        if self._cache:
-            self._batches = batches
-        elif precompute:
-            self._precompute(batches)
+        self._targets.begin(batches)
         if balances:
             self._first_balance(step, batches)
         return dataclasses.replace(step, data=iter(batches))
-
-    def _precompute(self, batches: list[Any]) -> None:
-        assert self.teacher is not None
-        begin = time.monotonic()
-        compared = self._compared
-        found = self.teacher.precompute(batches, compared.take if compared else dict)
-        hidden, states = [h for h, _ in found], [s for _, s in found]
-        if compared is not None:
-            states = compared.move(states, self.teacher.state_like(batches[0]))
-        self._precomputed = list(zip(hidden, states, strict=True))
-        self._masks = [microbatch_mask(batch) for batch in batches]
-        waiting = [t for h, s in self._precomputed for t in (h, *s.values()) if t is not None]
-        self.teacher_states_bytes = max(
-            self.teacher_states_bytes, sum(t.numel() * t.element_size() for t in waiting)
-        )
-        self.teacher_schedule_seconds += time.monotonic() - begin
 
     def _first_balance(self, step: Any, batches: list[Any]) -> None:
         """Before the first step nothing is known of the losses: one pass without gradients."""
@@ -197,48 +192,31 @@ class DistillTransform(ModelTransform):
         if self._student.post_process:
             reduction.reduce(outputs)
         self._alpha = _balance(self._shared(reduction))
-        self._microbatch = 0
+        self._number = 0
 
     def on_megatron_microbatch_start(self, batch: dict[str, Any]) -> None:
         """NeMo's hook: the teacher's states of this microbatch, and the mask, which NeMo does not hand to the model."""
-        if self._cache is not None:
-            self._read(self._batches[self._microbatch])
-            self._microbatch += 1
-            return
-        assert self.teacher is not None
-        if parallel.pp_size() > 1:
-            hidden, states = self._precomputed[self._microbatch]
-            self._mask = self._masks[self._microbatch].to(self.teacher.device)
-        else:
-            hidden = self.teacher.hidden_states(batch)
-            states = self._compared.take() if self._compared else {}
-            self._mask = batch["loss_mask"]
-        self._target = HiddenTeacher(hidden, self._head) if self._student.post_process else None
-        self._microbatch += 1
+        assert self._targets is not None
+        self._current = self._targets.microbatch(self._number, batch)
+        self._number += 1
         if self._compared is not None:
-            assert self._mask is not None
+            mask = self._current.mask
             # As Megatron's schedule scales the output's loss, which is a sum over the microbatch's tokens.
-            scale = (self._alpha or 0.0) / (float(self._mask.sum().clamp(min=1)) * get_num_microbatches())
-            self._compared.begin(states, self._mask, scale)
-
-    def _read(self, batch: Any) -> None:
-        """The mask of a microbatch, and on the last stage its teacher, from the cache."""
-        self._mask = microbatch_mask(batch).to(next(self._student.parameters()).device)
-        if self._cached is not None:
-            self._target = self._cached.target(microbatch_tokens(batch))
+            scale = (self._alpha or 0.0) / (float(mask.sum().clamp(min=1)) * get_num_microbatches())
+            self._compared.begin(self._current.states, mask, scale)
 
     def _postprocess(self, hidden_states: Tensor, labels: Tensor | None = None, **rest: Any) -> Tensor:
         """In place of Megatron's own on the last stage: the microbatch's `PARTS`, of which the first has a gradient."""
         student = self._student
         if labels is None:
             return type(student)._postprocess(student, hidden_states, labels=labels, **rest)
-        assert self._mask is not None
-        assert self._target is not None
+        assert self._current is not None
+        assert self._current.target is not None
         result = distillation_loss(
             hidden_states,
             output_weight(student),
-            self._target,
-            self._mask,
+            self._current.target,
+            self._current.mask,
             self.settings,
             vocab_size=self.vocab_size,
             labels=labels,
@@ -251,8 +229,8 @@ class DistillTransform(ModelTransform):
         values = [0.0] * (len(PARTS) + 1)
         if self._student.post_process:
             values = [*reduction.means, reduction.tokens]
-        assert self._mask is not None
-        shared = torch.tensor(values, dtype=torch.float64, device=self._mask.device)
+        assert self._current is not None
+        shared = torch.tensor(values, dtype=torch.float64, device=self._current.mask.device)
         *means, tokens = parallel.broadcast_pp(shared, parallel.pp_size() - 1).tolist()
         parts = dict(zip(PARTS, means, strict=True))
         if self._compared is not None:
@@ -268,7 +246,9 @@ class DistillTransform(ModelTransform):
         training = bool(self.trainer.training)
         module = self.trainer.lightning_module
         parts = self._shared(module.training_loss_reduction if training else module.validation_loss_reduction)
-        self._precomputed, self._masks, self._batches, self._target = [], [], [], None
+        assert self._targets is not None
+        self._targets.end()
+        self._current = None
         if self._compared is not None:
             self._compared.end()
         if not training:

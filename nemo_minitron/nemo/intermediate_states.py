@@ -26,7 +26,7 @@ def add_projections(model: Any, intermediate: Intermediate, teacher_width: int) 
 
     Args:
         model: this rank's stage.
-        between: which states are compared.
+        intermediate: which states are compared.
         teacher_width: the teacher's hidden_size.
     """
     config = model.config
@@ -49,7 +49,7 @@ class IntermediateLosses:
     """Reads the teacher's states, compares the student's, and lets the losses join the backward pass.
 
     Args:
-        between: which states are compared.
+        intermediate: which states are compared.
         student, teacher: this rank's GPTModels of the same stage.
     """
 

@@ -50,7 +50,7 @@ def signals_wait() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-class Checkpoints(nl.ModelCheckpoint):
+class ProvenCheckpoint(nl.ModelCheckpoint):
     """NeMo's checkpoints, the last one only; each stays until the weights of the next have given a finite loss.
 
     A checkpoint is written right after an optimizer step, and whether that step was a good one is known with the next

@@ -67,7 +67,7 @@ def write(p: Problem, directory: Path, form: str, loss: LossSettings) -> Teacher
 
 def losses(directory: str) -> None:
     """Heads padded differently, so that the teacher's rows are cut elsewhere; the batch in another order."""
-    from nemo_minitron.nemo.cached_teacher import CachedTeacher
+    from nemo_minitron.nemo.teacher_targets import CachedTeacher
 
     order = torch.tensor([2, 0, 1])
     p = problem(s=8, padded=56, teacher_padded=64).to(torch.float32)

@@ -5,8 +5,8 @@ import importlib.util
 from typing import Any
 
 import pytest
-from nemo_minitron.data.limits import check_ends, check_limits, refuse_limits
 
+from nemo_minitron.config.document_limits import check_ends, check_limits, refuse_limits
 from nemo_minitron.config.recipes import DataConfig
 from nemo_minitron.errors import InputError
 
