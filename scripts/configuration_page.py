@@ -121,7 +121,7 @@ def own_keys(cls: type[Any]) -> list[str]:
     """The keys that stand in a schema's table: of a recipe only what it adds that is no group of its own."""
     if not issubclass(cls, CommonConfig):
         return [field.name for field in dataclasses.fields(cls)]
-    inputs = ("source", "student", "teacher", "sdg", "prepared", "optim")
+    inputs = ("source", "student", "teacher", "teacher_cache", "sdg", "prepared", "optim")
     if cls is CommonConfig:
         return [f.name for f in dataclasses.fields(cls) if f.name not in groups() and f.name not in inputs]
     return [key for key in overrides.used_groups(cls) if key not in groups()]

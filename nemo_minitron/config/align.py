@@ -24,7 +24,9 @@ LoraTarget = Annotated[
 
 @dataclass
 class LoraConfig:
-    """Low-rank adapters: `dim` of each, `alpha` (null: `dim`), the layers that get one ("attention", "mlp", "all")."""
+    """Low-rank adapters: `dim` of each, `alpha` (null: `dim`), `dropout` of what goes into them, `target_modules`: the
+    layers that get one ("attention", "mlp", "all", or single linears of them).
+    """
 
     dim: Positive = 8
     alpha: Positive | None = None
@@ -36,6 +38,9 @@ class LoraConfig:
 class DpoConfig:
     """NeMo-Aligner's preference losses, in its names: `preference_loss` is "dpo", "ipo", "rpo_bwd_kl", "rpo_fwd_kl" or
     "rpo_sq"; the last three compare with the rewards in the data, times `gt_reward_scale`.
+    `ref_policy_kl_penalty`: how far the student may leave where it began (the papers' beta; more is less far).
+    `preference_average_log_probs`: an answer's log-probability a token, not their sum. `preference_loss_weight` of that
+    loss, `sft_loss_weight` of the next-token loss of chosen answers beside it.
     """
 
     preference_loss: Annotated[str, Choice("dpo", "ipo", "rpo_bwd_kl", "rpo_fwd_kl", "rpo_sq")] = "dpo"
@@ -55,6 +60,10 @@ class AlignConfig:
     or "cut". `max_steps` null: `max_epochs` passes. `samples`: held-out prompts whose greedy answers, of up to
     `samples_max_new_tokens` tokens, are written into RUN/samples.jsonl at each validation. `peft`: "none", all weights,
     or "lora". `save_nemo`: also write NeMo-Aligner's own .nemo file.
+
+    `global_batch_size`: samples of a step. `val_check_interval`: steps from one validation and checkpoint to the next;
+    0: only at the end. `limit_val_batches`: of a validation; null: all. `packed_sequence`: must be false, since
+    NeMo-Aligner does not pack conversations.
     """
 
     train: Files = None
@@ -86,4 +95,6 @@ class SftRecipe(CommonConfig):
 
 @dataclass
 class PreferenceRecipe(SftRecipe):
-    """`recipes/preference.py`. `align.train` and `align.valid`: JSONL files of a prompt and two answers."""
+    """`recipes/preference.py`. `student`: as of sft. `align.train` and `align.valid`: JSONL files of a prompt and two
+    answers.
+    """

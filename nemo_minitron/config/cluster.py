@@ -16,6 +16,8 @@ _TIME = re.compile(r"\d+|\d+:\d+(:\d+)?|\d+-\d+(:\d+){0,2}")
 class ClusterConfig:
     """The options of sbatch and srun that differ from site to site; null: the site's own default.
 
+    `partition`, `account` and `qos`: SLURM's. `time`: the limit, as "04:00:00". `mem`: memory of a node, as "64G".
+
     `gpus_per_node`: how many a node has; 0: a node has none, and ranks run over gloo. `cpus_per_task`: cores a rank.
     `signal_s`: seconds before the time limit at which a training run saves a checkpoint. `requeue`: whether the job
     then puts itself back into the queue. `array_parallel`: how many jobs of a sweep may run at a time.

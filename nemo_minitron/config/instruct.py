@@ -13,7 +13,10 @@ Samples = Annotated[int, Range(least=1, most=1_000_000)]
 
 @dataclass
 class InstructSizes:
-    """Samples of each of the four categories by file of the project's own instruct set."""
+    """Samples of each of the four categories by file of the project's own instruct set: `train` to learn from; held out
+    `valid` and `test`, of other wordings, and `seen`, of the wordings of training; `preference_train` and
+    `preference_valid` for pairs.
+    """
 
     train: Samples = 1500
     seen: Samples = 50

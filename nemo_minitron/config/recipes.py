@@ -15,13 +15,12 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_minitron.config.cluster import ClusterConfig, check_cluster
+from nemo_minitron.config.data import DataConfig
 from nemo_minitron.config.document_limits import check_limits
 from nemo_minitron.config.ranges import (
     AboveZero,
-    Beginning,
     Choice,
     Count,
-    Files,
     LayerMap,
     Layers,
     LayersOrLate,
@@ -48,7 +47,11 @@ Statistic = Annotated[str, Choice("mean", "l2", "var")]
 
 @dataclass
 class OptimConfig:
-    """Megatron-core's Adam under warm-up and cosine decay from `lr` to `min_lr`; `warmup_steps` are optimizer steps."""
+    """Megatron-core's Adam under warm-up and cosine decay from `lr` to `min_lr`; `warmup_steps` are optimizer steps.
+
+    `weight_decay`, `adam_beta1` and `adam_beta2` are Adam's. `clip_grad`: the largest norm of all gradients; 0: any.
+    `use_distributed_optimizer`: its states are divided among the data-parallel ranks.
+    """
 
     lr: AboveZero = 1e-4
     min_lr: NotNegative = 1e-5
@@ -61,39 +64,14 @@ class OptimConfig:
 
 
 @dataclass
-class DataConfig:
-    """A corpus (`stdlib`, `files`, `hf`), its tokenizer, and how it is packed.
-
-    `tokenizer`: a Hugging Face directory or id; null takes the checkpoint's or, in pretraining, trains a BPE of
-    `vocab_size` on the train split. `bos`: whether documents begin with the beginning token, "auto" (as the tokenizer
-    does by itself), true or false (`data.beginning`). `reset_attention_mask`: a document of a packed sequence does not
-    see those before it; `reset_position_ids`: and its positions begin at 0. The other keys are those of
-    `data.corpora.load_corpus`.
-    """
-
-    name: str = "stdlib"
-    seq_length: Annotated[int, Range(least=2)] = 512
-    tokenizer: PathName | None = None
-    vocab_size: Annotated[int, Range(least=1, most=10_000_000)] = 1024
-    cache_dir: PathName | None = None
-    bos: Beginning = "auto"
-    reset_attention_mask: bool = False
-    reset_position_ids: bool = False
-    seed: Seed = 1234
-    train: Files = None
-    valid: Files = None
-    text_key: str | None = None
-    valid_fraction: Annotated[float, Range(above=0, below=1)] | None = None
-    path: PathName | None = None
-    config: str | None = None
-    revision: str | None = None
-    train_split: str | None = None
-    valid_split: str | None = None
-
-
-@dataclass
 class ModelConfig:
-    """The architecture that `recipes/pretrain.py` trains from scratch: Llama, in Megatron-core's names."""
+    """The architecture that `recipes/pretrain.py` trains from scratch: Llama, in Megatron-core's names.
+
+    `num_layers` layers of `hidden_size` channels with an MLP of `ffn_hidden_size` neurons; `num_attention_heads` heads
+    in `num_query_groups` groups that share keys and values, of `kv_channels` channels each.
+    `share_embeddings_and_output_weights`: tied embeddings. `rotary_base`: of rotary positions. `init_method_std`: the
+    standard deviation of the first weights.
+    """
 
     num_layers: Annotated[int, Range(least=1, most=10_000)] = MISSING
     hidden_size: Width = MISSING
@@ -108,15 +86,21 @@ class ModelConfig:
 
 @dataclass
 class PruneConfig:
-    """What to keep and how to choose it. A size is an integer, a fraction of the source ("3/4"), or null: left alone.
-    `multiple_of`: what fractions of hidden_size and ffn_hidden_size are rounded to (256 for llama.cpp's K types); null:
-    to tiles of matrix products.
+    """What to keep and how to choose it. The sizes `hidden_size` (channels), `ffn_hidden_size` (MLP neurons),
+    `num_attention_heads`, `num_query_groups` and `num_layers` are integers, fractions of the source ("3/4"), or null:
+    left alone. `multiple_of`: what fractions of hidden_size and ffn_hidden_size are rounded to (256 for llama.cpp's K
+    types); null: to tiles of matrix products.
 
     Layers: `num_layers` lets `layer_metric` choose, `contiguous` as one block of neighbours, never the first
     `protect_first` and the last `protect_last`; or `keep_layers` or `drop_layers` lists them, 0-based;
     `drop_layers=late` is the block right before the last layer. `layer_metric`: "block_influence" or "angular_distance"
     (one pass over the calibration samples for all layers), "lm_loss" (the loss with each layer or block left out, about
     half a pass for each), "task" (the accuracy lost on the questions in `task_file`, likewise).
+
+    `importance` of width's units: by "activation" over `calibration_samples` sequences of the train split, reduced by
+    `sequence_aggregation` along each and by `batch_aggregation` over them; or "random" by `seed`, the control.
+    `include_final_norm`: whether the last norm counts for channels. `head_residual`: the queries of kept heads
+    take in those of the pruned ones of their group (arXiv 2407.14679, section 2.2).
 
     `task_file`: a JSONL of multiple-choice questions (`evaluation.multiple_choice.load_task`); the accuracy before and
     after is measured too. `task_normalize`: compare choices by log-probability a token, not by the sum. `scores`: a
@@ -175,7 +159,8 @@ class DistillConfig:
     the teacher's `top_k` tokens or all, with or without the `tail`'s mass, and `ce_weight` of next-token cross-entropy;
     or "cross_entropy" alone, without a teacher. `from_scratch`: random weights of the student's sizes, for comparison.
     `max_steps` of `global_batch_size` packed sequences, of which the share `sdg_weight` is of the teacher's text in
-    `sdg` and the rest of the corpus.
+    `sdg` and the rest of the corpus. `val_check_interval`: steps from one validation and checkpoint to the next; 0:
+    only at the end. `limit_val_batches`: global batches of a validation.
     """
 
     loss: Annotated[str, Choice("forward_kl", "reverse_kl", "jensen_shannon", "cross_entropy")] = "forward_kl"
@@ -218,6 +203,9 @@ class EvalConfig:
 @dataclass
 class CommonConfig:
     """What every recipe has. Groups that a recipe does not use are composed all the same and stay untouched.
+
+    `run_dir`: where a run writes. `overwrite`: whether a finished run there is replaced. `seed`: of random weights,
+    sampling and dropout; the order of documents has `data.seed`.
 
     `prepared` is the launcher's: what it checked, converted and indexed once, before the ranks started. `cluster` is
     for launchers/slurm.sh; ranks have none.
@@ -266,8 +254,8 @@ class PruneRecipe(CommonConfig):
 
 @dataclass
 class SearchRecipe(PruneRecipe):
-    """`recipes/search.py`. `prune`: how units and layers are chosen, and sizes of axes that the grid leaves open;
-    `distill`: how candidates learn where `search.distill_steps` is above 0.
+    """`recipes/search.py`. `source`: as of prune. `prune`: how units and layers are chosen, and sizes of axes that the
+    grid leaves open; `distill`: how candidates learn where `search.distill_steps` is above 0.
     """
 
     search: SearchConfig = field(default_factory=SearchConfig)
@@ -292,7 +280,9 @@ class DistillRecipe(CommonConfig):
 
 @dataclass
 class CacheTeacherRecipe(CommonConfig):
-    """`recipes/cache_teacher.py`. `distill`: of the runs that will read the cache: how many sequences, which loss."""
+    """`recipes/cache_teacher.py`. `teacher`: a checkpoint. `distill`: of the runs that will read the cache: how many
+    sequences, which loss.
+    """
 
     teacher: PathName = MISSING
     distill: DistillConfig = field(default_factory=DistillConfig)
@@ -301,7 +291,7 @@ class CacheTeacherRecipe(CommonConfig):
 
 @dataclass
 class CorrectTeacherRecipe(CommonConfig):
-    """`recipes/correct_teacher.py`. `distill`: the schedule, with `loss: cross_entropy`."""
+    """`recipes/correct_teacher.py`. `teacher`: a checkpoint. `distill`: the schedule, with `loss: cross_entropy`."""
 
     teacher: PathName = MISSING
     distill: DistillConfig = field(default_factory=DistillConfig)

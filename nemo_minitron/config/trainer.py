@@ -16,6 +16,16 @@ from nemo_minitron.errors import InputError
 class TrainerConfig:
     """The parallel layout (MegatronStrategy's argument names), precision and batches.
 
+    `tensor_model_parallel_size`, `pipeline_model_parallel_size`, `context_parallel_size` and `data_parallel_size`
+    multiply to the number of ranks, on `num_nodes` machines. `sequence_parallel`: tensor-parallel ranks share what lies
+    between attention and MLP along the sequence. `num_layers_in_first_pipeline_stage`,
+    `num_layers_in_last_pipeline_stage`: uneven stages; null: even ones. `micro_batch_size`: sequences that a
+    data-parallel rank takes at once; `global_batch_size`: those of a step over all of them.
+
+    Of pretraining alone: `max_steps`; `val_check_interval`, steps from one validation and checkpoint to the next (0:
+    only at the end); `limit_val_batches` of a validation (0: none). `log_every_n_steps`: how often a training prints a
+    line.
+
     `recompute_granularity`: activations that training forms again on the way back instead of keeping them: "selective",
     those of attention, or "full", those of whole layers (Megatron-core's names); null: none.
     `checkpoint_dtype`: of the weights in the checkpoint that a recipe ends with; null: as they lie in the model that it

@@ -208,6 +208,7 @@ def test_the_page_of_keys_is_what_the_schemas_say() -> None:
     assert page == script.whole(page), (
         "run `python scripts/configuration_page.py` and commit docs/configuration.md"
     )
+    assert script.unexplained() == [], "of these keys the docstring of their schema says nothing"
     for file in sorted((ROOT / "conf").glob("*/*.yaml")):
         assert (
             f"`{file.parent.name}={file.stem}`" in page or file.parent.name in SINGLE or file.stem == "none"
@@ -267,3 +268,19 @@ def test_links_lead_somewhere(page: Path) -> None:
             headings = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
             anchors = {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
             assert anchor[1:] in anchors, (path, anchor)
+
+
+NAMED = [ROOT / "docs" / "architecture.md", ROOT / "docs" / "extending.md", ROOT / "tests" / "README.md"]
+PACKAGE = ROOT / "nemo_minitron"
+PLACES = (ROOT, PACKAGE, PACKAGE / "workflows" / "prune", ROOT / "tests", ROOT / "tests" / "distributed")
+
+
+@pytest.mark.parametrize("page", NAMED, ids=lambda p: p.name)
+def test_the_files_of_the_builders_pages_are_there(page: Path) -> None:
+    """What stands between backticks and looks like a path, with * and NAME for any."""
+    for name in re.findall(r"`([\w*./-]+(?:/|\.py|\.yaml)[\w*./-]*)`", page.read_text()):
+        made_by_runs = name in ("resolved.yaml",) or "..." in name
+        pattern = re.sub(r"NAME|GROUP", "*", name).rstrip("/")
+        found = [place for place in PLACES for end in ("", ".py") if any(place.glob(pattern + end))]
+        found += list(ROOT.glob(f"conf/**/{pattern}"))
+        assert found or made_by_runs, name

@@ -1,0 +1,45 @@
+"""The schema of the group `data`: a corpus, its tokenizer, and how it is packed."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from nemo_minitron.config.ranges import Beginning, Files, PathName, Range, Seed
+
+
+@dataclass
+class DataConfig:
+    """A corpus, its tokenizer, and how it is packed.
+
+    `name`: "stdlib", the source of Python's standard library; "files"; "hf", a dataset of the hub. `seq_length`: tokens
+    of a packed sequence. `tokenizer`: a Hugging Face directory or id; null takes the checkpoint's or, in pretraining,
+    trains a BPE of `vocab_size` on the train split. `seed`: of the documents' order. `cache_dir`: where indices and
+    converted checkpoints are kept; null: $NEMO_MINITRON_HOME, else ~/.cache/nemo_minitron.
+
+    `bos`: whether documents begin with the beginning token, "auto" (as the tokenizer does by itself), true or false
+    (`data.beginning`). `reset_attention_mask`: a document of a packed sequence does not see those before it;
+    `reset_position_ids`: and its positions begin at 0.
+
+    "files": `train` and `valid`, each a glob or a list of them; a .jsonl file has one document a line, under
+    `text_key`; any other file is one document. `valid_fraction`: of the train split's documents, held out by their
+    hash where there is no valid split. "hf": `path`, the dataset's id or a directory, its `config` and `revision`, and
+    which of its splits are `train_split` and `valid_split`; `text_key` and `valid_fraction` as above.
+    """
+
+    name: str = "stdlib"
+    seq_length: Annotated[int, Range(least=2)] = 512
+    tokenizer: PathName | None = None
+    vocab_size: Annotated[int, Range(least=1, most=10_000_000)] = 1024
+    cache_dir: PathName | None = None
+    bos: Beginning = "auto"
+    reset_attention_mask: bool = False
+    reset_position_ids: bool = False
+    seed: Seed = 1234
+    train: Files = None
+    valid: Files = None
+    text_key: str | None = None
+    valid_fraction: Annotated[float, Range(above=0, below=1)] | None = None
+    path: PathName | None = None
+    config: str | None = None
+    revision: str | None = None
+    train_split: str | None = None
+    valid_split: str | None = None
