@@ -272,7 +272,8 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 NAMED = [ROOT / "docs" / "architecture.md", ROOT / "docs" / "extending.md", ROOT / "tests" / "README.md"]
 PACKAGE = ROOT / "nemo_minitron"
-PLACES = (ROOT, PACKAGE, PACKAGE / "workflows" / "prune", ROOT / "tests", ROOT / "tests" / "distributed")
+ROOMS = (PACKAGE, PACKAGE / "distillation", PACKAGE / "workflows" / "prune")
+PLACES = (ROOT, *ROOMS, ROOT / "tests", ROOT / "tests" / "distributed")
 
 
 @pytest.mark.parametrize("page", NAMED, ids=lambda p: p.name)
