@@ -202,7 +202,8 @@ def _fill(weights: dict[str, Any], source: "Source") -> None:
 
     tensors = read_headers(source.path, f"source={source.path}")
     if source.architecture.share_embeddings_and_output_weights and {EMBEDDING, HEAD} <= tensors.keys():
-        _check_tied(*(tensors.pop(name).file for name in (EMBEDDING, HEAD)), weights[EMBEDDING], source)
+        embedding, head = (tensors.pop(name).file for name in (EMBEDDING, HEAD))
+        _check_tied(embedding, head, weights[EMBEDDING], source)
     for file in source.files:
         names = [name for name, tensor in tensors.items() if tensor.file == file]
         with torch.no_grad(), safe_open(file, framework="pt") as opened:

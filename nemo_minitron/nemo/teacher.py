@@ -101,8 +101,9 @@ class Teacher:
 
 def output_rows(teacher: Source | TeacherCache) -> int:
     """Rows of the teacher's output layer, padding included."""
-    cached = isinstance(teacher, TeacherCache)
-    return teacher.contents.vocab_size if cached else teacher.architecture.vocab_size
+    if isinstance(teacher, TeacherCache):
+        return teacher.contents.vocab_size
+    return teacher.architecture.vocab_size
 
 
 def give_hidden_states(model: Any) -> None:
