@@ -268,7 +268,7 @@ def export_model(source: "Source", dtype: str = SOURCE_DTYPE) -> Model:
         dtype: as `export.huggingface.dtype_of`.
 
     Raises:
-        InputError: a model that Hugging Face has no family for, a dtype that is none, weights that do not fit the
+        InputError: a model that Hugging Face has no family for, an invalid dtype, weights that do not fit the
             configuration.
     """
     assert source.kind == "nemo", source

@@ -81,7 +81,7 @@ class Teacher:
 
         Args:
             batches: as NeMo's data loader gives them.
-            taken: called after each forward pass of this stage, for what else is to be kept of it.
+            taken: called after each forward pass of this stage, for what else to keep of it.
 
         Returns:
             For each microbatch its hidden states (None but on the last stage), and what `taken` gave.
