@@ -30,6 +30,11 @@ _PIECES = (
 )
 
 
+def is_trained_here(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether a tokenizer is one that `train_bpe` made, by its two special tokens."""
+    return tokenizer.convert_ids_to_tokens([0, 1]) == [EOS, PAD]
+
+
 def train_bpe(texts: Iterable[str], vocab_size: int, out_dir: str | Path) -> "PreTrainedTokenizerBase":
     """Train a byte-level BPE and write it where `AutoTokenizer.from_pretrained` reads it.
 

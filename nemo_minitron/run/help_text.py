@@ -28,18 +28,18 @@ $CONFIG"""
 def overview() -> str:
     """The recipes, one a line."""
     width = max(map(len, RECIPES))
-    lines = [f"  {name:{width}}  {_does(name)}" for name in RECIPES]
+    lines = [f"  {name:{width}}  {does(name)}" for name in RECIPES]
     head = "python -m nemo_minitron RECIPE [key=value ...]; --help after a recipe's name explains it"
     return "\n".join([head, "", *lines])
 
 
 def help_text(name: str, schema: type[Any]) -> str:
     """A template for Hydra's help, which fills in the groups and the composed configuration."""
-    own = "\n\n".join([f"{name}: {_does(name)}", *_presets(name), *_explained(name, schema)])
+    own = "\n\n".join([f"{name}: {does(name)}", *_presets(name), *_explained(name, schema)])
     return own.replace("$", "$$") + "\n\n" + _FOOTER
 
 
-def _does(name: str) -> str:
+def does(name: str) -> str:
     """The first sentence of the module that does the work, without the recipe's name."""
     if name not in RECIPES:
         return ""

@@ -1,13 +1,17 @@
 """What every recipe asks of a checkpoint before it is opened."""
 
+import logging
 from pathlib import Path
 
 from nemo_minitron.checkpoints.source import Source, find_source
 from nemo_minitron.config.recipes import DataConfig, cache_dir
 from nemo_minitron.config.trainer import TrainerConfig, check_stages, check_tensor_ranks
 from nemo_minitron.data.prepare import PreparedData
-from nemo_minitron.data.tokenizer import load_tokenizer
+from nemo_minitron.data.tokenizer import is_trained_here, load_tokenizer
+from nemo_minitron.environment import rank
 from nemo_minitron.errors import InputError
+
+logger = logging.getLogger("nemo_minitron")
 
 
 def check_source(key: str, source: Source, t: TrainerConfig, seq_length: int) -> None:
@@ -56,6 +60,19 @@ def check_vocabulary(source: Source, data: PreparedData, *, trained: bool = True
             f"data.tokenizer={data.tokenizer_dir}: id {number} is {token!r}, for the model {own[number]!r}; must have "
             "the model's ids"
         )
+
+
+def say_corpus(d: DataConfig, data: PreparedData, *, prepared: bool, what: str) -> None:
+    """One line where a foreign model meets the default corpus, which is Python's source code.
+
+    A model whose tokenizer was trained here has read that corpus or one of its user's choice.
+
+    Args:
+        prepared: whether a launcher's check has said it.
+        what: the recipe does on the corpus, such as "calibrates".
+    """
+    if d.name == "stdlib" and not prepared and rank() == 0 and not is_trained_here(data.tokenizer):
+        logger.warning("data=stdlib %s on Python code; for other text say data=files data.train=FILES", what)
 
 
 def converted(source: Source, d: DataConfig) -> Source:

@@ -78,7 +78,3 @@ def test_the_student_is_the_teacher_s_kept_weights_two_small_steps_on(
         moved = (trained[name] - untrained[name]).abs().max().item()
         assert 0 < moved < 3e-4, name
     assert not torch.equal(trained["lm_head.weight"], trained["model.embed_tokens.weight"])
-
-
-def test_the_readme_shows_this_script() -> None:
-    assert f"```python\n{SCRIPT.read_text()}```\n" in (ROOT / "README.md").read_text()

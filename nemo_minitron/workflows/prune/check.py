@@ -13,7 +13,7 @@ from nemo_minitron.errors import InputError, of_setting
 from nemo_minitron.evaluation.multiple_choice import load_task
 from nemo_minitron.pruning import resolve_target
 from nemo_minitron.pruning.ranking import check_protected, explicit_layers
-from nemo_minitron.workflows.preflight import check_source, check_vocabulary, converted
+from nemo_minitron.workflows.preflight import check_source, check_vocabulary, converted, say_corpus
 from nemo_minitron.workflows.prune import plans
 
 
@@ -64,6 +64,7 @@ def check(r: PruneRecipe) -> Prepared:
     task = load_questions(r.prune, source, data)
     prepared = Prepared(source, sha256, steps, keep_layers, data, scores, task)
     plans.try_plans(r.prune, source.architecture, steps, keep_layers, scores, sha256)
+    say_corpus(r.data, data, prepared=bool(ready), what="calibrates")
     return dataclasses.replace(prepared, source=converted(source, r.data))
 
 

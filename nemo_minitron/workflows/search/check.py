@@ -20,7 +20,7 @@ from nemo_minitron.search.candidates import (
     make_budget,
 )
 from nemo_minitron.workflows.distill import settings as distill_checks
-from nemo_minitron.workflows.preflight import check_source, converted
+from nemo_minitron.workflows.preflight import check_source, converted, say_corpus
 from nemo_minitron.workflows.prune import check as prune
 from nemo_minitron.workflows.prune import plans
 
@@ -90,6 +90,7 @@ def check(r: SearchRecipe) -> Prepared:
     data = prepare_data(r.data, str(source.tokenizer), ready.get("data"))
     prune.check_data(r, source, data, scores)
     task = prune.load_questions(r.prune, source, data)
+    say_corpus(r.data, data, prepared=bool(ready), what="calibrates")
     return Prepared(converted(source, r.data), sha256, data, scores, task, grid, budget, load, found)
 
 
