@@ -1,4 +1,4 @@
-"""The wheel holds conf/ and the demo teacher inside the package, where `nemo_minitron.run.commands.resources` looks."""
+"""The wheel holds conf/ and the demo teacher inside the package, where `nemo_minitron.run.registry.resources` looks."""
 
 import shutil
 from pathlib import Path

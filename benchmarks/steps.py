@@ -186,7 +186,7 @@ def our_work(a: argparse.Namespace, student: Any, teacher: Any, batch: dict[str,
 def be_side(a: argparse.Namespace) -> None:
     """Load the models, then run whenever the parent says so."""
     from nemo_minitron import cpu_compat
-    from nemo_minitron.cpu_compat import product_choice
+    from nemo_minitron.cpu_compat import presence, product_choice
 
     ours = a.side == "ours"
     if ours:
@@ -208,7 +208,7 @@ def be_side(a: argparse.Namespace) -> None:
     load, make = (our_model, our_work) if ours else (plain_model, plain_work)
     student = load(a.directory / "student", dtype)
     teacher = load(a.directory / "teacher", dtype).eval() if a.work == "distill" else None
-    if ours and not cpu_compat.cuda_was_present():
+    if ours and not presence.cuda_was_present():
         from nemo_minitron.cpu_compat import nemo2
 
         nemo2.large_buffers_fault_on_every_step()  # as `prepare_nemo` does

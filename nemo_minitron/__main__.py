@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 
 from nemo_minitron import __version__
-from nemo_minitron.run.commands import RECIPES, main, use_environment
+from nemo_minitron.run.commands import main, use_environment
+from nemo_minitron.run.registry import RECIPES
 
 
 def command() -> None:

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from nemo_minitron.config.ranges import Choice, Kind, Range, rules
 from nemo_minitron.config.recipes import CommonConfig, OptimConfig
 from nemo_minitron.run import help_text, overrides
-from nemo_minitron.run.commands import RECIPES
+from nemo_minitron.run.registry import RECIPES
 
 ROOT = Path(__file__).resolve().parents[1]
 CONF = ROOT / "conf"

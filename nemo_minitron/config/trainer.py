@@ -26,7 +26,7 @@ class TrainerConfig:
     only at the end); `limit_val_batches` of a validation (0: none). `log_every_n_steps`: how often a training prints a
     line.
 
-    `recompute_granularity`: activations that training forms again on the way back instead of keeping them: "selective",
+    `recompute_granularity`: activations that the backward pass recomputes instead of keeping them: "selective",
     those of attention, or "full", those of whole layers (Megatron-core's names); null: none.
     `checkpoint_dtype`: of the weights in the checkpoint that a recipe ends with; null: as they lie in the model that it
     began with. What is computed in, and in what a training keeps its state, is `precision`'s matter.

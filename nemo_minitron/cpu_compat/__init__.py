@@ -13,18 +13,11 @@ import functools
 import logging
 
 from nemo_minitron.cpu_compat import imports
+from nemo_minitron.cpu_compat.presence import cuda_was_present
 from nemo_minitron.cpu_compat.product_choice import Choice
 
 logger = logging.getLogger("nemo_minitron")
 _choices: list[Choice] = []
-
-
-@functools.cache
-def cuda_was_present() -> bool:
-    """Asked once, before any stand-in is in place."""
-    import torch
-
-    return torch.cuda.is_available()
 
 
 @functools.cache

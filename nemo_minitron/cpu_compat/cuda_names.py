@@ -38,9 +38,9 @@ def waiting_and_memory_calls_do_nothing() -> None:
         setattr(torch.cuda, name, lambda *args, **kwargs: None)
     for name in ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"):
         setattr(torch.cuda, name, lambda *args, **kwargs: 0)
-    torch.cuda.memory_stats = lambda *args, **kwargs: {}  # type: ignore[assignment]
-    torch.cuda.nvtx.range_push = lambda *args, **kwargs: None  # type: ignore[assignment]
-    torch.cuda.nvtx.range_pop = lambda *args, **kwargs: None  # type: ignore[assignment]
+    torch.cuda.memory_stats = lambda *args, **kwargs: {}  # type: ignore
+    torch.cuda.nvtx.range_push = lambda *args, **kwargs: None  # type: ignore
+    torch.cuda.nvtx.range_pop = lambda *args, **kwargs: None  # type: ignore
 
 
 def random_state_is_the_cpus() -> None:
@@ -50,10 +50,10 @@ def random_state_is_the_cpus() -> None:
     # Not torch.manual_seed, which itself calls torch.cuda.manual_seed_all.
     seed = lambda value: torch.default_generator.manual_seed(int(value)) and None  # noqa: E731
     for place in (torch.cuda, torch.cuda.random):
-        place.get_rng_state = get  # type: ignore[assignment]
-        place.set_rng_state = put  # type: ignore[assignment]
-        place.manual_seed = seed  # type: ignore[assignment]
-        place.manual_seed_all = seed  # type: ignore[assignment]
+        place.get_rng_state = get  # type: ignore
+        place.set_rng_state = put  # type: ignore
+        place.manual_seed = seed  # type: ignore
+        place.manual_seed_all = seed  # type: ignore
 
 
 class _Stream:
@@ -74,7 +74,7 @@ def streams_and_events_are_empty() -> None:
     torch.cuda.Event = _Stream  # type: ignore[assignment,misc]
     torch.cuda.current_stream = lambda *args, **kwargs: _Stream()  # type: ignore[assignment,return-value]
     torch.cuda.default_stream = lambda *args, **kwargs: _Stream()  # type: ignore[assignment,return-value]
-    torch.cuda.stream = lambda *args, **kwargs: contextlib.nullcontext()  # type: ignore[assignment]
+    torch.cuda.stream = lambda *args, **kwargs: contextlib.nullcontext()  # type: ignore
 
 
 def typed_tensor_names_exist() -> None:

@@ -132,7 +132,7 @@ class _Loader(importlib.machinery.SourceFileLoader):
         try:
             super().exec_module(module)
             if type(module) is _Deferred:
-                module.__class__ = types.ModuleType
+                module.__class__ = types.ModuleType  # type: ignore[assignment]
         finally:
             self.running = False
 

@@ -98,7 +98,7 @@ def _with_cuda_type_names(function: Any) -> Any:
             answer = inherited(tensor, *rest, **options)
             return answer.replace("torch.", "torch.cuda.", 1) if isinstance(answer, str) else answer
 
-        torch.Tensor.type = named  # type: ignore[method-assign]
+        torch.Tensor.type = named  # type: ignore
         try:
             return function(*args, **kwargs)
         finally:

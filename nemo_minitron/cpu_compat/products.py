@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nemo_minitron.cpu_compat import presence
 from nemo_minitron.cpu_compat.product_choice import Choice
 
 # Below these a kernel in Python costs more than it saves: multiplications of a product, and its smallest dimension.
@@ -35,10 +36,8 @@ def use(choice: Choice) -> bool:
         Whether any product leaves torch's own kernels.
     """
     global _library, _active
-    from nemo_minitron import cpu_compat
-
     _stop()
-    if cpu_compat.cuda_was_present() or not _is_possible(choice):
+    if presence.cuda_was_present() or not _is_possible(choice):
         return False
     _active = choice
     _own.update({name: torch.library.get_kernel(f"aten::{name}", "CPU") for name in _NAMES})

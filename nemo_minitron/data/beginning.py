@@ -11,7 +11,7 @@ AUTO = "auto"
 
 
 def check_bos(bos: object) -> None:
-    """Refuse a `data.bos` that is none.
+    """Refuse an invalid `data.bos`.
 
     Raises:
         InputError: names it and what would be legal.

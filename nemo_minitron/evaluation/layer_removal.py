@@ -207,5 +207,5 @@ def merged(losses: Tensor) -> Tensor:
     """Sums (of the last stage; zeros elsewhere) over the data-parallel ranks, the same on every rank."""
     parallel.broadcast_pp(losses, parallel.pp_size() - 1)
     parallel.all_reduce(losses, "dp")
-    # All tensor-parallel ranks take one's, lest a last bit make plans differ.
+    # All tensor-parallel ranks take one's, so that rounding cannot make plans differ between ranks.
     return parallel.all_gather_tp(losses)[0]

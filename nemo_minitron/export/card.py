@@ -83,7 +83,7 @@ def card(facts: Facts) -> str:
         pipeline_tag="text-generation",
         tags=[*_TAGS, *(["conversational"] if facts.has_template else [])],
         base_model=_hub_name(facts.lineage.base_name),
-        **_licence_fields(facts.licence),
+        **_licence_fields(facts.licence),  # type: ignore[arg-type]
     )
     text = str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(_body(facts)) + "\n"))
     check(text)

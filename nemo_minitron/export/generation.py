@@ -24,7 +24,7 @@ def gathered(directory: Path) -> dict[str, Any]:
     Values that are neither plain nor lists of integers are left out: they would name code or hold whole configurations.
 
     Raises:
-        InputError: a file that is no JSON object, or an id that is none.
+        InputError: a file that is no JSON object, or an invalid id.
     """
     settings = {name: value for name, value in carried(directory).items() if _is_plain(value)}
     config = _read(directory / "config.json")

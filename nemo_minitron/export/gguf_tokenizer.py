@@ -85,7 +85,7 @@ def vocabulary_of(tokenizer: Any, settings: Mapping[str, Any], rows: int, where:
         raise InputError(f"{where}: a {kind} tokenizer; format=gguf has byte-level and SentencePiece BPE")
     texts, types = _tokens(rules, rows)
     ids, left_out = _ids(settings, tokenizer)
-    common = {"texts": texts, "types": types, "ids": ids, "stops_left_out": left_out}
+    common: dict[str, Any] = {"texts": texts, "types": types, "ids": ids, "stops_left_out": left_out}
     common["template"] = tokenizer.chat_template or None
     flags = _flags(tokenizer)
     if rules["model"].get("byte_fallback"):

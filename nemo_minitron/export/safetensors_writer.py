@@ -62,7 +62,7 @@ def write_values(write: Callable[[memoryview], object], tensor: Tensor, dtype: t
     flat, written = tensor.reshape(-1), 0
     for begin in range(0, flat.numel(), _BLOCK):
         block = flat[begin : begin + _BLOCK].to(dtype).view(torch.uint8).numpy()
-        write(memoryview(block))
+        write(block.data)
         written += block.nbytes
     return written
 

@@ -165,7 +165,7 @@ class BlockInfluenceCollector:
         if not int(tokens):
             raise InputError("calibration: there was no sample")
         sums = parallel.all_reduce(self._sums, "pp")
-        # All tensor-parallel ranks take one's, lest a last bit make plans differ.
+        # All tensor-parallel ranks take one's, so that rounding cannot make plans differ between ranks.
         means = parallel.all_gather_tp(sums / int(tokens))[0].cpu()
         self._check_finite(means)
         scores = {}

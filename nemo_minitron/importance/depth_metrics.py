@@ -33,7 +33,7 @@ def lm_loss_scores(
         first layer: nats, float32, on the CPU, the same on every rank. It is the loss itself, not its rise.
 
     Raises:
-        InputError: a length that is none; NaN or infinity (names the layers that were left out); see `LayerRemoval`.
+        InputError: an invalid length; NaN or infinity (names the layers that were left out); see `LayerRemoval`.
     """
     blocks = _blocks(_num_layers(chunks), lengths)
     losses = lm_loss_without(

@@ -26,7 +26,7 @@ def fit(
     start: Path | None = None,
     new_parameters: bool = False,
 ) -> Path:
-    """Train with `nemo.collections.llm.train`, or go on where a killed run stopped; SIGUSR1 saves and ends it.
+    """Train with `nemo.collections.llm.train`, or resume a run that was killed; SIGUSR1 saves and ends it.
 
     Args:
         model: a NeMo 2 GPTModel with its optimizer.

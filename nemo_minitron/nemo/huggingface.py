@@ -202,7 +202,8 @@ def _fill(weights: dict[str, Any], source: "Source") -> None:
 
     tensors = read_headers(source.path, f"source={source.path}")
     if source.architecture.share_embeddings_and_output_weights and {EMBEDDING, HEAD} <= tensors.keys():
-        _check_tied(*(tensors.pop(name).file for name in (EMBEDDING, HEAD)), weights[EMBEDDING], source)
+        embedding, head = (tensors.pop(name).file for name in (EMBEDDING, HEAD))
+        _check_tied(embedding, head, weights[EMBEDDING], source)
     for file in source.files:
         names = [name for name, tensor in tensors.items() if tensor.file == file]
         with torch.no_grad(), safe_open(file, framework="pt") as opened:
@@ -267,7 +268,7 @@ def export_model(source: "Source", dtype: str = SOURCE_DTYPE) -> Model:
         dtype: as `export.huggingface.dtype_of`.
 
     Raises:
-        InputError: a model that Hugging Face has no family for, a dtype that is none, weights that do not fit the
+        InputError: a model that Hugging Face has no family for, an invalid dtype, weights that do not fit the
             configuration.
     """
     assert source.kind == "nemo", source

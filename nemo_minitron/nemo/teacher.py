@@ -81,7 +81,7 @@ class Teacher:
 
         Args:
             batches: as NeMo's data loader gives them.
-            taken: called after each forward pass of this stage, for what else is to be kept of it.
+            taken: called after each forward pass of this stage, for what else to keep of it.
 
         Returns:
             For each microbatch its hidden states (None but on the last stage), and what `taken` gave.
@@ -101,8 +101,9 @@ class Teacher:
 
 def output_rows(teacher: Source | TeacherCache) -> int:
     """Rows of the teacher's output layer, padding included."""
-    cached = isinstance(teacher, TeacherCache)
-    return teacher.contents.vocab_size if cached else teacher.architecture.vocab_size
+    if isinstance(teacher, TeacherCache):
+        return teacher.contents.vocab_size
+    return teacher.architecture.vocab_size
 
 
 def give_hidden_states(model: Any) -> None:

@@ -70,7 +70,7 @@ def trainer(t: TrainerConfig, *, training: bool, callbacks: list[Any] | None = N
 
 
 def recompute(config: Any, t: TrainerConfig) -> None:
-    """Let a NeMo config say which activations training forms again."""
+    """Let a NeMo config say which activations are recomputed in the backward pass."""
     config.recompute_granularity = t.recompute_granularity
     if t.recompute_granularity == "full":
         config.recompute_method, config.recompute_num_layers = "uniform", 1

@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
+from nemo_minitron.pruning.choose import make_plan
 from nemo_minitron.pruning.iterative import compose, step_targets
-from nemo_minitron.pruning.plan import Kept, PrunePlan, make_plan
+from nemo_minitron.pruning.plan import Kept, PrunePlan
 from nemo_minitron.pruning.ranking import explicit_layers
 from nemo_minitron.pruning.target import check_target, resolve_target
 

@@ -4,23 +4,16 @@ out."""
 import dataclasses
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
-
-from torch import Tensor
+from typing import Any, get_args, get_type_hints
 
 from nemo_minitron.arch import Architecture
-from nemo_minitron.axes import AXES, BY_NAME, Axis, units_per_parent
+from nemo_minitron.axes import AXES, Axis
 from nemo_minitron.errors import InputError
 from nemo_minitron.files import read_text, write_text
-from nemo_minitron.pruning import ranking
-from nemo_minitron.pruning.checks import check_plan
 from nemo_minitron.pruning.target import check_target
-
-if TYPE_CHECKING:
-    from nemo_minitron.importance.scores import Scores
 
 VERSION = 1
 _KEYS = ("version", "source_sha256", "source", "target", "scores", "kept", "head_residual")
@@ -67,7 +60,7 @@ class PrunePlan:
     head_residual: list[list[list[int]]] | None = None
 
     def __post_init__(self) -> None:
-        check_plan(self)
+        _check_plan(self)
 
     @property
     def source_layers(self) -> list[int]:
@@ -155,147 +148,87 @@ def _architecture(key: str, values: Any) -> Architecture:
     return architecture
 
 
-# ---- choosing --------------------------------------------------------------------------------------------
-
-
-def make_plan(
-    source: Architecture,
-    target: Architecture,
-    scores: "Scores | None" = None,
-    *,
-    importance: Literal["activation", "random"] = "activation",
-    seed: int = 0,
-    source_sha256: str,
-    keep_layers: Sequence[int] | None = None,
-    drop_layers: Sequence[int] | None = None,
-    layer_metric: str = "block_influence",
-    contiguous: bool = False,
-    protect_first: int = 0,
-    protect_last: int = 0,
-    head_residual: bool = False,
-) -> PrunePlan:
-    """Choose the units of `source` that stay: the highest scores; the same inputs always give the same plan.
-
-    `hidden_size` is chosen once for the whole network, the other width axes layer by layer (arXiv 2407.14679
-    §2.2): whole query groups first, then the best heads inside each kept group, so that all groups keep the
-    same number. An axis of which source and target have the same size is left alone.
-
-    Args:
-        source: the scored model's architecture.
-        target: what to make of it.
-        scores: of `source`; not needed for random importance, nor where an explicit list of layers is all
-            there is.
-        importance: "activation" ranks by `scores`; "random" ranks by `seed` and nothing else, as the control.
-        seed: for random importance.
-        source_sha256: digest of the source checkpoint.
-        keep_layers: explicit layers to keep, 0-based.
-        drop_layers: explicit layers to drop, 0-based.
-        layer_metric: which layer scores to use where the layers are not listed.
-        contiguous: drop one block of neighbouring layers.
-        protect_first: number of first layers that are never dropped (listed ones apart).
-        protect_last: number of last layers that are never dropped (listed ones apart).
-        head_residual: let kept heads take in pruned ones (see `PrunePlan.head_residual`).
+def _check_plan(plan: PrunePlan) -> None:
+    """Refuse kept indices that do not fit the plan's source and target.
 
     Raises:
-        InputError: a target that `source` cannot be pruned to; layers listed wrongly; scores of another
-            model, or without an axis that is needed, or with NaN.
+        InputError: names the key.
     """
+    source, target, kept = plan.source, plan.target, plan.kept
+    if not isinstance(plan.source_sha256, str):
+        raise InputError(f"source_sha256: {plan.source_sha256!r} is no string")
     check_target(source, target)
-    if scores is not None:
-        scores.check_matches(source, source_sha256)
-    how, tensors, metric = _importance(source, scores, importance, seed, layer_metric)
-    layers = ranking.explicit_layers(source.num_layers, keep_layers, drop_layers)
-    if layers is not None:
-        how["layers"] = "listed"
-    elif target.num_layers != source.num_layers:
-        limits: dict[str, Any] = {"contiguous": contiguous}
-        limits |= {"protect_first": protect_first, "protect_last": protect_last}
-        counts = (source.num_layers, target.num_layers)
-        layers = ranking.least_important_dropped(tensors, metric, *counts, **limits)
-        how |= limits | ({"layer_metric": metric} if metric else {})
-    if layers is not None and len(layers) != target.num_layers:
-        raise InputError(f"num_layers={target.num_layers}: but the listed layers keep {len(layers)}")
-    kept = _choose_width(source, target, tensors, None if layers == [*range(source.num_layers)] else layers)
-    residual = _residual(source, target, tensors, kept) if head_residual else None
-    return PrunePlan(source_sha256, source, target, how, kept, residual)
-
-
-def _importance(
-    source: Architecture, scores: "Scores | None", importance: str, seed: int, layer_metric: str
-) -> tuple[dict[str, Any], Mapping[str, Tensor], str | None]:
-    """How the units are chosen, for the record; the scores; the name of the layer metric, None for random."""
-    if importance == "random":
-        return {"importance": "random", "seed": seed}, ranking.random_scores(source, seed), None
-    if importance != "activation":
-        raise InputError(f"importance={importance!r}: must be activation or random")
-    if scores is None:
-        return {"importance": "activation"}, {}, layer_metric
-    made = ("batch", "sequence", "samples", "tokens", "data_sha256")
-    return {"importance": "activation", **{n: getattr(scores, n) for n in made}}, scores.tensors, layer_metric
-
-
-def _choose_width(
-    source: Architecture, target: Architecture, scores: Mapping[str, Tensor], layers: list[int] | None
-) -> Kept:
-    kept_layers = range(source.num_layers) if layers is None else layers
-    chosen: dict[str, Any] = {}
-    for axis in sorted(AXES, key=lambda axis: axis.parent is not None):  # parents first
-        size = axis.size(target)
-        if size == axis.size(source):
+    if _listed("kept.layers", kept.layers, source.num_layers, target.num_layers):
+        _check_indices("kept.layers", kept.layers, source.num_layers, target.num_layers)
+    for axis in AXES:
+        key, units, old, new = f"kept.{axis.name}", kept.of(axis), axis.size(source), axis.size(target)
+        if not _listed(key, units, old, new):
             continue
-        if axis.parent is not None:
-            chosen[axis.name] = _choose_inside(axis, source, target, scores, chosen, kept_layers)
-        elif axis.per_layer:
-            by_layer = _axis(scores, axis.name)
-            chosen[axis.name] = [ranking.top_k(by_layer[layer], size) for layer in kept_layers]
-        else:
-            chosen[axis.name] = ranking.top_k(_axis(scores, axis.name), size)
-    return Kept(layers, **chosen)
+        if not axis.per_layer:
+            _check_indices(key, units, old, new)
+            continue
+        _check_layers(key, units, target.num_layers)
+        for layer, indices in enumerate(units):
+            _check_indices(f"{key}[{layer}]", indices, old, new)
+    if kept.num_attention_heads is not None:
+        for layer, heads in enumerate(kept.num_attention_heads):
+            _check_heads(plan, layer, heads)
+    if plan.head_residual is not None:
+        _check_residual(plan)
 
 
-def _choose_inside(
-    axis: Axis,
-    source: Architecture,
-    target: Architecture,
-    scores: Mapping[str, Tensor],
-    chosen: Mapping[str, Any],
-    layers: Sequence[int],
-) -> list[list[int]]:
-    """The units of an axis that stay inside the kept units of its parent (`chosen`), by kept layer."""
-    assert axis.parent is not None
-    old, new = units_per_parent(axis, source), units_per_parent(axis, target)
-    everyone = list(range(BY_NAME[axis.parent].size(source)))
-    parents = chosen.get(axis.parent, [everyone] * len(layers))
-    if old == new:  # Only whole parents go, nothing inside them is ranked.
-        return [[parent * old + unit for parent in kept for unit in range(old)] for kept in parents]
-    by_layer = _axis(scores, axis.name)
-    return [ranking.top_heads(by_layer[layer], parents[i], old, new) for i, layer in enumerate(layers)]
+def _listed(key: str, value: Any, old: int, new: int) -> bool:
+    if value is None and old != new:
+        raise InputError(f"{key}: null leaves the axis alone, but the target has {new} of {old}")
+    return value is not None
 
 
-def _residual(
-    source: Architecture, target: Architecture, scores: Mapping[str, Tensor], kept: Kept
-) -> list[list[list[int]]]:
-    if target.heads_per_group == source.heads_per_group:
-        raise InputError("head_residual: no query group loses heads, there is nothing to take in")
-    by_layer, everyone = _axis(scores, "num_attention_heads"), list(range(source.num_query_groups))
-    layers = range(source.num_layers) if kept.layers is None else kept.layers
-    return [
-        ranking.residual_pairs(
-            by_layer[layer],
-            everyone if kept.num_query_groups is None else kept.num_query_groups[i],
-            source.heads_per_group,
-            target.heads_per_group,
-        )
-        for i, layer in enumerate(layers)
-    ]
+def _check_layers(key: str, lists: Any, count: int) -> None:
+    if not isinstance(lists, list) or len(lists) != count:
+        found = f"{len(lists)} lists" if isinstance(lists, list) else repr(lists)
+        raise InputError(f"{key}: must hold one list for each of the {count} kept layers, holds {found}")
 
 
-def _axis(scores: Mapping[str, Tensor], axis: str) -> Tensor:
-    if axis not in scores:
-        raise InputError(f"{axis}: the scores hold none; they hold {', '.join(sorted(scores)) or 'nothing'}")
-    values = scores[axis]
-    if bool(values.isnan().any()):
+def _check_indices(key: str, indices: Any, old: int, new: int) -> None:
+    if not isinstance(indices, list) or len(indices) != new:
+        found = f"{len(indices)}" if isinstance(indices, list) else repr(indices)
+        raise InputError(f"{key}: must list the {new} indices that the target keeps, lists {found}")
+    last = -1
+    for index in indices:
+        if type(index) is not int or not 0 <= index < old:
+            raise InputError(f"{key}: {index!r} is no index of the source's {old}")
+        if index <= last:
+            raise InputError(f"{key}: {index} after {last}, indices must ascend")
+        last = index
+
+
+def _check_heads(plan: PrunePlan, layer: int, heads: list[int]) -> None:
+    groups = plan.kept.num_query_groups
+    kept = list(range(plan.source.num_query_groups)) if groups is None else groups[layer]
+    expected = [group for group in kept for _ in range(plan.target.heads_per_group)]
+    if [head // plan.source.heads_per_group for head in heads] != expected:
         raise InputError(
-            f"{axis}: the scores hold NaN at {values.isnan().nonzero()[0].tolist()} (layer, unit)"
+            f"kept.num_attention_heads[{layer}]: every kept query group must keep "
+            f"{plan.target.heads_per_group} heads"
         )
-    return values
+
+
+def _check_residual(plan: PrunePlan) -> None:
+    per_group, kept = plan.source.heads_per_group, plan.kept.num_attention_heads
+    if kept is None:
+        raise InputError("head_residual: no heads are pruned")
+    assert plan.head_residual is not None
+    _check_layers("head_residual", plan.head_residual, plan.target.num_layers)
+    for layer, pairs in enumerate(plan.head_residual):
+        key, used = f"head_residual[{layer}]", set()
+        if not isinstance(pairs, list):
+            raise InputError(f"{key}: must be a list of pairs")
+        for pair in pairs:
+            if not isinstance(pair, list) or len(pair) != 2 or any(type(head) is not int for head in pair):
+                raise InputError(f"{key}: {pair!r} is no pair of heads")
+            head, pruned = pair
+            if head not in kept[layer] or head in used:
+                raise InputError(f"{key}: {head} is no kept head, or is there twice")
+            if pruned in kept[layer] or pruned // per_group != head // per_group:
+                raise InputError(f"{key}: {pruned} is no pruned head of the group of head {head}")
+            used.add(head)

@@ -98,7 +98,7 @@ def resolve_target(
         multiple_of: what fractions of hidden_size and ffn_hidden_size are rounded to instead.
 
     Raises:
-        InputError: an unknown axis, a size or fraction that is none, a target that cannot be made from the
+        InputError: an unknown axis, an invalid size or fraction, a target that cannot be made from the
             source, a multiple that is larger than the source's size.
     """
     for axis in sizes:

@@ -138,7 +138,7 @@ def _shares(kept: Sequence[int], total: int) -> list[list[int]]:
     """The kept units that this rank holds, as local indices, by the rank that will own them.
 
     A single list where every kept unit, on whatever rank, stays where it is: all ranks see the same plan,
-    so all come to the same answer, and none waits for another in vain.
+    so all come to the same answer, and no rank deadlocks.
     """
     ranks, rank = parallel.tp_size(), parallel.tp_rank()
     old, new = total // ranks, len(kept) // ranks

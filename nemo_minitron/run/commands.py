@@ -10,34 +10,12 @@ import importlib.util
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 from nemo_minitron.environment import INTERRUPTED_BY_USER
+from nemo_minitron.run.registry import PACKAGE, RECIPES
 
-# name: the module of its schema in config/, and the schema; its work is in workflows/NAME/{check,run}.py
-RECIPES = {
-    "pretrain": "recipes:PretrainRecipe",
-    "prune": "recipes:PruneRecipe",
-    "search": "recipes:SearchRecipe",
-    "correct_teacher": "recipes:CorrectTeacherRecipe",
-    "cache_teacher": "recipes:CacheTeacherRecipe",
-    "synthesize": "recipes:SynthesizeRecipe",
-    "distill": "recipes:DistillRecipe",
-    "sft": "align:SftRecipe",
-    "preference": "align:PreferenceRecipe",
-    "export": "export:ExportRecipe",
-    "chat": "chat:ChatRecipe",
-    "instruct_data": "instruct:InstructDataRecipe",
-    "evaluate_instruct": "instruct:EvaluateInstructRecipe",
-}
-_PACKAGE = Path(__file__).resolve().parents[1]
 _NEEDED = ("hydra", "torch", "megatron")
 _HANDED_OVER = "NEMO_MINITRON_HANDED_OVER"
-
-
-def resources() -> Path:
-    """Where conf/ and assets/ are: the clone, or the package where it is installed."""
-    return _PACKAGE.parent if (_PACKAGE.parent / "conf" / "common.yaml").is_file() else _PACKAGE
 
 
 def main(name: str) -> None:
@@ -79,14 +57,14 @@ def use_environment() -> None:
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if not missing:
         return
-    script = _PACKAGE.parent / "scripts" / "environment.sh"
+    script = PACKAGE.parent / "scripts" / "environment.sh"
     lacks = f"{sys.executable} lacks {', '.join(missing)}"
     if not script.is_file():
         _end(f"{lacks}, which pip installs with the package")
     found = subprocess.run([str(script), "find"], capture_output=True, text=True)
     python = found.stdout.strip()
     if found.returncode or not python or os.environ.get(_HANDED_OVER):
-        _end(f"{lacks}, and there is no environment yet; make one with `make setup` in {_PACKAGE.parent}")
+        _end(f"{lacks}, and there is no environment yet; make one with `make setup` in {PACKAGE.parent}")
     print(f"{lacks}: going on with {python}", file=sys.stderr, flush=True)
     os.environ[_HANDED_OVER] = "1"
     arguments = getattr(sys, "orig_argv", [sys.executable, *sys.argv])[1:]

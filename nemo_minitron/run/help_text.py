@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.run import overrides
-from nemo_minitron.run.commands import RECIPES, resources
+from nemo_minitron.run.registry import RECIPES, resources
 
 _WIDTH = 110
 _FOOTER = """\

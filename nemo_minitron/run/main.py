@@ -31,9 +31,9 @@ from nemo_minitron.errors import FailedRun, InputError, InterruptedRun
 from nemo_minitron.files import write_text
 from nemo_minitron.run import job_spec, overrides, sweep, terminal
 from nemo_minitron.run.closing import closing_line
-from nemo_minitron.run.commands import resources
 from nemo_minitron.run.help_text import help_text
 from nemo_minitron.run.lock import LOCK, check_writable, claim, make
+from nemo_minitron.run.registry import resources
 
 CONFIGURATION = "config.yaml"
 _NO_SPACE = 32 * 2**20  # bytes

@@ -38,7 +38,7 @@ class TeacherText:
 
 
 def check_mixture(run: str | None, weight: float) -> None:
-    """Refuse a weight that is none, text that would not be read, and a run that has none.
+    """Refuse an invalid weight, text that would not be read, and a run that has none.
 
     Args:
         run: a run directory of `recipes/synthesize.py`.
@@ -76,7 +76,7 @@ def prepare_text(
         ready: of `TeacherText.to_config`.
 
     Raises:
-        InputError: too little text for one sequence, or a line that is none.
+        InputError: too little text for one sequence, or an invalid line.
     """
     if run is None:
         return None

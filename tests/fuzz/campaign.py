@@ -28,7 +28,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from nemo_minitron.run.commands import RECIPES
+from nemo_minitron.run.registry import RECIPES
 from tests.fuzz import files, overrides
 from tests.fuzz.places import Places, make_places
 

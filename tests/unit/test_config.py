@@ -19,8 +19,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_minitron.config.recipes import CommonConfig, PretrainRecipe, PruneRecipe, parse
 from nemo_minitron.errors import InputError
-from nemo_minitron.run.commands import RECIPES
 from nemo_minitron.run.main import register_resolvers
+from nemo_minitron.run.registry import RECIPES
 
 ROOT = Path(__file__).resolve().parents[2]
 CONF = ROOT / "conf"

@@ -23,7 +23,7 @@ without_cuda = pytest.mark.skipif(
 
 
 def gaps() -> list[str]:
-    """What the `close_gaps` of each file of hosts/ calls."""
+    """What the `close_gaps` of each file of cpu_compat/ calls."""
     found = []
     for path in sorted(HOSTS.glob("*.py")):
         for node in ast.parse(path.read_text()).body:
@@ -128,7 +128,7 @@ def test_nothing_is_touched_where_there_is_cuda_and_transformer_engine() -> None
     assert [name for name in seen["imported"] if not name.startswith("nemo_minitron")] == []
     assert {name for name in seen["imported"] if "cpu_compat" in name} == {
         f"nemo_minitron.cpu_compat{file}"
-        for file in ("", ".imports", ".after_import", ".local_spec", ".product_choice")
+        for file in ("", ".imports", ".after_import", ".local_spec", ".presence", ".product_choice")
     }
 
 

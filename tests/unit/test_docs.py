@@ -25,8 +25,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from nemo_minitron.config.recipes import parse
 from nemo_minitron.errors import InputError
 from nemo_minitron.run import overrides
-from nemo_minitron.run.commands import RECIPES
 from nemo_minitron.run.main import register_resolvers
+from nemo_minitron.run.registry import RECIPES
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [

@@ -14,8 +14,8 @@ from hydra import compose, initialize_config_dir
 from nemo_minitron.checkpoints.gguf.pre_tokenizers import PRE_TOKENIZERS
 from nemo_minitron.config.recipes import parse
 from nemo_minitron.errors import InputError
-from nemo_minitron.run.commands import RECIPES
 from nemo_minitron.run.main import register_resolvers
+from nemo_minitron.run.registry import RECIPES
 from tests.support import gguf_files
 from tests.unit.test_config import CONF, SCHEMAS
 

@@ -212,9 +212,9 @@ def test_choosing_torch_replaces_nothing() -> None:
 
 
 def test_nothing_is_replaced_where_cuda_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    from nemo_minitron import cpu_compat
+    from nemo_minitron.cpu_compat import presence
 
-    monkeypatch.setattr(cpu_compat, "cuda_was_present", lambda: True)
+    monkeypatch.setattr(presence, "cuda_was_present", lambda: True)
     before = torch._C._dispatch_dump("aten::mm")
     assert not products.use(OURS)
     assert torch._C._dispatch_dump("aten::mm") == before

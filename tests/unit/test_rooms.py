@@ -66,6 +66,27 @@ def test_imports_point_one_way() -> None:
     assert wrong == []
 
 
+def test_no_two_modules_import_each_other() -> None:
+    """Neither directly nor round about, late imports and those for types included."""
+    names = {
+        ".".join(f.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): tree
+        for f, _, tree in modules()
+    }
+    graph: dict[str, set[str]] = {name: set() for name in names}
+    for name, tree in names.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module in names:
+                found = {f"{node.module}.{alias.name}" for alias in node.names}
+                graph[name] |= (found & set(names) or {node.module}) - {name}
+    for name in names:
+        seen, waiting = set(), [name]
+        while waiting:
+            for other in graph[waiting.pop()] - seen:
+                assert other != name, f"{name} imports itself, by way of {sorted(seen)[:5]}"
+                seen.add(other)
+                waiting.append(other)
+
+
 def test_every_room_has_its_floor() -> None:
     assert {room for _, room, _ in modules()} == set(FLOOR)
 

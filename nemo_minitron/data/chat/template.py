@@ -234,7 +234,7 @@ def fit_conversations(
             too long, the end of its answer; "refuse" ends the work.
 
     Raises:
-        InputError: a choice that is none, a sample that is too long under "refuse", an answer that is empty after a
+        InputError: an invalid choice, a sample that is too long under "refuse", an answer that is empty after a
             cut, nothing left, or as `encode_conversation`; each names the file and the line.
     """
     _check_choice(overlong)

@@ -1,7 +1,7 @@
 """The part of JSON Schema that function parameters use, decided without further packages.
 
 Known keywords: type, properties, required, additionalProperties (true or false), enum, minimum, maximum, items,
-description, title, default. Others are refused, lest a schema seem satisfied that was not looked at.
+description, title, default. Others are refused, so that no schema seems satisfied that was not looked at.
 
 Source: json-schema.org, draft 2020-12, validation vocabulary.
 """

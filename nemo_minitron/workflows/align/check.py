@@ -44,7 +44,7 @@ def prepare(
         whole_batches: whether validation takes batches as large as training's.
 
     Raises:
-        InputError: a setting that is none; a checkpoint that does not fit the layout or the tokenizer; what `encode`
+        InputError: an invalid setting; a checkpoint that does not fit the layout or the tokenizer; what `encode`
             refuses; less data than a batch.
     """
     ready = r.prepared or {}

@@ -15,7 +15,7 @@ def check(r: CorrectTeacherRecipe) -> distill.Prepared:
     """Refuse what cannot work; convert the checkpoint and index the data once.
 
     Raises:
-        InputError: a schedule that is none of a correction, or what `distill.check` refuses of the teacher.
+        InputError: a schedule that is not a correction's, or what `distill.check` refuses of the teacher.
     """
     if r.distill.loss != CROSS_ENTROPY or r.distill.from_scratch:
         raise InputError(

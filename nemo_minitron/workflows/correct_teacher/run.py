@@ -10,7 +10,7 @@ from nemo_minitron.workflows.distill.check import Prepared
 
 
 def run(r: CorrectTeacherRecipe, prepared: Prepared, directory: Path) -> dict[str, Any]:
-    """Train, or go on where a killed run stopped; measure the teacher before and after.
+    """Train, or resume a run that was killed; measure the teacher before and after.
 
     Returns:
         The fields of `result.json`.

@@ -50,7 +50,7 @@ def check(r: DistillRecipe) -> Prepared:
     """Refuse what cannot work; convert the checkpoints and index the data once.
 
     Raises:
-        InputError: a loss, a weight or a map that is none; checkpoints or a cache that do not fit each other, the
+        InputError: an invalid loss, weight or map; checkpoints or a cache that do not fit each other, the
             layout or the data.
     """
     ready = r.prepared or {}

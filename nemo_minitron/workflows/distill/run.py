@@ -23,7 +23,7 @@ from nemo_minitron.workflows.teacher_loss import teacher_loss
 
 
 def run(r: DistillRecipe, prepared: Prepared, directory: Path, *, who: str = "student") -> dict[str, Any]:
-    """Train, or go on where a killed run stopped; measure the student before and after.
+    """Train, or resume a run that was killed; measure the student before and after.
 
     Args:
         r: the recipe.

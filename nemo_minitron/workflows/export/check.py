@@ -96,8 +96,10 @@ def _licence(r: ExportRecipe, came_from: Lineage) -> Licence | None:
             raise InputError("push=true: needs publish=ORG/NAME")
         return licence
     hub.check_repository(r.publish, push=r.push)
-    begins = licence.name_begins if licence else None
-    if begins and not r.publish.split("/")[1].lower().startswith(begins.lower().replace(" ", "-")):
+    if licence is None or licence.name_begins is None:
+        return licence
+    begins = licence.name_begins
+    if not r.publish.split("/")[1].lower().startswith(begins.lower().replace(" ", "-")):
         raise InputError(
             f"publish={r.publish}: by the {licence.title} the name of a model made of it begins with {begins}"
         )

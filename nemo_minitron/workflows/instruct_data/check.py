@@ -38,7 +38,7 @@ def check(r: InstructDataRecipe) -> Prepared:
     """Read and check everything before anything is written.
 
     Raises:
-        InputError: a setting that is none, or a line that cannot be trained on; names file and line.
+        InputError: an invalid setting, or a line that cannot be trained on; names file and line.
     """
     d = r.instruct_data
     if r.trainer.ranks > 1:

@@ -20,7 +20,7 @@ from nemo_minitron.workflows.pretrain.check import Prepared
 
 
 def run(recipe: PretrainRecipe, prepared: Prepared, directory: Path) -> dict[str, Any]:
-    """Train, or go on where a killed run stopped; then measure the held-out loss and export.
+    """Train, or resume a run that was killed; then measure the held-out loss and export.
 
     Returns:
         The fields of `result.json`.

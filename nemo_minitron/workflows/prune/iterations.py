@@ -3,18 +3,23 @@
 from typing import Any
 
 from nemo_minitron.config.recipes import PruneRecipe
+from nemo_minitron.importance.scores import Scores
 from nemo_minitron.nemo.prune_transform import prune_model
+from nemo_minitron.pruning import PrunePlan
 from nemo_minitron.workflows.prune import plans, scoring
 from nemo_minitron.workflows.prune.check import Prepared
 
 
-def score_and_prune(session: Any, r: PruneRecipe, prepared: Prepared) -> list[tuple[Any, Any]]:
+def score_and_prune(
+    session: Any, r: PruneRecipe, prepared: Prepared
+) -> list[tuple[Scores | None, PrunePlan]]:
     """Prune the session's model in place; every rank makes this call.
 
     Returns:
         (scores, or None at random; plan) of each step; a plan is for the model that the steps before it have left.
     """
-    p, made = r.prune, []
+    p = r.prune
+    made: list[tuple[Scores | None, PrunePlan]] = []
     before, listed = prepared.source.architecture, prepared.keep_layers
     for after in prepared.steps:
         sha256, scores = scoring.step_sha256(prepared.source_sha256, [plan for _, plan in made]), None

@@ -76,10 +76,10 @@ def try_plans(
     scores: Any,
     sha256: str,
 ) -> None:
-    """Make the plans from the given scores, or from random ones for want of better.
+    """Make the plans from the given scores, or from random scores if there are none yet, to prove that plans exist.
 
     Raises:
-        InputError: what no scores could make a plan of, or given scores that hold too little.
+        InputError: sizes that no scores could make a plan of, or given scores that hold too little.
     """
     for step, (before, after) in enumerate(zip([arch, *steps], steps, strict=False)):
         if p.importance == "random":

@@ -5,10 +5,11 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from nemo_minitron.config.recipes import PruneRecipe
 from nemo_minitron.data.prepare import PreparedData
+from nemo_minitron.importance.aggregation import Statistic
 from nemo_minitron.importance.depth_metrics import lm_loss_scores, task_scores
 from nemo_minitron.importance.pictures import importance_picture
 from nemo_minitron.nemo.importance_callback import ImportanceCallback
@@ -44,8 +45,8 @@ def score(
     """
     lengths = sorted({1, *filter(None, gone)}) if any(gone) else []
     callback = ImportanceCallback(
-        batch=r.prune.batch_aggregation,
-        sequence=r.prune.sequence_aggregation,
+        batch=cast(Statistic, r.prune.batch_aggregation),
+        sequence=cast(Statistic, r.prune.sequence_aggregation),
         include_final_norm=r.prune.include_final_norm,
         block_lengths=lengths,
         source_sha256=source_sha256,

@@ -52,7 +52,7 @@ def check(r: SearchRecipe) -> Prepared:
     """Refuse what cannot work, enumerate the candidates, convert the checkpoint and index the data once.
 
     Raises:
-        InputError: as `recipes/prune.py`; a budget or grid that is none; no candidate inside.
+        InputError: as `recipes/prune.py`; an invalid budget or grid; no candidate inside.
     """
     s, t = r.search, r.trainer
     for name in ("keep_layers", "drop_layers"):
@@ -98,7 +98,7 @@ def check_distillation(r: SearchRecipe, source: Architecture, found: list[Candid
     """Refuse a short distillation that cannot be made of every candidate.
 
     Raises:
-        InputError: a number of steps or candidates that is none; what `recipes/distill.py` would refuse.
+        InputError: an invalid number of steps or candidates; what `recipes/distill.py` would refuse.
     """
     s = r.search
     if s.distill_candidates is not None and not s.distill_steps:

@@ -81,7 +81,7 @@ class Trials:
         prune.save(session, self.directory)
 
     def _distil(self, candidate: Candidate, directory: Path) -> dict[str, Any]:
-        """Train, or go on where a killed run stopped, in the candidate's own run directory."""
+        """Train, or resume a run that was killed, in the candidate's own run directory."""
         student = directory / "student"
         if not (student / CHECKPOINT).is_dir():
             session = self._student(candidate)

@@ -16,7 +16,7 @@ from nemo_minitron.workflows.align.result import summary
 
 
 def run(r: SftRecipe, prepared: Prepared, directory: Path) -> dict[str, Any]:
-    """Train, or go on where a killed run stopped; leave the result as a NeMo 2 directory.
+    """Train, or resume a run that was killed; leave the result as a NeMo 2 directory.
 
     Returns:
         The fields of `result.json`.

@@ -37,7 +37,7 @@ def check(r: SynthesizeRecipe) -> Prepared:
     """Refuse what cannot work; read the prompts, and for sharded writing convert the checkpoint once.
 
     Raises:
-        InputError: settings that no backend has; prompts that are none or do not fit the teacher's context; a run
+        InputError: settings that no backend has; no prompts, or prompts that do not fit the teacher's context; a run
             directory with samples of other settings.
     """
     s, ready = r.synthesize, r.prepared or {}
