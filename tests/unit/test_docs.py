@@ -37,7 +37,7 @@ PAGES = [
 # What is not composed, by its beginning, and why.
 NOT_COMPOSED = {
     'python -c "import nemo_minitron"': "a measurement of importing; test_packaging imports it",
-    "python -m tests.support.kill_trials": "hours; functional/test_kill_trials.py does few of its trials",
+    "python -m tests.support.kill_trials": "hours; functional/test_random_kills.py does few of its trials",
     "launchers/docker.sh build": "needs a Docker engine; functional/test_docker.py reads the command lines",
     "launchers/slurm_on_loopback.py": "needs root; functional/test_slurm.py runs the block as it stands",
     "pip install": "the network",
