@@ -12,6 +12,7 @@ ARGS ?=
 # Processes that share the tests' files between them.
 WORKERS ?= 2
 FUZZ ?= --overrides 10000 --files 500
+DOCS ?=
 
 # The package is taken from this clone, never from the environment.
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
@@ -49,10 +50,11 @@ test-slow:  ## the long tests
 	    if [ $$none = 2 ] && grep -rqE 'mark\.slow' tests --include='*.py'; then \
 	        echo "no slow test was selected" >&2; exit 5; fi; exit $$first; }
 
-# A seed of its own each time; --seed N among ARGS repeats one. docs/testing.md says when it was last run.
-test-full:  ## long campaigns of random settings and damaged files (FUZZ='--overrides N --files N')
-	@$(WITH_PY) home=$$(mktemp -d) && { "$$PY" -m tests.fuzz.campaign $(FUZZ) --seed "$$RANDOM" $(ARGS) --home "$$home"; \
-	    code=$$?; rm -rf "$$home"; exit $$code; }
+# A seed of its own each time; --seed N among ARGS repeats one. docs/testing.md says when each was last run.
+test-full:  ## long campaigns: random settings and damaged files (FUZZ='--overrides N --files N'), and the docs' commands
+	@$(WITH_PY) home=$$(mktemp -d) && { \
+	    "$$PY" -m tests.fuzz.campaign $(FUZZ) --seed "$$RANDOM" $(ARGS) --home "$$home/fuzz"; code=$$?; \
+	    "$$PY" -m tests.docs_campaign $(DOCS) --home "$$home/docs" || code=1; rm -rf "$$home"; exit $$code; }
 
 check:  ## lint, format, types, spelling, shell scripts, the Dockerfile
 	@$(WITH_PY) "$$PY" -m ruff check . && "$$PY" -m ruff format --check . && "$$PY" -m mypy \

@@ -3,6 +3,7 @@
 import contextlib
 import multiprocessing
 import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,12 @@ from tests.support.ranks import ROOT, layout
 MICRO_BATCH = 2
 # NeMo's imports, on a busy machine.
 PATIENCE_S = 240
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return int(found.getsockname()[1])
 
 
 @contextlib.contextmanager
@@ -30,7 +37,8 @@ def _launched() -> Iterator[None]:
         "LOCAL_RANK": str(dist.get_rank()),
         "WORLD_SIZE": str(dist.get_world_size()),
         "MASTER_ADDR": "localhost",
-        "MASTER_PORT": "1",
+        # Used only where a conversion has closed the group and NeMo makes one of its own: not by two test processes.
+        "MASTER_PORT": str(_free_port()),
     }
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
