@@ -6,7 +6,6 @@ checkpoint (NeMo's pass trust_remote_code=True), and the names of the layer spec
 """
 
 import hashlib
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from nemo_minitron.errors import InputError
 from nemo_minitron.export.distributed_reader import DistributedReader
 from nemo_minitron.export.huggingface import SHARD_BYTES, SOURCE_DTYPE, Model, dtype_of, write
 from nemo_minitron.export.tensors import Weights
-from nemo_minitron.files import file_sha256, making_once, put
+from nemo_minitron.files import file_sha256, making_once
 from nemo_minitron.nemo import models
 from nemo_minitron.nemo.session import nemo_tokenizer
 
@@ -84,19 +83,10 @@ def import_checkpoint(source: "Source", cache: Path) -> Path:
     if (final / "done").is_file():
         return final / "nemo"
     shutil.rmtree(final, ignore_errors=True)
-    temporary = cache / f".{key}.{os.getpid()}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
+    with making_once(final) as temporary:
+        temporary.mkdir()
         _importer(source, _import_dtype(source)).apply(temporary / "nemo")
         (temporary / "done").touch()
-        put(temporary, final)
-    except OSError:
-        # Another process was faster; its copy is the same.
-        if not (final / "done").is_file():
-            raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return final / "nemo"
 
 

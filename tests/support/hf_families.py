@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.support.stacked_weights import word_tokenizer
+
 VOCAB_SIZE, CONTEXT = 64, 32
 # As after pruning: head_dim is not hidden_size / heads.
 _COMMON: dict[str, Any] = {
@@ -33,8 +35,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 def make_model(directory: Path, name: str, **changes: Any) -> Any:
     """transformers' model, saved with a tokenizer; norms and biases are not at their trivial values."""
-    from tokenizers import Tokenizer, models
-    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(3)
     config = AutoConfig.for_model(**{**_COMMON, **CONFIGS[name], **changes})
@@ -44,13 +45,7 @@ def make_model(directory: Path, name: str, **changes: Any) -> Any:
             if "norm" in key or key.endswith("bias"):
                 parameter.add_(torch.rand_like(parameter) - 0.5)
     model.save_pretrained(directory)
-    words = {"<eod>": 0, **{f"w{i}": i for i in range(1, VOCAB_SIZE)}}
-    PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<eod>")),
-        eos_token="<eod>",
-        bos_token="<eod>",
-        unk_token="<eod>",
-    ).save_pretrained(directory)
+    word_tokenizer(directory, VOCAB_SIZE)
     return model
 
 

@@ -3,8 +3,6 @@
 import hashlib
 import importlib.util
 import json
-import os
-import shutil
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,7 +13,7 @@ from nemo_minitron.checkpoints.gguf import config, reader, tokenizer, weights
 from nemo_minitron.checkpoints.gguf.settings import Settings
 from nemo_minitron.checkpoints.untrusted import check_no_pointer
 from nemo_minitron.errors import InputError
-from nemo_minitron.files import file_sha256, put
+from nemo_minitron.files import file_sha256, making_once
 
 # How a converted file is laid out; part of the cache's key.
 _FORMAT = 2
@@ -58,19 +56,11 @@ def to_huggingface(path: Path, cache: Path, where: str, architecture_of: Archite
     final = cache / _key(path, where)
     if (final / "config.json").is_file():
         return final
-    temporary = cache / f".{final.name}.{os.getpid()}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        _convert(path, temporary, where, architecture_of)
-        put(temporary, final)
+        with making_once(final) as temporary:
+            _convert(path, temporary, where, architecture_of)
     except OSError as error:
-        # Another process was faster; its copy is the same.
-        if not (final / "config.json").is_file():
-            raise InputError(
-                f"{where}: cannot be converted into {cache} ({error.strerror or error})"
-            ) from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        raise InputError(f"{where}: cannot be converted into {cache} ({error.strerror or error})") from None
     return final
 
 

@@ -1,4 +1,4 @@
-"""The work of `recipes/cache_teacher.py`: run a teacher once over a distillation's sequences and keep its states."""
+"""What `recipes/cache_teacher.py` refuses, and prepares, before a model is loaded."""
 
 import shutil
 import sys

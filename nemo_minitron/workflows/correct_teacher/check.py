@@ -1,4 +1,4 @@
-"""The work of `recipes/correct_teacher.py`: fit a teacher to the corpus that its students will learn on."""
+"""What `recipes/correct_teacher.py` refuses, and prepares, before a model is loaded."""
 
 from nemo_minitron.config.recipes import CorrectTeacherRecipe, DistillRecipe
 from nemo_minitron.errors import InputError

@@ -1,4 +1,4 @@
-"""The work of `recipes/distill.py`: train a student on its teacher's predictions, and measure both."""
+"""What `recipes/distill.py` refuses, and prepares, before a model is loaded."""
 
 from dataclasses import dataclass
 from typing import Any

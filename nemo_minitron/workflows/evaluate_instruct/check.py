@@ -1,4 +1,4 @@
-"""The work of `recipes/evaluate_instruct.py`: greedy answers of a checkpoint, scored by category."""
+"""What `recipes/evaluate_instruct.py` refuses, and prepares, before a model is loaded."""
 
 from dataclasses import dataclass
 from pathlib import Path

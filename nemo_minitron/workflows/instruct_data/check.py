@@ -1,4 +1,4 @@
-"""The work of `recipes/instruct_data.py`: generate the project's own instruct set, or convert and check a file."""
+"""What `recipes/instruct_data.py` refuses, and prepares, before a model is loaded."""
 
 import hashlib
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""The work of `recipes/preference.py`: DPO and its reward-aware variants with NeMo-Aligner."""
+"""What `recipes/preference.py` refuses, and prepares, before a model is loaded."""
 
 from functools import partial
 from typing import Any

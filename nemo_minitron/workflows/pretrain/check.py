@@ -1,4 +1,4 @@
-"""The work of `recipes/pretrain.py`: a Llama-architecture GPT from scratch with NeMo 2."""
+"""What `recipes/pretrain.py` refuses, and prepares, before a model is loaded."""
 
 from dataclasses import dataclass
 from typing import Any

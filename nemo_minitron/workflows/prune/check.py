@@ -1,4 +1,4 @@
-"""The work of `recipes/prune.py`: load, score, plan, prune, measure before and after, save."""
+"""What `recipes/prune.py` refuses, and prepares, before a model is loaded."""
 
 import dataclasses
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The work of `recipes/search.py`: prune to every candidate inside a budget, rank by LM loss, keep the best."""
+"""What `recipes/search.py` refuses, and prepares, before a model is loaded."""
 
 import dataclasses
 from dataclasses import dataclass

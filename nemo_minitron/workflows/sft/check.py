@@ -1,4 +1,4 @@
-"""The work of `recipes/sft.py`: supervised fine-tuning on conversations with NeMo-Aligner."""
+"""What `recipes/sft.py` refuses, and prepares, before a model is loaded."""
 
 from functools import partial
 from typing import Any

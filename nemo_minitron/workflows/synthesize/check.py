@@ -1,4 +1,4 @@
-"""The work of `recipes/synthesize.py`: a teacher writes text that students can be fine-tuned on."""
+"""What `recipes/synthesize.py` refuses, and prepares, before a model is loaded."""
 
 from dataclasses import dataclass
 from pathlib import Path
