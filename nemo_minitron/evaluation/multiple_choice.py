@@ -71,10 +71,7 @@ def load_task(path: str | Path, tokenizer: Any, max_tokens: int, *, beginning: S
     Raises:
         InputError: no such file, an empty one, or a bad line: names the file and the line.
     """
-    lines = _lines(path)
-    questions = [_question(f"{path}, line {n}", n, line) for n, line in enumerate(lines, 1) if line.strip()]
-    if not questions:
-        raise InputError(f"{path}: holds no question")
+    questions = load_questions(path)
     requests = []
     for question in questions:
         for number, choice in enumerate(question.choices):
@@ -88,6 +85,19 @@ def load_task(path: str | Path, tokenizer: Any, max_tokens: int, *, beginning: S
             requests.append(request)
     sha256 = hashlib.sha256(read_bytes(path, _LARGEST)).hexdigest()
     return Task(sha256, requests, [len(q.choices) for q in questions], [q.answer for q in questions])
+
+
+def load_questions(path: str | Path) -> list[Question]:
+    """The questions of a task file, one or more.
+
+    Raises:
+        InputError: as `load_task`.
+    """
+    lines = _lines(path)
+    questions = [_question(f"{path}, line {n}", n, line) for n, line in enumerate(lines, 1) if line.strip()]
+    if not questions:
+        raise InputError(f"{path}: holds no question")
+    return questions
 
 
 def _lines(path: str | Path) -> list[str]:
