@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated
 
-from nemo_minitron.config.ranges import Beginning, Files, PathName, Range, Seed
+from nemo_minitron.config.ranges import Beginning, Choice, Files, PathName, Range, Seed
 
 
 @dataclass
@@ -14,6 +14,9 @@ class DataConfig:
     of a packed sequence. `tokenizer`: a Hugging Face directory or id; null takes the checkpoint's or, in pretraining,
     trains a BPE of `vocab_size` on the train split. `seed`: of the documents' order. `cache_dir`: where indices and
     converted checkpoints are kept; null: $NEMO_MINITRON_HOME, else ~/.cache/nemo_minitron.
+
+    `bad_records`: what is done with records that cannot be used, of corpora, conversations and preferences: "refuse"
+    them, all at once, or "skip" them and say how many.
 
     `bos`: whether documents begin with the beginning token, "auto" (as the tokenizer does by itself), true or false
     (`data.beginning`). `reset_attention_mask`: a document of a packed sequence does not see those before it;
@@ -30,6 +33,7 @@ class DataConfig:
     tokenizer: PathName | None = None
     vocab_size: Annotated[int, Range(least=1, most=10_000_000)] = 1024
     cache_dir: PathName | None = None
+    bad_records: Annotated[str, Choice("refuse", "skip")] = "refuse"
     bos: Beginning = "auto"
     reset_attention_mask: bool = False
     reset_position_ids: bool = False

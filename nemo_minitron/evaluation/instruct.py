@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from nemo_minitron.data.chat.conversations import Conversation, Message, read_conversations
-from nemo_minitron.data.chat.template import render_prompt, stop_token
+from nemo_minitron.data.chat.conversations import Conversation, Message, merged, read_conversations
+from nemo_minitron.data.chat.encoding import render_prompt, stop_tokens
 from nemo_minitron.data.instruct.checks import share_passed
 from nemo_minitron.errors import InputError
 
@@ -50,19 +50,26 @@ class Answer:
 
 
 def load_items(
-    path: str | Path, tokenizer: "PreTrainedTokenizerBase", *, context: int, max_new_tokens: int
+    path: str | Path,
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    context: int,
+    max_new_tokens: int,
+    merge_system: bool = False,
 ) -> list[Item]:
     """The prompts of a file of conversations with `category` and `checks`: all turns but the last answer.
 
     Args:
         context: of the model, in tokens.
         max_new_tokens: room that each answer must have in it.
+        merge_system: put a system's text in front of the user's first.
 
     Raises:
         InputError: names file and line: no such file, no conversation, no category, no checks or one that the file's
             own answer does not pass, or a prompt that leaves too little room.
     """
-    return [_item(sample, tokenizer, context, max_new_tokens) for sample in read_conversations(path)]
+    samples = merged(read_conversations(path), merge_system)
+    return [_item(sample, tokenizer, context, max_new_tokens) for sample in samples]
 
 
 def _item(
@@ -116,30 +123,34 @@ def answers(
     Raises:
         InputError: the tokenizer's template does not end answers.
     """
-    stop = stop_token(tokenizer, "the tokenizer")
+    stops = stop_tokens(tokenizer, "the tokenizer")
     model.eval()
     # Longest first: what does not fit in memory does not fit at the beginning.
     order = sorted(range(len(items)), key=lambda i: -len(items[i].tokens))
     found: dict[int, Answer] = {}
     for begin in range(0, len(order), batch_size):
         indices = order[begin : begin + batch_size]
-        new = _generate(model, [items[i].tokens for i in indices], stop, max_new_tokens)
+        new = _generate(model, [items[i].tokens for i in indices], stops, max_new_tokens)
         for index, tokens in zip(indices, new, strict=True):
-            found[index] = _answer(tokenizer, items[index], tokens, stop)
+            found[index] = _answer(tokenizer, items[index], tokens, stops)
         if progress is not None:
             progress(len(found))
     return [found[i] for i in range(len(items))]
 
 
 def _generate(
-    model: "PreTrainedModel", prompts: list[list[int]], stop: int, max_new_tokens: int
+    model: "PreTrainedModel", prompts: list[list[int]], stops: Sequence[int], max_new_tokens: int
 ) -> list[list[int]]:
     from transformers import GenerationConfig
 
-    tokens, mask = _left_padded(prompts, stop)
+    tokens, mask = _left_padded(prompts, stops[0])
     # The end marker pads too: what comes after the first one is cut off, and what is left of the prompt is masked.
     greedy = GenerationConfig(
-        do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, eos_token_id=stop, pad_token_id=stop
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=[*stops],
+        pad_token_id=stops[0],
     )
     device = next(model.parameters()).device
     with torch.no_grad():
@@ -163,13 +174,15 @@ def _left_padded(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Te
     return tokens, mask
 
 
-def _answer(tokenizer: "PreTrainedTokenizerBase", item: Item, tokens: list[int], stop: int) -> Answer:
-    finished = stop in tokens
-    said = tokens[: tokens.index(stop)] if finished else tokens
+def _answer(
+    tokenizer: "PreTrainedTokenizerBase", item: Item, tokens: list[int], stops: Sequence[int]
+) -> Answer:
+    end = next((i for i, token in enumerate(tokens) if token in stops), None)
+    said = tokens[:end]
     text = str(tokenizer.decode(said, clean_up_tokenization_spaces=False))
     share = share_passed(item.checks, text, item.where)
     lenient = share == 1 or share_passed(item.lenient, text, item.where) == 1
-    return Answer(text, finished, share, lenient)
+    return Answer(text, end is not None, share, lenient)
 
 
 def scores(items: Sequence[Item], said: Sequence[Answer]) -> dict[str, float | int]:

@@ -17,7 +17,7 @@ from nemo_minitron.files import lines
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from nemo_minitron.data.indexed import IndexedCorpus
+    from nemo_minitron.data.indexed import IndexedCorpus  # imports Megatron; checks are light
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ import pytest
 
 from nemo_minitron.config.instruct import InstructSizes
 from nemo_minitron.data.chat.conversations import read_conversations, read_preferences
-from nemo_minitron.data.chat.template import encode_conversation, with_template
+from nemo_minitron.data.chat.encoding import encode_conversation
+from nemo_minitron.data.chat.template import with_template
 from nemo_minitron.data.instruct import (
     CATEGORIES,
     InstructFiles,
@@ -226,7 +227,7 @@ def test_samples_fit_the_demo_model(files: InstructFiles) -> None:
     tokenizer = with_template(load_tokenizer(DEMO), "demo")
     lengths = {
         c: [
-            len(encode_conversation(tokenizer, s.messages, s.where).tokens)
+            len(encode_conversation(tokenizer, s.messages, s.where)[0].tokens)
             for s in found
             if s.extra["category"] == c
         ]

@@ -9,9 +9,9 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from nemo_minitron.errors import InputError
 from nemo_minitron.files import lines, replacing
@@ -74,6 +74,24 @@ class Preference:
             **given,
             **self.extra,
         }
+
+
+def system_in_user(messages: list[Message]) -> list[Message]:
+    """With the system's text in front of the user's first, for templates that know no system."""
+    first, *rest = messages
+    if first["role"] != "system" or not rest:
+        return messages
+    text = "\n\n".join(part for part in (first["content"], rest[0]["content"]) if part.strip())
+    return [{"role": "user", "content": text}, *rest[1:]]
+
+
+SampleT = TypeVar("SampleT", Conversation, Preference)
+
+
+def merged(samples: Iterable[SampleT], merge_system: bool) -> Iterator[SampleT]:
+    """The samples; with `merge_system` as `system_in_user` makes them."""
+    for sample in samples:
+        yield replace(sample, messages=system_in_user(sample.messages)) if merge_system else sample
 
 
 def clean(text: str) -> str:
