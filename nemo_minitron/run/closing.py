@@ -62,7 +62,9 @@ def _work(f: dict[str, Any]) -> Iterator[str]:
 
 def _scores(f: dict[str, Any]) -> Iterator[str]:
     if f.get("overall_score") is not None:
-        yield f"{f['overall_score']:.1%} of {f['samples']:,} answers right"
+        lenient = f.get("overall_score_lenient")
+        also = "" if lenient is None else f" ({lenient:.1%} to a lenient reader)"
+        yield f"{f['overall_score']:.1%} of {f['samples']:,} answers right{also}"
     if f.get("recipe") == "instruct_data":
         for key in (key for key in f if key.endswith("_samples")):
             yield f"{f[key]:,} {key.removesuffix('_samples')}"
