@@ -20,14 +20,14 @@ from tests.unit.test_docs import PAGES, ROOT, Command, commands_of, kind_of, rec
 
 _TRAINING = {
     "distill.max_steps": "2",
-    "distill.global_batch_size": "4",
+    "distill.global_batch_size": "16",
     "distill.optim.warmup_steps": "1",
     "distill.val_check_interval": "2",
     "distill.limit_val_batches": "1",
 }
 _ALIGNMENT = {
     "align.max_steps": "2",
-    "align.global_batch_size": "4",
+    "align.global_batch_size": "16",
     "align.optim.warmup_steps": "1",
     "align.limit_val_batches": "1",
 }
@@ -86,7 +86,7 @@ def inputs(home: Path, environment: dict[str, str]) -> dict[str, str]:
     questions = [{"question": "def", "choices": [" a", " b c"], "answer": 0}] * 4
     (made / "task.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
     for name in ("train", "valid"):
-        rows = [_conversation(f"{name} {number}") for number in range(12)]
+        rows = [_conversation(f"{name} {number}") for number in range(40)]
         (made / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (made / "prompts.txt").write_text("".join(f"def f{number}(\n" for number in range(8)))
     asked = [{"question": f"def f{number}("} for number in range(8)]

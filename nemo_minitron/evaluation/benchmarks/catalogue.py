@@ -27,7 +27,7 @@ _DIRECTORIES = {
     "truthfulqa_mc2": "truthfulqa",
     "winogrande": "winogrande",
 }
-_FILE = ".jsonl"
+_FILES = (".jsonl", ".json", ".parquet", ".gz", ".zst")
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Wanted:
     @property
     def label(self) -> str:
         """What its row and its file of items are called."""
-        return Path(self.name).stem if self.name.endswith(_FILE) else self.name
+        return Path(self.name).stem if self.name.endswith(_FILES) else self.name
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def load(wanted: Sequence[Wanted], data: DataConfig) -> list[Benchmark]:
 
 
 def _task(wanted: Wanted, data: DataConfig) -> Any:
-    if wanted.name.endswith(_FILE):
+    if wanted.name.endswith(_FILES):
         return _configured(wanted.label, _of_file(wanted.name))
     if wanted.name in LOCAL:
         return _configured(wanted.name, LOCAL[wanted.name].config(data))

@@ -19,8 +19,9 @@ from nemo_minitron.evaluation.benchmarks.answers import Answers
 from nemo_minitron.evaluation.lm_figures import LMFigures, lm_figures, text_bytes
 from nemo_minitron.export.huggingface import generation_settings
 from nemo_minitron.files import write_text
-from nemo_minitron.nemo.session import Session, nemo_tokenizer, packed, progress_bar
+from nemo_minitron.nemo.session import Session, nemo_tokenizer, packed
 from nemo_minitron.nemo.teacher import Teacher
+from nemo_minitron.progress import progress_bar
 from nemo_minitron.workflows.evaluate.check import Prepared, chat_of
 from nemo_minitron.workflows.evaluate.model import ShardedModel
 
