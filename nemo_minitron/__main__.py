@@ -19,7 +19,7 @@ def command() -> None:
         print(f"nemo_minitron {__version__}")
     elif not arguments or arguments[0] in ("-h", "--help"):
         use_environment()
-        from nemo_minitron.run.help_text import overview
+        from nemo_minitron.run.help_text import overview  # needs packages of the environment
 
         print(overview())
     else:

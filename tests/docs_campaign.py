@@ -20,14 +20,14 @@ from tests.unit.test_docs import PAGES, ROOT, Command, commands_of, kind_of, rec
 
 _TRAINING = {
     "distill.max_steps": "2",
-    "distill.global_batch_size": "4",
+    "distill.global_batch_size": "16",
     "distill.optim.warmup_steps": "1",
     "distill.val_check_interval": "2",
     "distill.limit_val_batches": "1",
 }
 _ALIGNMENT = {
     "align.max_steps": "2",
-    "align.global_batch_size": "4",
+    "align.global_batch_size": "16",
     "align.optim.warmup_steps": "1",
     "align.limit_val_batches": "1",
 }
@@ -54,6 +54,7 @@ SHORTER = {
     "sft": {**_ALIGNMENT, "eval.samples": "4"},
     "preference": {**_ALIGNMENT, "eval.samples": "4"},
     "pretrain": {"trainer.max_steps": "2", "trainer.val_check_interval": "2", "optim.warmup_steps": "1"},
+    "evaluate": {"eval.samples": "4", "eval.limit": "2", "eval.max_new_tokens": "8"},
     "evaluate_instruct": {
         "instruct.sizes.test": "4",
         "instruct.sizes.seen": "4",
@@ -70,6 +71,9 @@ _NOT_RUN = {
     "docker": "an engine; functional/test_docker.py",
     "...": "a part of a command",
     "push=true": "the hub",
+    "eval=base": "the hub",
+    "eval=local": "data out of PyPI",
+    "hellaswag_100": "data out of PyPI",
     "--cfg": "only shows; unit/test_docs.py",
     "--nproc 8": "eight ranks",
 }
@@ -82,7 +86,7 @@ def inputs(home: Path, environment: dict[str, str]) -> dict[str, str]:
     questions = [{"question": "def", "choices": [" a", " b c"], "answer": 0}] * 4
     (made / "task.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
     for name in ("train", "valid"):
-        rows = [_conversation(f"{name} {number}") for number in range(12)]
+        rows = [_conversation(f"{name} {number}") for number in range(40)]
         (made / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (made / "prompts.txt").write_text("".join(f"def f{number}(\n" for number in range(8)))
     asked = [{"question": f"def f{number}("} for number in range(8)]

@@ -20,7 +20,7 @@ def sft_dataset(cfg: DictConfig, split: str, tokenizer: Any) -> Any:
 
     # The builder takes the class from its module's names and has no argument for it.
     with mock.patch.object(builders, "GPTSFTChatDataset", chat_dataset_class()):
-        return builders.build_sft_dataset(
+        dataset = builders.build_sft_dataset(
             cfg.model.data[split],
             tokenizer,
             None,
@@ -28,6 +28,9 @@ def sft_dataset(cfg: DictConfig, split: str, tokenizer: Any) -> Any:
             is_chat=True,
             model_cfg=cfg.model,
         )
+    # The model makes no use of an [s, s] mask with this setting, and the builder does not hand it on to the data.
+    dataset.get_attention_mask_from_fusion = cfg.model.get_attention_mask_from_fusion
+    return dataset
 
 
 def sft_loader(cfg: DictConfig, split: str, dataset: Any, consumed_samples: int = 0) -> Any:

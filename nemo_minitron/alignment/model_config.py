@@ -102,6 +102,6 @@ def run_config(t: TrainerConfig, *, cuda: bool) -> dict[str, Any]:
         "use_cpu_initialization": not cuda,
         "megatron_amp_O2": cuda and t.precision.startswith("bf16"),
         "precision": t.precision,
-        "get_attention_mask_from_fusion": cuda,
+        "get_attention_mask_from_fusion": True,
         "gradient_as_bucket_view": True,
     }

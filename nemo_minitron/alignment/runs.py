@@ -16,6 +16,7 @@ from nemo_minitron.config.trainer import TrainerConfig
 from nemo_minitron.data.tokenizer import as_version_4
 from nemo_minitron.files import read_steps
 from nemo_minitron.padding import padded_rows
+from nemo_minitron.progress import end_if_asked
 
 ALIGNER = "aligner"
 # Aligner reads all three back from the name when it resumes; one that is absent counts as 0.
@@ -192,8 +193,10 @@ class RunLog:
         """Called by Aligner's trainers.
 
         Raises:
+            KeyboardInterrupt: Ctrl-C came, and was lost on its way.
             FloatingPointError: the loss is not finite; the checkpoint before it is the last.
         """
+        end_if_asked()
         if not math.isfinite(metrics["loss"]):
             raise FloatingPointError(
                 f"step {step}: the loss is {metrics['loss']}; the last checkpoint is kept"

@@ -53,7 +53,7 @@ def open_model(cfg: DictConfig, key: str, cls_of: Callable[[], Any], source: Sou
     from nemo.utils.exp_manager import exp_manager
     from nemo_aligner.utils import train_script_utils as aligner
 
-    from nemo_minitron.nemo.models import quiet_nemo
+    from nemo_minitron.nemo.models import quiet_nemo  # imports NeMo, once Aligner's gaps are closed
 
     quiet_nemo()
     trainer = aligner.resolve_and_create_trainer(cfg, key)
@@ -133,7 +133,7 @@ def save_result(model: Any, prepared: Prepared, directory: Path) -> None:
 
 def lm_losses(r: Any, prepared: Prepared, directory: Path) -> dict[str, float]:
     """What alignment costs in language modelling: the loss on held-out text in nats a token, before and after."""
-    from nemo_minitron.nemo.session import Session
+    from nemo_minitron.nemo.session import Session  # imports NeMo 2; training needs NeMo 1 alone
 
     found = {}
     for when, source in (("before", prepared.student), ("after", find_source(directory / CHECKPOINT))):

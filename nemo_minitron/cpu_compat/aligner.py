@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from nemo_minitron.cpu_compat import attention
 from nemo_minitron.cpu_compat.cuda_names import show_cpu_torch_to
 from nemo_minitron.cpu_compat.megatron import FusedAdamW
 from nemo_minitron.cpu_compat.norm import HostNorm
@@ -23,6 +24,7 @@ def close_gaps() -> None:
     aligner_counts_on_cuda()
     adamw_step_cannot_be_sharded()
     generation_moves_the_model_to_cuda()
+    pairs_are_collated_with_a_mask()
 
 
 def strategy_wants_apex() -> None:
@@ -193,3 +195,24 @@ def generation_moves_the_model_to_cuda() -> None:
     from lightning.fabric.utilities.device_dtype_mixin import _DeviceDtypeModuleMixin
 
     _DeviceDtypeModuleMixin.cuda = lambda self, device=None: self
+
+
+def pairs_are_collated_with_a_mask() -> None:
+    """`dpo_custom_collate` (`algorithms/dpo.py:95`) makes a float32 [s, s] and a bool [b, 1, s, s] for each microbatch,
+    256 MiB and more at 8,192 tokens, that says no more than that attention is causal. `HostAttention` knows that."""
+    if not attention.is_wanted():
+        return
+    from nemo_aligner.algorithms import dpo
+
+    make = dpo.get_ltor_masks_and_position_ids
+
+    def without_mask(
+        data: torch.Tensor, eod_token: int, reset_position_ids: bool, reset_attention_mask: bool, *more: Any
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        if reset_position_ids or reset_attention_mask:
+            return make(data, eod_token, reset_position_ids, reset_attention_mask, *more)  # type: ignore[no-any-return]
+        positions = torch.arange(data.size(1), device=data.device).expand_as(data)
+        # The collate function asserts four dimensions, and does nothing with the second.
+        return attention.no_mask(data.device), torch.ones_like(data, dtype=torch.float32), positions
+
+    dpo.get_ltor_masks_and_position_ids = without_mask

@@ -24,6 +24,11 @@ BLOCK = 256
 logger = logging.getLogger("nemo_minitron")
 
 
+def no_mask(device: torch.device) -> Tensor:
+    """A mask [1, 1, 1, 1] that stands for none, where a library's code insists on a tensor."""
+    return torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device)
+
+
 def is_wanted() -> bool:
     """Whether the environment leaves torch's attention on."""
     return os.environ.get(SWITCH, "torch") != "megatron"
@@ -56,8 +61,10 @@ class HostAttention(DotProductAttention):
 
         Args:
             attention_mask: bool [b or 1, 1, sq, sk], true where attention is forbidden; None: causal, unless
-                the module's type (or `attn_mask_type`, as inference with cached keys says) is another.
+                the module's type (or `attn_mask_type`, as inference with cached keys says) is another. `no_mask`: None.
         """
+        if attention_mask is not None and attention_mask.numel() == 1 < key.size(0):
+            attention_mask = None  # `no_mask`
         causal = self._is_causal(attention_mask, query.size(0), key.size(0))
         mask = None if causal else attention_mask
         reason = self._unfit(mask, attention_bias, packed_seq_params)

@@ -35,7 +35,7 @@ def local_norm_refuses_sequence_parallel() -> None:
     from megatron.core.models.gpt import gpt_layer_specs
     from megatron.core.transformer import torch_norm, transformer_block
 
-    from nemo_minitron.cpu_compat.norm import HostNorm
+    from nemo_minitron.cpu_compat.norm import HostNorm  # imports Megatron
 
     _replace(
         torch_norm.WrappedTorchNorm, HostNorm, (torch_norm, backends, gpt_layer_specs, transformer_block)

@@ -1,9 +1,6 @@
 """A checkpoint opened under a layout, without optimizer and gradient buffers: to score, evaluate, prune and save."""
 
 import logging
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +24,7 @@ from nemo_minitron.evaluation.multiple_choice import Task, accuracy_and_margin, 
 from nemo_minitron.megatron_gpt import gpt_model
 from nemo_minitron.nemo import models, trainer
 from nemo_minitron.nemo.tokenizer_files import tokenizer_files
+from nemo_minitron.progress import progress_bar
 
 logger = logging.getLogger("nemo_minitron")
 
@@ -156,31 +154,3 @@ def split_loss(
     count = min(samples or len(dataset), len(dataset))
     progress = progress_bar(label, count, tokens=d.seq_length)
     return lm_loss(chunks, dataset, count, micro_batch_size=micro_batch_size, progress=progress)
-
-
-def progress_bar(label: str, total: int, *, tokens: int = 0) -> Callable[[int], None] | None:
-    """A line on rank 0's stderr, renewed in place on a terminal, now and then elsewhere.
-
-    Args:
-        label: what is done.
-        total: sequences.
-        tokens: of each; 0: they differ.
-    """
-    if rank() != 0:
-        return None
-    from tqdm import tqdm
-
-    bar = tqdm(
-        total=total, desc=label, unit="seq", file=sys.stderr, mininterval=1.0 if sys.stderr.isatty() else 10.0
-    )
-
-    begin = time.monotonic()
-
-    def show(done: int) -> None:
-        if tokens and (seconds := time.monotonic() - begin) > 0:
-            bar.set_postfix_str(f"{min(total, done) * tokens / seconds:,.0f} tokens/s", refresh=False)
-        bar.update(min(total, done) - bar.n)
-        if bar.n >= total:
-            bar.close()
-
-    return show

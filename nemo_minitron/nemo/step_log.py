@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 from nemo_minitron.environment import rank
 from nemo_minitron.files import read_steps
 from nemo_minitron.nemo.proven_checkpoints import describe_step
+from nemo_minitron.progress import end_if_asked
 
 
 class StepLog(pl.Callback):
@@ -43,7 +44,9 @@ class StepLog(pl.Callback):
 
         Raises:
             FloatingPointError: the loss is not finite.
+            KeyboardInterrupt: Ctrl-C came, and was lost on its way.
         """
+        end_if_asked()
         step, loss = trainer.global_step - 1, float(trainer.callback_metrics["reduced_train_loss"])
         if not math.isfinite(loss):
             raise FloatingPointError(f"{describe_step(step)}: the loss is {loss}")

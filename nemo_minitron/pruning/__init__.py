@@ -24,6 +24,6 @@ __all__ = [
 
 def prune(chunks: Sequence[Any], plan: PrunePlan) -> None:
     """Carry out a plan on a sharded model, in place; see `nemo_minitron.pruning.model.prune`."""
-    from nemo_minitron.pruning.model import prune as carry_out
+    from nemo_minitron.pruning.model import prune as carry_out  # imports Megatron; plans are made without
 
     carry_out(chunks, plan)

@@ -34,11 +34,11 @@ def run_recipe(name: str, schemas: str, schema: str, work: str) -> None:
         schema: its name there.
         work: the package with `check` and `run`.
     """
-    from nemo_minitron.run import terminal
+    from nemo_minitron.run import terminal  # after the hand-over to the environment
 
     terminal.quiet()
     try:
-        from nemo_minitron.run import main as recipe
+        from nemo_minitron.run import main as recipe  # imports Hydra; listing recipes does not
 
         described = getattr(importlib.import_module(schemas), schema)
         check = importlib.import_module(f"{work}.check").check

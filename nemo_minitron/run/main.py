@@ -23,7 +23,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nemo_minitron import __version__, cpu_compat
+from nemo_minitron import __version__, cpu_compat, progress
 from nemo_minitron.config.recipes import CommonConfig, SchemaT, parse
 from nemo_minitron.cpu_compat import imports, product_choice
 from nemo_minitron.environment import COMPOSE, INTERRUPTED, INTERRUPTED_BY_USER, PREPARE, PYTHON, RESULT, rank
@@ -80,7 +80,7 @@ def main(
     started = False
     imports.defer()
     terminal.quiet()
-    terminal.take_interrupts()
+    progress.take_interrupts()
     _submit_if_asked()
     register_resolvers(name, schema)
     typed = sys.argv[1:]
@@ -198,7 +198,7 @@ class _Run:
             print(f"error: {error}; {directory} keeps what was finished", file=sys.stderr)
             _leave(1)
         except (KeyboardInterrupt, SystemExit, Exception) as error:
-            if terminal.asked_to_end():
+            if progress.asked_to_end():
                 _interrupted(self._how_to_go_on(directory))
             if isinstance(error, SystemExit):
                 raise

@@ -1,20 +1,17 @@
-"""What a recipe leaves to the terminal: progress and results, one line for Ctrl-C, no greetings of libraries."""
+"""What a recipe leaves to the terminal: what is expected is kept back, and no library greets."""
 
 import contextlib
 import io
 import logging
 import os
 import re
-import signal
 import sys
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-from nemo_minitron.environment import INTERRUPTED_BY_USER, verbose
+from nemo_minitron.environment import verbose
 
 # Libraries that greet at INFO level, or warn of what is not installed, whenever they are imported.
 _TALKATIVE = ("pytorch_lightning", "lightning", "nemo", "NeMo", "megatron", "datasets", "matplotlib", "root")
@@ -27,9 +24,6 @@ _EXPECTED = (
 # For the processes that libraries start: Python takes no pattern there, only how a message begins.
 _PYNVML = "ignore:The pynvml package is deprecated:FutureWarning"
 _FORMAT = "[%(asctime)s][%(name)s][%(levelname)s] - %(message)s"
-# Ctrl-C reaches a process twice where its parent passes it on as well.
-_SAME_INTERRUPT_S = 1.0
-_asked_at: float | None = None
 
 
 def quiet() -> None:
@@ -77,27 +71,6 @@ def log_to_file(path: Path) -> None:
     handler = logging.FileHandler(path, delay=True)
     handler.setFormatter(logging.Formatter(_FORMAT))
     logging.getLogger().addHandler(handler)
-
-
-def take_interrupts() -> None:
-    """Ctrl-C unwinds the run once, so that it leaves nothing behind; a second one ends it at once."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _on_interrupt)
-
-
-def _on_interrupt(_number: int, _frame: FrameType | None) -> None:
-    global _asked_at
-    now = time.monotonic()
-    if _asked_at is None:
-        _asked_at = now
-        raise KeyboardInterrupt
-    if now - _asked_at > _SAME_INTERRUPT_S:
-        os._exit(INTERRUPTED_BY_USER)
-
-
-def asked_to_end() -> bool:
-    """Whether Ctrl-C came: Lightning turns KeyboardInterrupt into exit code 1, others into what they like."""
-    return _asked_at is not None
 
 
 class Tee(io.TextIOBase):

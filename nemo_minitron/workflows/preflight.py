@@ -78,7 +78,7 @@ def say_corpus(d: DataConfig, data: PreparedData, *, prepared: bool, what: str) 
 def converted(source: Source, d: DataConfig) -> Source:
     """The NeMo 2 form of a checkpoint: Hugging Face directories are converted once, before ranks start, into
     the cache."""
-    from nemo_minitron.nemo.huggingface import import_checkpoint
+    from nemo_minitron.nemo.huggingface import import_checkpoint  # NeMo, only where there is a conversion
 
     if source.kind == "nemo":
         return source

@@ -156,3 +156,26 @@ def generation_moves_the_model_to_cuda(gap: Callable[[], None]) -> None:
     gap()
     assert module.cuda() is module
     assert module.linear.weight.device.type == module.device.type == "cpu"
+
+
+@shows("aligner")
+def pairs_are_collated_with_a_mask(gap: Callable[[], None]) -> None:
+    from nemo_aligner.algorithms import dpo
+
+    pairs = [
+        {
+            **{f"{side}": torch.arange(5) for side in ("chosen", "rejected")},
+            **{f"{side}_labels": torch.arange(5) for side in ("chosen", "rejected")},
+            **{f"{side}_length": 5 for side in ("chosen", "rejected")},
+            **{f"{side}_reward": 1.0 for side in ("chosen", "rejected")},
+        }
+    ] * 2
+    before = dpo.dpo_custom_collate(pairs, eos_id=0)
+    assert before["attention_mask"].shape == (2, 1, 5, 5)
+    gap()
+    after = dpo.dpo_custom_collate(pairs, eos_id=0)
+    assert after["attention_mask"].numel() == 2
+    for name in set(before) - {"attention_mask"}:
+        assert torch.equal(before[name], after[name]), name
+    kept = dpo.dpo_custom_collate(pairs, eos_id=0, reset_attention_mask=True)
+    assert torch.equal(kept["attention_mask"][0, 0, 1:, 0], torch.ones(4, dtype=torch.bool))

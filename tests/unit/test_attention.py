@@ -222,6 +222,20 @@ def test_dropout_is_megatrons_while_training(lines: list[str]) -> None:
     assert len(lines) == 1
 
 
+def test_the_mask_that_stands_for_none_is_none_for_megatron_too(lines: list[str]) -> None:
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    from nemo_minitron.cpu_compat import attention
+
+    ours, theirs = both(4, 2, 16, dropout=0.5)
+    tensors, nothing = inputs(4, 2, 16, 12), attention.no_mask(torch.device("cpu"))
+    model_parallel_cuda_manual_seed(5)
+    found = ours(*tensors, nothing)
+    model_parallel_cuda_manual_seed(5)
+    torch.testing.assert_close(found, theirs(*tensors, None), rtol=0, atol=0)
+    agree([ours.eval()(*tensors, nothing)], [theirs.eval()(*tensors, None)])
+
+
 def test_memory_is_linear_in_the_sequence() -> None:
     """Bytes that forward and backward allocate at once, by torch's own profiler; Megatron's are quadratic."""
 

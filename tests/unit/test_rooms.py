@@ -13,7 +13,7 @@ PACKAGE = ROOT / "nemo_minitron"
 # From the ground up: a room imports from those before it. Rooms of one line do not import each other.
 FLOORS = [
     ["__version__", "errors", "environment", "parallel", "axes"],
-    ["files", "arch", "padding", "megatron_gpt"],
+    ["files", "arch", "padding", "megatron_gpt", "progress"],
     ["config"],
     ["cpu_compat"],
     ["checkpoints"],
@@ -113,14 +113,19 @@ def test_functions_are_short() -> None:
 
 
 def test_few_imports_are_late() -> None:
-    """Each hides something heavy from what is light, or waits for a gap to be closed."""
+    """Each hides something heavy from what is light, or waits for a gap to be closed, and says so."""
     late = {
-        f"{file.relative_to(ROOT)}:{line}"
+        f"{file.relative_to(ROOT)}:{line}": file.read_text().splitlines()[line - 1]
         for file, _, tree in modules()
         for function in functions(tree)
         for line, _ in own_imports(function)
     }
     assert len(late) <= LATE_IMPORTS, sorted(late)
+    # The docstring of the CPU layer says it for all of its own.
+    silent = [
+        place for place, code in late.items() if "  # " not in code and "cpu_compat/__init__" not in place
+    ]
+    assert not silent, "say why"
 
 
 def test_the_room_of_adapters_is_small() -> None:

@@ -108,7 +108,7 @@ def _licence(r: ExportRecipe, came_from: Lineage) -> Licence | None:
 
 def _opened(r: ExportRecipe, source: Any, to: str | Path) -> tuple[huggingface.Model, Any, Path, str]:
     """The weights, after a conversion where the source needs one."""
-    from nemo_minitron.nemo.huggingface import export_model
+    from nemo_minitron.nemo.huggingface import export_model  # imports NeMo, only for what needs a conversion
 
     sha256 = source.sha256()
     source = converted(source, r.data)

@@ -42,7 +42,7 @@ def quantise(place: Path, length: int) -> dict[str, Any]:
     from modelopt.torch.export import export_hf_checkpoint
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from nemo_minitron.export import written
+    from nemo_minitron.export import written  # imports transformers
 
     tokens = written.tokens_of(AutoTokenizer.from_pretrained(place), _SEQUENCES, length).cuda()
     model = AutoModelForCausalLM.from_pretrained(place, torch_dtype="auto").cuda().eval()

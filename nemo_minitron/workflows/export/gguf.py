@@ -6,9 +6,9 @@ from typing import Any
 from nemo_minitron.config.export import GGUF_PLAIN, ExportRecipe
 from nemo_minitron.export import gguf_model, gguf_quantiser, huggingface, llama_cpp, written
 from nemo_minitron.export.gguf_tokenizer import STOPS
+from nemo_minitron.progress import progress_bar
 from nemo_minitron.workflows.export import verification
 from nemo_minitron.workflows.export.check import Prepared, measured
-from nemo_minitron.workflows.export.verification import progress
 
 _NAMED = 5
 
@@ -47,7 +47,7 @@ def write(r: ExportRecipe, prepared: Prepared, place: Path) -> dict[str, Any]:
 
 def _plain(prepared: Prepared, file: Path, kind: str) -> gguf_model.Report:
     assert prepared.vocabulary is not None
-    show = progress("written", gguf_quantiser.estimate(prepared.model, kind, measured=False))
+    show = progress_bar("written", gguf_quantiser.estimate(prepared.model, kind, measured=False))
     return gguf_model.write(prepared.model, prepared.vocabulary, file, kind, show)
 
 
@@ -81,7 +81,7 @@ def _perplexities(r: ExportRecipe, prepared: Prepared, place: Path) -> dict[str,
     for name, file in (("perplexity_f16", beside), ("perplexity", place / file_name(kind))):
         with llama_cpp.opened(file, context) as server:
             found[name], tokens = llama_cpp.perplexity(
-                server, ids, progress(f"{name}", len(ids) - 1, "tokens")
+                server, ids, progress_bar(name, len(ids) - 1, unit="tokens")
             )
     beside.unlink()
     return {name: round(value, 4) for name, value in found.items()} | {"perplexity_tokens": tokens}

@@ -8,6 +8,7 @@ from nemo_minitron.config.export import ExportRecipe
 from nemo_minitron.environment import peak_rss_gib
 from nemo_minitron.export import generation, hub, huggingface
 from nemo_minitron.export.target import under_another_name
+from nemo_minitron.progress import progress_bar
 from nemo_minitron.workflows.export import fp8, gguf, papers, verification
 from nemo_minitron.workflows.export.check import FP8, GGUF, Prepared
 
@@ -52,7 +53,7 @@ def run(r: ExportRecipe, prepared: Prepared, directory: Path) -> dict[str, Any]:
 
 def _write_directory(prepared: Prepared, place: Path) -> dict[str, Any]:
     model = prepared.model
-    show = verification.progress("written", model.bytes)
+    show = progress_bar("written", model.bytes)
     files = huggingface.write(model, place, prepared.shard_bytes, show)
     return {
         "dtype": str(model.dtype).removeprefix("torch."),

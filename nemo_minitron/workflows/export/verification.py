@@ -12,6 +12,7 @@ from nemo_minitron.checkpoints.families import architecture_of
 from nemo_minitron.errors import FailedRun
 from nemo_minitron.export import gguf_model, huggingface, written
 from nemo_minitron.export.tensors import EMBEDDING
+from nemo_minitron.progress import progress_bar
 from nemo_minitron.workflows.export import layer_by_layer
 from nemo_minitron.workflows.export.check import Prepared
 
@@ -83,14 +84,14 @@ def _verify(
     """
     source, reader, tokens = prepared.source, prepared.model.weights.reader, tokens_of(prepared, count)
     vocab, layers = source.architecture.vocab_size, source.architecture.num_layers
-    found = written.logits(config, read, tokens, progress("transformers", layers, "layers"))
+    found = written.logits(config, read, tokens, progress_bar("transformers", layers, unit="layers"))
     expected = layer_by_layer.logits(
         source,
         reader,
         tokens,
         vocab_rows=reader.size(EMBEDDING)[0],
         rounded=rounded,
-        progress=progress("Megatron", layers, "layers"),
+        progress=progress_bar("Megatron", layers, unit="layers"),
     )
     return compare(found, expected[..., :vocab], tolerance) | {"verify_tokens": tokens.numel()}
 
@@ -109,17 +110,3 @@ def compare(found: Tensor, expected: Tensor, tolerance: float = TOLERANCE) -> di
             f"the largest is {largest:.3g}; nothing is left of it"
         )
     return {"verify_max_difference": difference, "verify_largest_logit": largest}
-
-
-def progress(label: str, total: int, unit: str = "B") -> Callable[[int], None]:
-    """A bar on stderr, told how much is done."""
-    from tqdm import tqdm
-
-    bar = tqdm(total=total, desc=label, unit=unit, unit_scale=unit == "B", file=sys.stderr, mininterval=1.0)
-
-    def show(done: int) -> None:
-        bar.update(done - bar.n)
-        if bar.n >= total:
-            bar.close()
-
-    return show

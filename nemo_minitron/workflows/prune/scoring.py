@@ -13,7 +13,7 @@ from nemo_minitron.importance.aggregation import Statistic
 from nemo_minitron.importance.depth_metrics import lm_loss_scores, task_scores
 from nemo_minitron.importance.pictures import importance_picture
 from nemo_minitron.nemo.importance_callback import ImportanceCallback
-from nemo_minitron.nemo.session import progress_bar
+from nemo_minitron.progress import progress_bar
 
 
 def score(

@@ -33,7 +33,7 @@ def make_generator(r: SynthesizeRecipe, teacher: Source, longest_prompt: int) ->
     """
     s = r.synthesize
     if s.backend == MEGATRON:
-        from nemo_minitron.nemo.text_generation import MegatronGenerator
+        from nemo_minitron.nemo.text_generation import MegatronGenerator  # NeMo; others do without
 
         return MegatronGenerator(r, converted(teacher, r.data), longest_prompt + s.max_new_tokens)
     directory = exported_once(teacher, cache_dir(r.data, "exports"))

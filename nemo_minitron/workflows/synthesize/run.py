@@ -14,7 +14,7 @@ from nemo_minitron.config.recipes import SynthesizeRecipe
 from nemo_minitron.environment import peak_rss_gib, rank
 from nemo_minitron.errors import InputError
 from nemo_minitron.files import write_text
-from nemo_minitron.nemo.session import progress_bar
+from nemo_minitron.progress import progress_bar
 from nemo_minitron.synthesis import report
 from nemo_minitron.synthesis.filters import Text, TextFilter
 from nemo_minitron.synthesis.mixture import TEXT
