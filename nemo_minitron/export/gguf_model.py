@@ -8,7 +8,7 @@ have their offset of 1 in the weight; Llama 3.1's scaling is a factor for each f
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -84,12 +84,12 @@ def write(
     factors = _rope_factors(model.config) if a.rope_scaling_factor is not None else None
     if factors is not None:
         _announce(writer, _ROPE_FACTORS, tuple(factors.shape), "F32")
-    names = {part.name: name_of(model, part.name) for part in model.weights.parts.values()}
-    for name, part in model.weights.parts.items():
-        theirs = kind_of(kind, part.shape)
-        if theirs != kind and len(part.shape) > 1:
-            report.kept[names[name]] = part.shape[-1]
-        _announce(writer, names[name], part.shape, theirs)
+    shapes = {name: part.shape for name, part in model.weights.parts.items()}
+    names = {name: name_of(model, name) for name in shapes}
+    kinds = {name: kind_of(kind, shape) for name, shape in shapes.items()}
+    report.kept = {names[n]: s[-1] for n, s in shapes.items() if kinds[n] != kind and len(s) > 1}
+    for name, shape in shapes.items():
+        _announce(writer, names[name], shape, kinds[name])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -98,14 +98,21 @@ def write(
     (opened,) = writer.fout
     with opened, to_disk(opened) as write:
         writer.write_padding(opened, opened.tell())
-        if factors is not None:
-            writer.write_padding(opened, _write_tensor(write, factors, "F32", _ROPE_FACTORS))
-        for name, part in model.weights.parts.items():
-            size = _write_tensor(write, as_llama_cpp(model, name), kind_of(kind, part.shape), names[name])
+        for theirs, size in _write_tensors(write, model, factors, names, kinds):
             writer.write_padding(opened, size)
-            report.bytes += size
+            report.bytes += size if theirs != _ROPE_FACTORS else 0
             progress(report.bytes)
     return report
+
+
+def _write_tensors(
+    write: Write, model: Model, factors: Tensor | None, names: Mapping[str, str], kinds: Mapping[str, str]
+) -> Iterator[tuple[str, int]]:
+    """Each tensor's name in the file and the bytes that it took, once it is written."""
+    if factors is not None:
+        yield _ROPE_FACTORS, _write_tensor(write, factors, "F32", _ROPE_FACTORS)
+    for name, theirs in names.items():
+        yield theirs, _write_tensor(write, as_llama_cpp(model, name), kinds[name], theirs)
 
 
 def _write_tensor(write: Write, tensor: Tensor, kind: str, name: str) -> int:
