@@ -42,9 +42,8 @@ class SplitSequences:
     """
 
     def __init__(self, data: PreparedData, d: DataConfig, split: str, drawn: int) -> None:
-        prefix = data.indexed.prefix(split)
         self.dataset: Any = gpt_dataset(
-            prefix, split, drawn, d.seq_length, d.seed, data.indexed.eod, data.index_cache
+            data.indexed.paths(split), split, drawn, d.seq_length, d.seed, data.indexed.eod, data.index_cache
         )
 
     def tokens(self, number: int) -> Tensor:

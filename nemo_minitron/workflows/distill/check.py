@@ -15,7 +15,13 @@ from nemo_minitron.errors import InputError
 from nemo_minitron.synthesis.mixture import TeacherText, check_mixture, prepare_text
 from nemo_minitron.workflows.distill import cache as cache_checks
 from nemo_minitron.workflows.distill import settings as checks
-from nemo_minitron.workflows.preflight import check_source, check_vocabulary, converted, say_corpus
+from nemo_minitron.workflows.preflight import (
+    check_source,
+    check_vocabulary,
+    converted,
+    say_corpus,
+    say_repeats,
+)
 
 
 @dataclass(frozen=True)
@@ -78,6 +84,8 @@ def check(r: DistillRecipe) -> Prepared:
     if cache is not None and not ready:
         cache_checks.check_sequences(cache, r, data)
     say_corpus(r.data, data, prepared=bool(ready), what="learns")
+    drawn = trainer.max_steps * trainer.global_batch_size * r.data.seq_length
+    say_repeats(r.data, data, drawn * (1 - r.distill.sdg_weight), prepared=bool(ready))
     teacher = None if teacher is None else converted(teacher, r.data)
     return Prepared(
         converted(student, r.data), teacher or cache, data, trainer, settings, intermediate, text, named
