@@ -18,6 +18,7 @@ from nemo_minitron.config.budget import settle_tokens
 from nemo_minitron.config.cluster import ClusterConfig, check_cluster
 from nemo_minitron.config.data import DataConfig
 from nemo_minitron.config.document_limits import check_limits
+from nemo_minitron.config.evaluation import EvalConfig
 from nemo_minitron.config.ranges import (
     AboveZero,
     Choice,
@@ -192,13 +193,6 @@ class CacheConfig:
     train_samples: Positive | None = None
     valid_samples: Positive | None = None
     shard_mib: Annotated[int, Range(least=1, most=1_048_576)] = 256
-
-
-@dataclass
-class EvalConfig:
-    """`samples`: packed held-out sequences for the LM loss; null: one whole pass over the valid split."""
-
-    samples: Positive | None = 64
 
 
 @dataclass

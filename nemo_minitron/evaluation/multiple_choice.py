@@ -75,9 +75,7 @@ def load_task(path: str | Path, tokenizer: Any, max_tokens: int, *, beginning: S
         sha256 = file_sha256(path)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    questions = [_question(record) for record in read_records(path)]
-    if not questions:
-        raise InputError(f"{path}: holds no question")
+    questions = load_questions(path)
     requests = []
     for question in questions:
         for number, choice in enumerate(question.choices):
@@ -90,6 +88,18 @@ def load_task(path: str | Path, tokenizer: Any, max_tokens: int, *, beginning: S
                 )
             requests.append(request)
     return Task(sha256, requests, [len(q.choices) for q in questions], [q.answer for q in questions])
+
+
+def load_questions(path: str | Path) -> list[Question]:
+    """The questions of a task file, one or more.
+
+    Raises:
+        InputError: as `load_task`.
+    """
+    questions = [_question(record) for record in read_records(path)]
+    if not questions:
+        raise InputError(f"{path}: holds no question")
+    return questions
 
 
 def _question(record: Record) -> Question:

@@ -24,6 +24,13 @@ LINES = {
         "kept": {"hidden_size": [448, 576]},
         "rounded_from": {"hidden_size": 432.0},
     },
+    "pretrain: LM loss 2.730 nats, 3.64M parameters, 100 steps": {
+        "recipe": "pretrain",
+        "lm_loss_nats": 2.73,
+        "bits_per_byte": 1.473,
+        "params": 3_640_000,
+        "steps": 100,
+    },
     "distill: LM loss 3.790 -> 2.973 nats, teacher 2.812 nats, 2.07M parameters, 100 steps, 204.8k tokens": {
         "recipe": "distill",
         "lm_loss_nats_before": 3.79,
@@ -59,6 +66,21 @@ LINES = {
         "recipe": "pretrain",
         "lm_loss_nats": 2.73,
         "params": 3_640_000,
+    },
+    "evaluate: LM loss 2.874 nats, 3.64M parameters, perplexity 17.71, 1.551 bits a byte, KL 0.120 nats, "
+    "81.0% as the teacher, hellaswag_100 0.270 ± 0.045 (at chance), gsm8k_100 0.310 ± 0.046": {
+        "recipe": "evaluate",
+        "params": 3_640_512,
+        "lm_loss_nats": 2.8743,
+        "perplexity": 17.7136,
+        "bits_per_byte": 1.5509,
+        "kl_from_teacher_nats": 0.12,
+        "top1_agreement": 0.81,
+        "scores": [
+            {"task": "hellaswag_100", "score": 0.27, "stderr": 0.0446, "at_chance": True, "main": True},
+            {"task": "hellaswag_100", "score": 0.25, "stderr": 0.0446, "at_chance": True, "main": False},
+            {"task": "gsm8k_100", "score": 0.31, "stderr": 0.0462, "at_chance": False, "main": True},
+        ],
     },
     "evaluate_instruct: 3.64M parameters, 23.3% of 400 answers right": {
         "recipe": "evaluate_instruct",
