@@ -208,7 +208,8 @@ def test_keys_of_one_corpus_beside_a_blend_are_refused(tmp_path: Path) -> None:
 
 
 def parsed(schema: Any, **settings: Any) -> Any:
-    values = {"run_dir": "runs/x", "trainer": {"max_steps": 5, "global_batch_size": 8, "micro_batch_size": 8}, **settings}
+    trainer = {"max_steps": 5, "global_batch_size": 8, "micro_batch_size": 8}
+    values = {"run_dir": "runs/x", "trainer": trainer, **settings}
     return parse(schema, OmegaConf.create(values))
 
 
