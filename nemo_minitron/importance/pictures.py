@@ -89,14 +89,18 @@ def depth_curves(plot: Any, scores: Scores, metric: str, layers: Any) -> None:
             least = min(least, float(values.min()))
     dropped = sorted(set(range(scores.architecture.num_layers)) - set(layers)) if layers is not None else []
     for number, layer in enumerate(dropped):
-        plot.axvspan(layer - 0.5, layer + 0.5, alpha=0.15, color="gray", linewidth=0, label="" if number else "dropped")
+        plot.axvspan(
+            layer - 0.5, layer + 0.5, alpha=0.15, color="gray", linewidth=0, label="" if number else "dropped"
+        )
     _logarithmic(plot, least)
     plot.xaxis.set_major_locator(MaxNLocator(nbins=_MOST_TICKS, integer=True))
-    plot.set_title(metric, fontsize=9)
+    plot.set_title(metric, fontsize=9, loc="left")
     plot.set_xlabel("layer")
     plot.set_ylabel(_UNITS.get(metric, "score"))
-    # Beside the curves: anywhere on them it may cover the layers that decide.
-    plot.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    # Above the curves: anywhere on them it may cover the layers that decide.
+    plot.legend(
+        fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2, ncols=4, frameon=False
+    )
 
 
 def _logarithmic(plot: Any, least: float) -> None:
