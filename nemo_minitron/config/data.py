@@ -22,10 +22,11 @@ class DataConfig:
     (`data.beginning`). `reset_attention_mask`: a document of a packed sequence does not see those before it;
     `reset_position_ids`: and its positions begin at 0.
 
-    "files": `train` and `valid`, each a glob or a list of them; a .jsonl file has one document a line, under
-    `text_key`; any other file is one document. `valid_fraction`: of the train split's documents, held out by their
-    hash where there is no valid split. "hf": `path`, the dataset's id or a directory, its `config` and `revision`, and
-    which of its splits are `train_split` and `valid_split`; `text_key` and `valid_fraction` as above.
+    "files": `train` and `valid`, each a glob or a list of them; a file of records (.jsonl, .ndjson, .json, .parquet,
+    also compressed) has one document a record, under `text_key`; any other file is one document. `valid_fraction`: of
+    the train split's documents, held out by their hash where there is no valid split. "hf": `path`, the dataset's id or
+    a directory, its `config` and `revision`, and which of its splits are `train_split` and `valid_split`; `text_key`
+    and `valid_fraction` as above.
     """
 
     name: str = "stdlib"

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.config.instruct import InstructDataConfig, InstructDataRecipe
 from nemo_minitron.config.recipes import cache_dir
+from nemo_minitron.data.bad_records import BadRecords, each_file
 from nemo_minitron.data.chat.conversations import Conversation, Preference, read_preferences
 from nemo_minitron.data.chat.fitting import Fitted, fit_conversations, fit_preferences
 from nemo_minitron.data.chat.formats import convert_file
@@ -48,11 +49,12 @@ def check(r: InstructDataRecipe) -> Prepared:
     if d.input is None:
         return Prepared({}, None, cached_instruct_set(cache_dir(r.data, "instruct"), r.seed, d.sizes))
     samples: _Samples
+    bad = BadRecords(r.data.bad_records, "instruct_data.input")
     with of_setting("instruct_data.input"):
         if d.kind == "preferences":
-            samples = read_preferences(d.input)
+            samples = list(each_file([d.input], read_preferences, bad))
         else:
-            samples = list(convert_file(d.input, d.format))
+            samples = list(each_file([d.input], lambda file, bad: convert_file(file, d.format, bad), bad))
     fitted = None
     if d.tokenizer is not None:
         samples, fitted = _fit(samples, with_template(load_tokenizer(d.tokenizer), d.tokenizer), d)
