@@ -4,6 +4,7 @@ import csv
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from nemo_minitron.arch import Architecture
 from nemo_minitron.axes import WIDTH_AXES
@@ -98,7 +99,6 @@ def _plot(
     source_loss: float,
     path: Path,
 ) -> None:
-    from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter
@@ -106,16 +106,10 @@ def _plot(
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     plot = figure.subplots()
-    layers = [c.architecture.num_layers for c in tried]
     # Filled: what the rank goes by.
     ranked = [distilled.get(c.name, losses[c.name]) for c in tried]
     size = [c.costs["parameters"] for c in tried]
-    found = sorted(set(layers))
-    # Layers are counted: a colour each, not a scale between them.
-    colour = {count: colormaps["viridis"](i / max(1, len(found) - 1)) for i, count in enumerate(found)}
-    plot.scatter(size, ranked, c=[colour[n] for n in layers], zorder=3)
-    for count in found:
-        plot.scatter([], [], color=colour[count], label=f"{count} layers")
+    _by_layers(plot, size, ranked, [c.architecture.num_layers for c in tried])
     if distilled:
         before = [losses[c.name] for c in tried]
         plot.scatter(size, before, facecolors="none", edgecolors="gray", label="right after pruning")
@@ -132,3 +126,14 @@ def _plot(
     plot.set_title(f"filled: after {'a short distillation' if distilled else 'pruning'}", fontsize=9)
     plot.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     figure.savefig(path, dpi=110)
+
+
+def _by_layers(plot: Any, x: Sequence[float], y: Sequence[float], layers: Sequence[int]) -> None:
+    """Layers are counted: a colour each, not a scale between them."""
+    from matplotlib import colormaps
+
+    found = sorted(set(layers))
+    colour = {count: colormaps["viridis"](i / max(1, len(found) - 1)) for i, count in enumerate(found)}
+    plot.scatter(x, y, c=[colour[count] for count in layers], zorder=3)
+    for count in found:
+        plot.scatter([], [], color=colour[count], label=f"{count} layers")
