@@ -12,6 +12,7 @@ from typing import Any
 
 from nemo_minitron.config.recipes import DataConfig
 from nemo_minitron.errors import InputError
+from nemo_minitron.evaluation.benchmarks import judged
 from nemo_minitron.evaluation.benchmarks.items import tasks_of_harness
 from nemo_minitron.evaluation.benchmarks.local import ACC_NORM, LOCAL, multiple_choice
 from nemo_minitron.evaluation.multiple_choice import load_questions
@@ -40,7 +41,12 @@ class Wanted:
     @property
     def chat(self) -> bool:
         """Whether it is made for models that answer messages."""
-        return self.name in LOCAL and LOCAL[self.name].chat
+        return self.judged or (self.name in LOCAL and LOCAL[self.name].chat)
+
+    @property
+    def judged(self) -> bool:
+        """Whether a judge rates the answers."""
+        return self.name == judged.NAME
 
     @property
     def label(self) -> str:
@@ -50,7 +56,8 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One that is ready to be run. `task`: the harness's Task or Group, its items read."""
+    """One that is ready to be run. `task`: the harness's Task or Group, its items read; the questions where a judge
+    rates."""
 
     wanted: Wanted
     task: Any
@@ -91,6 +98,8 @@ def load(wanted: Sequence[Wanted], data: DataConfig) -> list[Benchmark]:
 
 
 def _task(wanted: Wanted, data: DataConfig) -> Any:
+    if wanted.judged:
+        return judged.questions(data)
     if wanted.name.endswith(_FILES):
         return _configured(wanted.label, _of_file(wanted.name))
     if wanted.name in LOCAL:
@@ -117,7 +126,7 @@ def _of_harness(name: str) -> Any:
     else:
         manager = TaskManager()
         if name not in manager.all_tasks:
-            near = difflib.get_close_matches(name, [*LOCAL, *manager.all_tasks], n=4, cutoff=0.5)
+            near = difflib.get_close_matches(name, [*LOCAL, judged.NAME, *manager.all_tasks], n=4, cutoff=0.5)
             raise InputError(
                 f"eval.tasks={name}: no such benchmark; near are {', '.join(near)}"
                 if near
