@@ -3,12 +3,15 @@
 import contextlib
 import difflib
 import logging
+import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from nemo_minitron.config.recipes import DataConfig
 from nemo_minitron.errors import InputError
@@ -29,6 +32,9 @@ _DIRECTORIES = {
     "winogrande": "winogrande",
 }
 _FILES = (".jsonl", ".json", ".parquet", ".gz", ".zst")
+
+
+_PATIENCE_S = 5
 
 
 @dataclass(frozen=True)
@@ -150,9 +156,14 @@ def _hub_failure(name: str, error: Exception) -> str:
 
 @contextlib.contextmanager
 def _without_remote_code() -> Iterator[None]:
-    """Inside, no loading script of a data set is run, whatever a task asks for."""
+    """Inside, no loading script of a data set is run, whatever a task asks for; and where there is no hub, what is in
+    its cache is taken at once."""
     import datasets
+    import huggingface_hub.constants as hub
 
+    if not hub.HF_HUB_OFFLINE and not _reachable(hub.ENDPOINT):
+        # Else each of its files is tried six times, over half a minute.
+        hub.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
     load_dataset = datasets.load_dataset
 
     def plain(*args: Any, trust_remote_code: Any = None, **options: Any) -> Any:
@@ -163,3 +174,16 @@ def _without_remote_code() -> Iterator[None]:
         yield
     finally:
         datasets.load_dataset = load_dataset
+
+
+def _reachable(endpoint: str) -> bool:
+    """Whether the hub's machine answers; a proxy may know better than this one."""
+    if getproxies().keys() & {"https", "http", "all"}:
+        return True
+    url = urlsplit(endpoint)
+    try:
+        port = url.port or (80 if url.scheme == "http" else 443)
+        socket.create_connection((url.hostname or "", port), timeout=_PATIENCE_S).close()
+    except OSError:
+        return False
+    return True
