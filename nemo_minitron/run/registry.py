@@ -17,6 +17,7 @@ RECIPES = {
     "preference": "align:PreferenceRecipe",
     "export": "export:ExportRecipe",
     "chat": "chat:ChatRecipe",
+    "report": "report:ReportRecipe",
     "instruct_data": "instruct:InstructDataRecipe",
     "evaluate_instruct": "instruct:EvaluateInstructRecipe",
     "evaluate": "evaluate:EvaluateRecipe",
