@@ -94,10 +94,9 @@ def _rows(name: str, values: dict[str, Any], items: list[dict[str, Any]], shots:
         if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
             continue
         stderr = values.get(f"{metric}_stderr,{chosen}")
-        known = isinstance(stderr, int | float) and math.isfinite(stderr)
-        error = (
-            float(stderr) if known else _error_of_parts([item[metric] for item in items if metric in item])
-        )
+        error = float(stderr) if isinstance(stderr, int | float) and math.isfinite(stderr) else None
+        if error is None:
+            error = _error_of_parts([item[metric] for item in items if metric in item])
         shown = metric if chosen == "none" else f"{metric}, {chosen}"
         chance = _chance(items) if metric in ("acc", "acc_norm") and "mc2" not in name else None
         rows.append(Row(name, shown, float(value), error, count, shots, chance))
