@@ -124,6 +124,7 @@ def _train(r: DistillRecipe, prepared: Prepared, directory: Path) -> dict[str, A
         save_every_n_steps=t.val_check_interval,
         start=None if r.distill.from_scratch else source.path,
         new_parameters=prepared.intermediate is not None,
+        logger=r.logger,
     )
     found = {entry["split"]: entry for entry in read_steps(steps.path)}
     return {**found, "ahead": {} if transform is None else _precomputed(transform)}
