@@ -113,7 +113,11 @@ def _of_conversations(prepared: Prepared, before: float | None, after: float | N
         "conversations_packed": c.packed,
         "answer_loss_nats_before": before,
         "answer_loss_nats_after": after,
-        **{f"conversations_{key}": value for key, value in splits.items() if not key.endswith("path")},
+        **{
+            f"conversations_{key}": value
+            for key, value in splits.items()
+            if not key.endswith(("path", "replayed"))
+        },
     }
 
 
