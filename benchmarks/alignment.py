@@ -22,13 +22,13 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from nemo_minitron.alignment import loaders, runs, training
-from nemo_minitron.alignment.conversations import encode_split
 from nemo_minitron.alignment.prepared import has_cuda
 from nemo_minitron.checkpoints.source import Source, find_source
 from nemo_minitron.config.align import AlignConfig
 from nemo_minitron.config.recipes import DataConfig
 from nemo_minitron.config.trainer import TrainerConfig
 from nemo_minitron.data.chat.conversations import read_conversations
+from nemo_minitron.data.chat.encoded import encode_split
 from nemo_minitron.data.instruct import Sizes, write_instruct_set
 from nemo_minitron.data.tokenizer import load_tokenizer
 from nemo_minitron.workflows.align import check as checks

@@ -100,16 +100,19 @@ def lines(path: str | os.PathLike[str], longest: int = LONGEST_LINE) -> Iterator
         OSError: as `open_regular`; a line of more than `longest` bytes.
     """
     with open_regular(path) as file:
-        number = 0
-        while line := file.readline(longest + 1):
-            number += 1
-            if len(line) > longest:
-                raise OSError(
-                    errno.EFBIG,
-                    f"line {number} has more than {longest:,} bytes, the most that is read",
-                    str(path),
-                )
-            yield line
+        yield from lines_of(file, str(path), longest)
+
+
+def lines_of(file: BinaryIO, name: str, longest: int = LONGEST_LINE) -> Iterator[bytes]:
+    """As `lines`, of an open file; `name`: for errors."""
+    number = 0
+    while line := file.readline(longest + 1):
+        number += 1
+        if len(line) > longest:
+            raise OSError(
+                errno.EFBIG, f"line {number} has more than {longest:,} bytes, the most that is read", name
+            )
+        yield line
 
 
 def check_tokenizer_files(directory: Path) -> None:

@@ -1,10 +1,12 @@
 """A Megatron GPT model inside its wrappers, its layers, and Megatron's forward-only schedule."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
 
+from nemo_minitron import parallel
 from nemo_minitron.errors import InputError
 
 
@@ -77,3 +79,62 @@ def forward_only(
         micro_batch_size=shape[0],
         forward_only=True,
     )
+
+
+def give_hidden_states(model: Any) -> None:
+    """Let a GPTModel return its final hidden states, [s, b, h] or [s/tp, b, h], unless labels are given; on the last
+    stage."""
+    own = model._postprocess
+
+    def postprocess(hidden_states: Tensor, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Tensor:
+        if labels is not None:
+            return own(hidden_states, *args, labels=labels, **kwargs)
+        return hidden_states
+
+    model._postprocess = postprocess
+
+
+def output_weight(model: Any) -> Tensor:
+    """The rank's rows of a GPTModel's output layer, [v/tp, h]; on the last stage."""
+    if model.share_embeddings_and_output_weights:
+        return model.shared_embedding_or_output_weight()
+    return model.output_layer.weight
+
+
+@contextmanager
+def giving_hidden_states(model: Any) -> Iterator[None]:
+    """`give_hidden_states` for as long as the block lasts."""
+    own = model._postprocess
+    give_hidden_states(model)
+    try:
+        yield
+    finally:
+        model._postprocess = own
+
+
+def final_hidden_states(chunks: Sequence[Any], batch: dict[str, Tensor]) -> Tensor | None:
+    """One forward-only schedule over a microbatch; every stage calls.
+
+    Args:
+        batch: `tokens`, `position_ids` int64 [b, s], perhaps `attention_mask` bool [b, 1, s, s].
+
+    Returns:
+        The final norm's output [s, b, h], the whole sequence's also under sequence parallelism, on the last stage; None
+        on others.
+    """
+    found: list[Tensor] = []
+
+    def step(iterator: Iterator[dict[str, Tensor]], chunk: Any) -> Any:
+        given = next(iterator)
+        output = chunk(given["tokens"], given["position_ids"], given.get("attention_mask"))
+        if gpt_model(chunk).post_process:
+            found.append(output)
+        return output, no_loss
+
+    last = gpt_model(chunks[-1])
+    b, s = batch["tokens"].shape
+    with giving_hidden_states(last):
+        forward_only(step, chunks, [batch], (b, s))
+    if not found:
+        return None
+    return parallel.gather_sequence(found[0]) if last.config.sequence_parallel else found[0]

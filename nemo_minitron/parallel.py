@@ -182,6 +182,16 @@ def gather_objects(value: Any, group: GroupName) -> list[Any]:
     return gathered
 
 
+def broadcast_object(value: Any) -> Any:
+    """Rank 0's value, any picklable object, on every rank there is; all of them call, what others give is passed over.
+    For small things."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return value
+    carried = [value]
+    dist.broadcast_object_list(carried, src=0)
+    return carried[0]
+
+
 def gather_over_pp(value: Any) -> list[Any]:
     """`gather_objects` over the pipeline's stages."""
     return gather_objects(value, "pp")

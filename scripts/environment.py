@@ -339,7 +339,7 @@ def main() -> NoReturn:
     parser.add_argument("--torch", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--torch-index", default="", help="take torch from this index")
     parser.add_argument(
-        "--extras", default="dev,search,device", help="extras of pyproject.toml, comma-separated"
+        "--extras", default="dev,search,device,evaluation", help="extras of pyproject.toml, comma-separated"
     )
     options = parser.parse_args()
     try:

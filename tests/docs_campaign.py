@@ -54,6 +54,7 @@ SHORTER = {
     "sft": {**_ALIGNMENT, "eval.samples": "4"},
     "preference": {**_ALIGNMENT, "eval.samples": "4"},
     "pretrain": {"trainer.max_steps": "2", "trainer.val_check_interval": "2", "optim.warmup_steps": "1"},
+    "evaluate": {"eval.samples": "4", "eval.limit": "2", "eval.max_new_tokens": "8"},
     "evaluate_instruct": {
         "instruct.sizes.test": "4",
         "instruct.sizes.seen": "4",
@@ -70,6 +71,9 @@ _NOT_RUN = {
     "docker": "an engine; functional/test_docker.py",
     "...": "a part of a command",
     "push=true": "the hub",
+    "eval=base": "the hub",
+    "eval=local": "data out of PyPI",
+    "hellaswag_100": "data out of PyPI",
     "--cfg": "only shows; unit/test_docs.py",
     "--nproc 8": "eight ranks",
 }

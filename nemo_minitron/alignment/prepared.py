@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.alignment.conversations import EncodedSplit
 from nemo_minitron.checkpoints.source import Source
 from nemo_minitron.config.trainer import TrainerConfig
+from nemo_minitron.data.chat.encoded import EncodedSplit
 from nemo_minitron.data.prepare import PreparedData
 
 STEPS = "steps.jsonl"

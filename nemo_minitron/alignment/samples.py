@@ -9,7 +9,7 @@ from typing import Any
 from nemo_minitron import parallel
 from nemo_minitron.alignment.runs import keep_done
 from nemo_minitron.config.align import AlignConfig
-from nemo_minitron.data.chat.template import stop_token
+from nemo_minitron.data.chat.encoding import stop_tokens
 from nemo_minitron.data.tokenizer import load_tokenizer
 from nemo_minitron.environment import rank
 
@@ -33,15 +33,15 @@ def sampling_trainer(model: Any, tokenizer_dir: str, a: AlignConfig, directory: 
     if not a.samples:
         return SupervisedTrainer
     tokenizer = load_tokenizer(tokenizer_dir)
-    stop = stop_token(tokenizer, "align.chat_template")
-    _generate_greedily(model, tokenizer, stop, a.samples_max_new_tokens)
+    stops = stop_tokens(tokenizer, "align.chat_template")
+    _generate_greedily(model, tokenizer, stops, a.samples_max_new_tokens)
 
     class SamplingTrainer(SupervisedTrainer):  # type: ignore[misc]
         """Generates for the first held-out samples; the rest of a validation is Aligner's alone."""
 
         def __init__(self, **arguments: Any) -> None:
             super().__init__(**arguments)
-            self.inference_metrics_handler = Samples(self, tokenizer, stop, a, path if write else None)
+            self.inference_metrics_handler = Samples(self, tokenizer, stops, a, path if write else None)
 
         def run_generation(self, batch: dict[str, Any]) -> Any:
             with _whole_sequences(self.model):
@@ -53,12 +53,12 @@ def sampling_trainer(model: Any, tokenizer_dir: str, a: AlignConfig, directory: 
     return SamplingTrainer
 
 
-def _generate_greedily(model: Any, tokenizer: Any, stop: int, longest: int) -> None:
+def _generate_greedily(model: Any, tokenizer: Any, stops: tuple[int, ...], longest: int) -> None:
     from nemo.collections.nlp.modules.common.text_generation_strategy import GPTModelTextGenerationStrategy
 
     # NeMo ends at the tokenizer's end-of-text token in any case. It compares texts for an end that is no token of its
     # own, which other tokens may end with too; then the answer is cut afterwards alone.
-    end_strings = [tokenizer.decode([stop])] if stop in tokenizer.added_tokens_decoder else []
+    end_strings = [tokenizer.decode([stop]) for stop in stops if stop in tokenizer.added_tokens_decoder]
     model.eval()  # the strategy wants it; steps and validations set what they need
     model.set_inference_params(
         # NeMo's own choice of it imports its multimodal models, which need packages that are not here.
@@ -105,14 +105,16 @@ class Samples:
     Args:
         trainer: for its step.
         tokenizer: transformers'.
-        stop: the token that ends an answer.
+        stops: the tokens that end an answer.
         path: of the JSONL file on the rank that writes it, else None.
     """
 
-    def __init__(self, trainer: Any, tokenizer: Any, stop: int, a: AlignConfig, path: Path | None) -> None:
+    def __init__(
+        self, trainer: Any, tokenizer: Any, stops: tuple[int, ...], a: AlignConfig, path: Path | None
+    ) -> None:
         self._trainer, self._tokenizer, self._path = trainer, tokenizer, path
         self._wanted, self._longest = a.samples, a.samples_max_new_tokens
-        self._ends = {stop, tokenizer.eos_token_id}
+        self._ends = {*stops, tokenizer.eos_token_id}
         self._seen = 0
 
     def has_metrics(self) -> bool:

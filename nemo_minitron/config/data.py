@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated
 
-from nemo_minitron.config.ranges import Beginning, Files, PathName, Range, Seed
+from nemo_minitron.config.ranges import Beginning, Choice, Files, PathName, Range, Seed
 
 
 @dataclass
@@ -15,14 +15,18 @@ class DataConfig:
     trains a BPE of `vocab_size` on the train split. `seed`: of the documents' order. `cache_dir`: where indices and
     converted checkpoints are kept; null: $NEMO_MINITRON_HOME, else ~/.cache/nemo_minitron.
 
+    `bad_records`: what is done with records that cannot be used, of corpora, conversations and preferences: "refuse"
+    them, all at once, or "skip" them and say how many.
+
     `bos`: whether documents begin with the beginning token, "auto" (as the tokenizer does by itself), true or false
     (`data.beginning`). `reset_attention_mask`: a document of a packed sequence does not see those before it;
     `reset_position_ids`: and its positions begin at 0.
 
-    "files": `train` and `valid`, each a glob or a list of them; a .jsonl file has one document a line, under
-    `text_key`; any other file is one document. `valid_fraction`: of the train split's documents, held out by their
-    hash where there is no valid split. "hf": `path`, the dataset's id or a directory, its `config` and `revision`, and
-    which of its splits are `train_split` and `valid_split`; `text_key` and `valid_fraction` as above.
+    "files": `train` and `valid`, each a glob or a list of them; a file of records (.jsonl, .ndjson, .json, .parquet,
+    also compressed) has one document a record, under `text_key`; any other file is one document. `valid_fraction`: of
+    the train split's documents, held out by their hash where there is no valid split. "hf": `path`, the dataset's id or
+    a directory, its `config` and `revision`, and which of its splits are `train_split` and `valid_split`; `text_key`
+    and `valid_fraction` as above.
     """
 
     name: str = "stdlib"
@@ -30,6 +34,7 @@ class DataConfig:
     tokenizer: PathName | None = None
     vocab_size: Annotated[int, Range(least=1, most=10_000_000)] = 1024
     cache_dir: PathName | None = None
+    bad_records: Annotated[str, Choice("refuse", "skip")] = "refuse"
     bos: Beginning = "auto"
     reset_attention_mask: bool = False
     reset_position_ids: bool = False

@@ -54,7 +54,8 @@ class InstructEvalConfig:
     """How `recipes/evaluate_instruct.py` asks and scores.
 
     `file`: a JSONL file of conversations with `category` and `checks`; null: the `split` ("test", "seen" or "valid") of
-    the project's own set, generated with `seed` and `sizes`. Answers are greedy, of up to `max_new_tokens` tokens;
+    the project's own set, generated with `seed` and `sizes`. `merge_system`: put a system's text in front of the user's
+    first, for templates that know no system. Answers are greedy, of up to `max_new_tokens` tokens;
     `batch_size` prompts at a time.
     """
 
@@ -62,6 +63,7 @@ class InstructEvalConfig:
     split: Annotated[str, Choice("test", "seen", "valid")] = "test"
     seed: Seed = 1234
     sizes: InstructSizes = field(default_factory=InstructSizes)
+    merge_system: bool = False
     max_new_tokens: Positive = 64
     batch_size: Positive = 50
 

@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from nemo_minitron.config.cluster import ClusterConfig, check_cluster
 from nemo_minitron.config.data import DataConfig
 from nemo_minitron.config.document_limits import check_limits
+from nemo_minitron.config.evaluation import EvalConfig
 from nemo_minitron.config.ranges import (
     AboveZero,
     Choice,
@@ -191,13 +192,6 @@ class CacheConfig:
     train_samples: Positive | None = None
     valid_samples: Positive | None = None
     shard_mib: Annotated[int, Range(least=1, most=1_048_576)] = 256
-
-
-@dataclass
-class EvalConfig:
-    """`samples`: packed held-out sequences for the LM loss; null: one whole pass over the valid split."""
-
-    samples: Positive | None = 64
 
 
 @dataclass

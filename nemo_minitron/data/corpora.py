@@ -3,17 +3,18 @@
 import glob
 import hashlib
 import itertools
-import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron.data.bad_records import REFUSE, BadRecords, each_file
 from nemo_minitron.data.corpus import SPLITS, Corpus, Document, Stream
 from nemo_minitron.data.held_out import refuse_shared
+from nemo_minitron.data.records import Record, kind_of, read_document, read_records
 from nemo_minitron.data.stdlib import stdlib_corpus
 from nemo_minitron.errors import InputError
-from nemo_minitron.files import LONGEST_LINE, lines, read_bytes
 
 DEFAULT_VALID_FRACTION = 0.05
 
@@ -24,15 +25,15 @@ def load_corpus(cfg: Mapping[str, Any]) -> Corpus:
     Args:
         cfg: `name` and the keys of that corpus; those of other corpora must be absent or null.
             stdlib: none.
-            files: `train` and optionally `valid` (a glob or a list of globs, `**` allowed; a `.jsonl` file is
-            one document a line, any other file is one document), `text_key` ("text"), `valid_fraction`
-            (0.05; held out by content hash where `valid` is not given).
+            files: `train` and optionally `valid` (a glob or a list of globs, `**` allowed; a file of records
+            (`data.records`) has one document a record, any other file is one document), `text_key` ("text"),
+            `valid_fraction` (0.05; held out by content hash where `valid` is not given), `bad_records` ("refuse").
             hf: `path` (a `datasets` id or directory), `config`, `revision`, `train_split` ("train"),
             `valid_split` (null: hold out `valid_fraction`), `text_key`.
 
     Raises:
         InputError: an unknown name, a missing key or another corpus's, a glob that matches nothing, an empty split;
-            and, while documents are walked, a line that is no JSON object with that key, or a file that is not UTF-8.
+            and, while documents are walked, as `read_records`, `read_document` and `BadRecords`.
     """
     openers: dict[str, Callable[[Mapping[str, Any]], Corpus]] = {
         "stdlib": lambda _: stdlib_corpus(),
@@ -108,7 +109,7 @@ def _with_hold_out(name: str, cfg: Mapping[str, Any], everything: Stream) -> Cor
 
 
 def files_corpus(cfg: Mapping[str, Any]) -> Corpus:
-    """Text files and JSONL files by glob; see `load_corpus` for the keys.
+    """Text files and files of records by glob; see `load_corpus` for the keys.
 
     Raises:
         InputError: no `train`, or a glob that matches no file.
@@ -116,19 +117,22 @@ def files_corpus(cfg: Mapping[str, Any]) -> Corpus:
     text_key = cfg.get("text_key") or "text"
     if not cfg.get("train"):
         raise InputError(
-            "data.train is missing: data.name=files needs a glob or a list of globs of text or .jsonl files"
+            "data.train is missing: data.name=files needs a glob or a list of globs of text, .jsonl, .json or .parquet "
+            "files"
         )
     train = _matches(cfg["train"], "data.train")
     valid = _matches(cfg["valid"], "data.valid") if cfg.get("valid") else []
     refuse_shared(train, valid, "data.train", "data.valid")
     # Ids are relative to what the files have in common: the same files elsewhere are the same corpus.
     root = os.path.commonpath([os.path.dirname(path) for path in [*train, *valid]])
-    train_stream = Stream(lambda: _read_files(train, root, text_key))
+    choice, told = cfg.get("bad_records") or REFUSE, set[str]()
+
+    def stream(key: str, files: list[str]) -> Stream:
+        return Stream(lambda: _read_files(files, root, text_key, BadRecords(choice, key, told)))
+
     if not valid:
-        return _with_hold_out("files", cfg, train_stream)
-    return Corpus(
-        "files", {"train": train_stream, "valid": Stream(lambda: _read_files(valid, root, text_key))}
-    )
+        return _with_hold_out("files", cfg, stream("data.train", train))
+    return Corpus("files", {"train": stream("data.train", train), "valid": stream("data.valid", valid)})
 
 
 def _matches(patterns: str | Iterable[str], key: str) -> list[str]:
@@ -142,63 +146,36 @@ def _matches(patterns: str | Iterable[str], key: str) -> list[str]:
     return sorted(found)
 
 
-def _read_files(paths: list[str], root: str, text_key: str) -> Iterator[Document]:
-    for path in paths:
+def _read_files(paths: list[str], root: str, text_key: str, bad: BadRecords) -> Iterator[Document]:
+    def read(path: str, bad: BadRecords) -> Iterator[Document]:
         name = os.path.relpath(path, root)
-        if path.endswith(".jsonl"):
-            yield from _read_jsonl(path, name, text_key)
-        else:
-            yield Document(name, _decode(_whole(path), path))
+        if kind_of(path) == "text":
+            return bad.good(_whole(path), lambda record: Document(name, record.value["text"]))
+        records = read_records(path, (text_key,))
+        return bad.good(
+            records, lambda r: Document(f"{name}:{r.number}", _text_of(r.value, text_key, r.where))
+        )
+
+    return each_file(paths, read, bad)
+
+
+def _whole(path: str) -> Iterator[Record]:
+    """A text file as one record."""
+    value: Any
+    try:
+        value = {"text": read_document(path)}
+    except InputError as error:
+        value = error
+    yield Record(value, path, 1, path)
 
 
 def jsonl_documents(path: str | Path, text_key: str = "text") -> Stream:
     """All documents of one JSONL file, one a line."""
-    return Stream(lambda: _read_jsonl(str(path), os.path.basename(path), text_key))
-
-
-def _read_jsonl(path: str, name: str, text_key: str) -> Iterator[Document]:
-    # Bytes, not text mode: a U+2028 inside a string is no line end, and an error can name its line.
-    for number, line in enumerate(_lines(path), start=1):
-        where = f"{path}, line {number}"
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(_decode(line, where))
-        except InputError:
-            raise
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{where}: not JSON ({error})") from None
-        yield Document(f"{name}:{number}", _text_of(row, text_key, where))
-
-
-def _lines(path: str) -> Iterator[bytes]:
-    try:
-        yield from lines(path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-
-
-def _whole(path: str) -> bytes:
-    try:
-        return read_bytes(path, LONGEST_LINE)
-    except OSError as error:
-        raise InputError(
-            f"{path}: cannot be read ({error.strerror}); larger texts are read as .jsonl, one document a line"
-        ) from None
-
-
-def _decode(data: bytes, where: str) -> str:
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{where}: not UTF-8 (byte {error.start}: 0x{data[error.start]:02x})") from None
+    directory, what = os.path.dirname(path), str(path)
+    return Stream(lambda: _read_files([what], directory or ".", text_key, BadRecords(REFUSE, what)))
 
 
 def _text_of(row: Any, text_key: str, where: str) -> str:
-    if not isinstance(row, Mapping):
-        raise InputError(
-            f"{where}: expected a JSON object with the key '{text_key}', found {type(row).__name__}"
-        )
     if text_key not in row:
         raise InputError(
             f"{where}: no key '{text_key}'; it has {', '.join(map(str, itertools.islice(row, 8)))}"
@@ -243,6 +220,16 @@ def hf_corpus(cfg: Mapping[str, Any]) -> Corpus:
     )
 
 
+def _download(path: str) -> str:
+    """What to do where the hub is not reached, if a path can be an id of the hub."""
+    if os.path.exists(path) or not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+        return ""
+    return (
+        f"; where the hub is reachable, `huggingface-cli download --repo-type dataset {path} --local-dir DIR`, then "
+        "data.path=DIR, or data=files data.train=DIR/**/*.parquet"
+    )
+
+
 def _hf_split(cfg: Mapping[str, Any], path: str, split: str, text_key: str) -> Stream:
     import datasets
 
@@ -252,14 +239,22 @@ def _hf_split(cfg: Mapping[str, Any], path: str, split: str, text_key: str) -> S
         )
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"data.path={path}, split {split}: cannot be loaded ({reason})") from error
+        raise InputError(
+            f"data.path={path}, split {split}: cannot be loaded ({reason}){_download(path)}"
+        ) from error
     if text_key not in rows.column_names:
         raise InputError(
             f"data.text_key={text_key}: {path} has no such column; it has {', '.join(rows.column_names)}"
         )
 
     def read() -> Iterator[Document]:
-        for number, row in enumerate(rows.select_columns([text_key])):
-            yield Document(f"{split}:{number}", _text_of(row, text_key, f"{path}, {split} row {number}"))
+        bad = BadRecords(cfg.get("bad_records") or REFUSE, f"data.path={path}", told)
+        found = (
+            Record(row, f"{path}, {split} row {number}", number, f"{split}:{number}")
+            for number, row in enumerate(rows.select_columns([text_key]))
+        )
+        yield from bad.good(found, lambda r: Document(r.place, _text_of(r.value, text_key, r.where)))
+        bad.finish()
 
+    told = set[str]()
     return Stream(read)

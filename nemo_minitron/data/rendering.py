@@ -9,6 +9,7 @@ a loop on another.
 
 import json
 import os
+import re
 import resource
 import select
 import signal
@@ -16,6 +17,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +29,9 @@ if TYPE_CHECKING:
 # Lines of a template, or of the filters that it calls; published templates take a few hundred a message.
 MOST_LINES = 1_000_000
 _CPU_S, _WALL_S = 3, 60
+_MOMENT = datetime.now()
+# As transformers/tokenization_utils_base.py@4.51.3 looks for it.
+_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _MEMORY = 1 << 30  # bytes, above what the process has
 _LONGEST = 16 << 20  # characters of one rendered conversation
 _TAKES_TOO_LONG = f"it takes too long: more than {_CPU_S} s or {MOST_LINES:,} lines"
@@ -51,15 +56,51 @@ def render(
     """
     try:
         with _at_most(MOST_LINES):
-            text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt)
+            text = tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=prompt, strftime_now=strftime_now
+            )
         text.encode()  # half of a surrogate pair is no text that a tokenizer takes
         if len(text) > _LONGEST:
             raise TooLong(f"it writes {len(text):,} characters, at most {_LONGEST:,} are taken")
     # It is the template's own program that fails: there is no exception that it could not raise.
     except Exception as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise InputError(f"{where}: the chat template cannot render it ({reason})") from None
+        raise _cannot(error, where) from None
     return str(text)
+
+
+def marked_tokens(
+    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Any], where: str
+) -> list[int] | None:
+    """For each token of the rendered messages whether it lies inside of the template's `{% generation %}` marks, 1 or
+    0, as `apply_chat_template` gives it; None where the template has no such marks.
+
+    Raises:
+        InputError: as `render`.
+    """
+    if not _MARK.search(tokenizer.get_chat_template()):
+        return None
+    try:
+        with _at_most(MOST_LINES):
+            found = tokenizer.apply_chat_template(
+                list(messages),
+                return_dict=True,
+                return_assistant_tokens_mask=True,
+                strftime_now=strftime_now,
+            )
+    except Exception as error:
+        raise _cannot(error, where) from None
+    return [int(mark) for mark in found["assistant_masks"]]
+
+
+def strftime_now(format: str) -> str:
+    """What templates ask for the date with. One moment for a whole process: a prompt and its answer are rendered one
+    after the other, and must not fall on two days, or on two seconds."""
+    return _MOMENT.strftime(format)
+
+
+def _cannot(error: Exception, where: str) -> InputError:
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    return InputError(f"{where}: the chat template cannot render it ({reason})")
 
 
 @contextmanager

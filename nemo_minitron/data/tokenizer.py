@@ -106,7 +106,12 @@ def load_tokenizer(path_or_id: str | Path) -> "PreTrainedTokenizerBase":
         raise
     except Exception as error:  # `tokenizers` raises no narrower one for a broken file
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"data.tokenizer={name}: cannot be loaded ({reason[:200]})") from error
+        fetch = (
+            ""
+            if is_directory
+            else f"; `huggingface-cli download {name} --local-dir DIR` where the hub is reachable"
+        )
+        raise InputError(f"data.tokenizer={name}: cannot be loaded ({reason[:200]}){fetch}") from error
     if tokenizer.eos_token_id is None:
         raise InputError(
             f"data.tokenizer={name}: has no end-of-text token (eos_token), which ends each document"

@@ -1,7 +1,5 @@
-"""Multiple-choice tasks: a JSONL file of questions, and how often a sharded model prefers the right choice."""
+"""Multiple-choice tasks: a file of questions, and how often a sharded model prefers the right choice."""
 
-import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,19 +9,21 @@ import torch
 from torch import Tensor
 
 from nemo_minitron import parallel
+from nemo_minitron.data.records import Record, read_records
 from nemo_minitron.errors import InputError
 from nemo_minitron.evaluation.layer_removal import Block, LayerRemoval, merged
 from nemo_minitron.evaluation.lm_loss import evaluating
-from nemo_minitron.files import read_bytes
-
-_LARGEST = 256 << 20
+from nemo_minitron.files import file_sha256
 
 
 @dataclass(frozen=True)
 class Question:
-    """One line of a task file, `{"question": ..., "choices": [...], "answer": ...}`. `answer`: an index of choices."""
+    """One record of a task file, `{"question": ..., "choices": [...], "answer": ...}`.
 
-    line: int
+    `where`: for refusals, "FILE, line 3"; `answer`: an index of choices.
+    """
+
+    where: str
     question: str
     choices: list[str]
     answer: int
@@ -57,7 +57,7 @@ class Task:
 def load_task(path: str | Path, tokenizer: Any, max_tokens: int, *, beginning: Sequence[int] = ()) -> Task:
     """Read and encode a task file.
 
-    Each line is a JSON object with `question` (a string), `choices` (at least two strings, all different) and
+    Each record (`data.records`) has `question` (a string), `choices` (at least two strings, all different) and
     `answer` (the right one's index from 0, or its text). A sample begins as a document does, or, where documents begin
     with nothing, with the end-of-document token that stands before each packed one; then come question and choice,
     joined by one space. The choice's tokens are those after the ones that the
@@ -71,10 +71,11 @@ def load_task(path: str | Path, tokenizer: Any, max_tokens: int, *, beginning: S
     Raises:
         InputError: no such file, an empty one, or a bad line: names the file and the line.
     """
-    lines = _lines(path)
-    questions = [_question(f"{path}, line {n}", n, line) for n, line in enumerate(lines, 1) if line.strip()]
-    if not questions:
-        raise InputError(f"{path}: holds no question")
+    try:
+        sha256 = file_sha256(path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    questions = load_questions(path)
     requests = []
     for question in questions:
         for number, choice in enumerate(question.choices):
@@ -82,31 +83,29 @@ def load_task(path: str | Path, tokenizer: Any, max_tokens: int, *, beginning: S
             # The last token is predicted, never read.
             if (length := len(request.tokens) - 1) > max_tokens:
                 raise InputError(
-                    f"{path}, line {question.line}: choice {number} makes {length} tokens with its question, the "
+                    f"{question.where}: choice {number} makes {length} tokens with its question, the "
                     f"model's context has {max_tokens}"
                 )
             requests.append(request)
-    sha256 = hashlib.sha256(read_bytes(path, _LARGEST)).hexdigest()
     return Task(sha256, requests, [len(q.choices) for q in questions], [q.answer for q in questions])
 
 
-def _lines(path: str | Path) -> list[str]:
-    try:
-        # Not splitlines: JSON strings may hold line separators that only Unicode knows.
-        return read_bytes(path, _LARGEST).decode("utf-8").split("\n")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from None
+def load_questions(path: str | Path) -> list[Question]:
+    """The questions of a task file, one or more.
+
+    Raises:
+        InputError: as `load_task`.
+    """
+    questions = [_question(record) for record in read_records(path)]
+    if not questions:
+        raise InputError(f"{path}: holds no question")
+    return questions
 
 
-def _question(where: str, line: int, text: str) -> Question:
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: no JSON ({error})") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{where}: must be a JSON object with question, choices and answer")
+def _question(record: Record) -> Question:
+    values, where = record.value, record.where
+    if isinstance(values, InputError):
+        raise values
     for key in ("question", "choices", "answer"):
         if key not in values:
             raise InputError(f"{where}: key {key!r} is missing")
@@ -120,7 +119,7 @@ def _question(where: str, line: int, text: str) -> Question:
             raise InputError(f"{where}: choices: {choice!r} is no string, or blank")
         if choice in choices[:number]:
             raise InputError(f"{where}: choices: {choice!r} is there twice")
-    return Question(line, question, choices, _answer(where, values["answer"], choices))
+    return Question(where, question, choices, _answer(where, values["answer"], choices))
 
 
 def _answer(where: str, answer: Any, choices: list[str]) -> int:

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from nemo_minitron.data import tokenizer
-from nemo_minitron.data.chat.template import check_template, stop_token
+from nemo_minitron.data.chat.encoding import stop_token
+from nemo_minitron.data.chat.template import check_template
 from nemo_minitron.errors import InputError
 from nemo_minitron.export import generation
 from nemo_minitron.export.safetensors_writer import write_shards

@@ -18,10 +18,10 @@ from nemo_minitron.distillation.intermediate import Intermediate
 from nemo_minitron.distillation.loss.losses import distillation_loss
 from nemo_minitron.distillation.loss.settings import LossSettings
 from nemo_minitron.distillation.loss.vocabulary import align_head
-from nemo_minitron.megatron_gpt import forward_only, gpt_model
+from nemo_minitron.megatron_gpt import forward_only, gpt_model, output_weight
 from nemo_minitron.nemo.intermediate_states import IntermediateLosses, add_projections
 from nemo_minitron.nemo.proven_checkpoints import describe_step
-from nemo_minitron.nemo.teacher import Teacher, microbatch_tokens, output_rows, output_weight
+from nemo_minitron.nemo.teacher import Teacher, microbatch_tokens, output_rows
 from nemo_minitron.nemo.teacher_targets import (
     CachedTargets,
     CachedTeacher,

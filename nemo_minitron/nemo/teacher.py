@@ -14,7 +14,7 @@ from nemo_minitron import parallel
 from nemo_minitron.checkpoints.source import Source
 from nemo_minitron.checkpoints.untrusted import weights_may_only_be_tensors
 from nemo_minitron.distillation.cache.reader import TeacherCache
-from nemo_minitron.megatron_gpt import forward_only, no_loss
+from nemo_minitron.megatron_gpt import forward_only, give_hidden_states, no_loss
 from nemo_minitron.nemo import models
 
 
@@ -104,26 +104,6 @@ def output_rows(teacher: Source | TeacherCache) -> int:
     if isinstance(teacher, TeacherCache):
         return teacher.contents.vocab_size
     return teacher.architecture.vocab_size
-
-
-def give_hidden_states(model: Any) -> None:
-    """Let a GPTModel return its final hidden states, [s, b, h] or [s/tp, b, h], unless labels are given; on the last
-    stage."""
-    own = model._postprocess
-
-    def postprocess(hidden_states: Tensor, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Tensor:
-        if labels is not None:
-            return own(hidden_states, *args, labels=labels, **kwargs)
-        return hidden_states
-
-    model._postprocess = postprocess
-
-
-def output_weight(model: Any) -> Tensor:
-    """The rank's rows of a GPTModel's output layer, [v/tp, h]; on the last stage."""
-    if model.share_embeddings_and_output_weights:
-        return model.shared_embedding_or_output_weight()
-    return model.output_layer.weight
 
 
 def microbatch_tokens(batch: Any) -> Tensor:

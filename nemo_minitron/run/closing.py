@@ -62,8 +62,18 @@ def _work(f: dict[str, Any]) -> Iterator[str]:
 
 
 def _scores(f: dict[str, Any]) -> Iterator[str]:
+    if f.get("bits_per_byte") is not None:
+        yield f"perplexity {f['perplexity']:.2f}, {f['bits_per_byte']:.3f} bits a byte"
+    if f.get("top1_agreement") is not None:
+        yield f"KL {f['kl_from_teacher_nats']:.3f} nats, {f['top1_agreement']:.1%} as the teacher"
+    for row in f.get("scores") or ():
+        if row["main"]:
+            error = "" if row["stderr"] is None else f" ± {row['stderr']:.3f}"
+            yield f"{row['task']} {row['score']:.3f}{error}{' (at chance)' if row['at_chance'] else ''}"
     if f.get("overall_score") is not None:
-        yield f"{f['overall_score']:.1%} of {f['samples']:,} answers right"
+        lenient = f.get("overall_score_lenient")
+        also = "" if lenient is None else f" ({lenient:.1%} to a lenient reader)"
+        yield f"{f['overall_score']:.1%} of {f['samples']:,} answers right{also}"
     if f.get("recipe") == "instruct_data":
         for key in (key for key in f if key.endswith("_samples")):
             yield f"{f[key]:,} {key.removesuffix('_samples')}"

@@ -20,6 +20,7 @@ RECIPES = {
     "chat": "chat:ChatRecipe",
     "instruct_data": "instruct:InstructDataRecipe",
     "evaluate_instruct": "instruct:EvaluateInstructRecipe",
+    "evaluate": "evaluate:EvaluateRecipe",
 }
 PACKAGE = Path(__file__).resolve().parents[1]
 

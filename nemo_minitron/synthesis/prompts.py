@@ -6,13 +6,13 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from nemo_minitron.data.beginning import AUTO, beginning
+from nemo_minitron.data.records import Record, kind_of, read_records, read_text_lines
 from nemo_minitron.errors import InputError
-from nemo_minitron.files import lines
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -51,7 +51,7 @@ class Prompts:
 
 
 def read_prompts(path: str, key: str, tokenizer: "PreTrainedTokenizerBase", *, bos: object = AUTO) -> Prompts:
-    """Prompts of a text file, one a line, or of a .jsonl file, one object a line; blank lines are passed over.
+    """Prompts of a text file, one a line, or of a file of records (`data.records`); blank lines are passed over.
 
     Each begins as a document does, or, where documents begin with nothing, with the end of another.
 
@@ -76,34 +76,31 @@ def read_prompts(path: str, key: str, tokenizer: "PreTrainedTokenizerBase", *, b
 
 
 def _texts(path: str, key: str) -> Iterator[tuple[str, str]]:
+    file = Path(path).expanduser()
     try:
-        given = list(lines(Path(path).expanduser()))
-    except OSError as error:
-        raise InputError(f"synthesize.prompts={path}: cannot be read ({error.strerror})") from None
-    for number, line in enumerate(given, start=1):
-        place = f"synthesize.prompts={path}, line {number}"
-        if not line.strip():
-            continue
-        try:
-            text = line.decode("utf-8").rstrip("\r\n")
-        except UnicodeDecodeError as error:
-            raise InputError(f"{place}: not UTF-8 (byte {error.start})") from None
-        yield place, _of_json(text, key, place) if path.endswith(".jsonl") else text
+        if kind_of(file) == "text":
+            for number, line in read_text_lines(file):
+                yield f"synthesize.prompts={path}, line {number}", line
+            return
+        for record in read_records(file, (key,)):
+            if isinstance(record.value, InputError):
+                raise record.value
+            yield f"synthesize.prompts={record.where}", _text_of(record, key)
+    except InputError as error:
+        raise InputError(f"synthesize.prompts={error}".replace(str(file), path)) from None
 
 
-def _of_json(line: str, key: str, place: str) -> str:
-    try:
-        row: Any = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{place}: not JSON ({error})") from None
-    if not isinstance(row, dict) or not isinstance(row.get(key), str):
-        raise InputError(f"{place}: must be a JSON object whose '{key}' is a string (synthesize.prompt_key)")
-    text: str = row[key]
+def _text_of(record: Record, key: str) -> str:
+    text = record.value.get(key)
+    if not isinstance(text, str):
+        raise InputError(
+            f"{record.where}: must be a JSON object whose '{key}' is a string (synthesize.prompt_key)"
+        )
     try:
         text.encode()
     except UnicodeEncodeError:
         raise InputError(
-            f"{place}: '{key}' holds an unpaired surrogate escape, which is no Unicode text"
+            f"{record.where}: '{key}' holds an unpaired surrogate escape, which is no Unicode text"
         ) from None
     return text
 

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from nemo_minitron.data.chat.conversations import write_jsonl
-from nemo_minitron.data.chat.template import encode_conversation, with_template
+from nemo_minitron.data.chat.encoding import encode_conversation
+from nemo_minitron.data.chat.template import with_template
 from nemo_minitron.data.tokenizer import load_tokenizer
 from tests.functional.conftest import Teacher
 from tests.support.commands import ROOT, Commands, tree
@@ -133,7 +134,7 @@ def test_the_default_template_is_nemo_s_chat_format(commands: Commands) -> None:
     tokenizer = with_template(load_tokenizer(DEMO), "demo")
     for chat, theirs in zip(CHATS, json.loads(done.stdout.splitlines()[-1]), strict=True):
         messages = [{"role": role, "content": text} for role, text in chat]
-        ours = encode_conversation(tokenizer, messages, "here")
+        (ours,) = encode_conversation(tokenizer, messages, "here")
         assert theirs["input_ids"] == ours.tokens
         assert theirs["mask"] == ours.loss_mask
 

@@ -255,3 +255,30 @@ def _spoiled(after: int | None) -> Iterator[None]:
         yield
     finally:
         trainer.trainer = make
+
+
+def answered_under(
+    checkpoint: str,
+    requests: list[tuple[list[int], int]],
+    prompts: list[list[int]],
+    stops: list[str],
+    ends: list[int],
+    sizes: dict[str, Any],
+) -> tuple[list[tuple[float, bool]], list[list[int]]]:
+    """What recipes/evaluate.py asks of a checkpoint under a layout: log-likelihoods, and six new tokens a prompt; as
+    the first rank gets them."""
+    from nemo_minitron.data.tokenizer import load_tokenizer
+    from nemo_minitron.environment import rank
+    from nemo_minitron.evaluation.multiple_choice import Request
+    from nemo_minitron.workflows.evaluate.model import ShardedModel
+
+    session = open_session(checkpoint, **sizes)
+    with _launched():
+        model = ShardedModel(session, load_tokenizer(session.source.tokenizer), ends, batch_size=3)
+        if rank() != 0:
+            model.serve()
+            return [], []
+        found = model.log_likelihoods([Request(*request) for request in requests])
+        written = model.write(prompts, 6, stops)
+        model.dismiss()
+        return found, written

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from nemo_minitron.alignment.comparisons import encode_pairs
-from nemo_minitron.alignment.conversations import encode_split
 from nemo_minitron.alignment.runs import RunLog, keep_done, keep_one_checkpoint
 from nemo_minitron.alignment.samples import Samples
 from nemo_minitron.config.align import AlignConfig
 from nemo_minitron.config.trainer import TrainerConfig
 from nemo_minitron.data.chat.conversations import Conversation, Preference
+from nemo_minitron.data.chat.encoded import encode_split
 from nemo_minitron.data.chat.template import with_template
 from nemo_minitron.data.tokenizer import load_tokenizer
 from nemo_minitron.errors import InputError
@@ -118,7 +118,7 @@ def test_answers_end_at_the_templates_end_marker(tmp_path: Path) -> None:
     stop, end = tokenizer.encode("\n")[0], tokenizer.eos_token_id
     yes, no = tokenizer.encode(" yes"), tokenizer.encode("no no no")
     path = tmp_path / "samples.jsonl"
-    samples = Samples(SimpleNamespace(step=4), tokenizer, stop, AlignConfig(samples=3), path)
+    samples = Samples(SimpleNamespace(step=4), tokenizer, (stop,), AlignConfig(samples=3), path)
     samples._longest = len(no) - 1
     batch = {
         "contexts": torch.tensor([[end, *yes, *([end] * len(yes))], [end, *yes, *yes]]),

@@ -12,16 +12,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from nemo_minitron.data.chat.conversations import Conversation, Preference
-from nemo_minitron.data.chat.template import (
-    CHAT_TEMPLATE,
-    attach_template,
-    encode_conversation,
-    fit_conversations,
-    fit_preferences,
-    render_prompt,
-    stop_token,
-    with_template,
-)
+from nemo_minitron.data.chat.encoding import encode_conversation, render_prompt, stop_token
+from nemo_minitron.data.chat.fitting import fit_conversations, fit_preferences
+from nemo_minitron.data.chat.template import CHAT_TEMPLATE, attach_template, with_template
 from nemo_minitron.data.tokenizer import EOS
 from nemo_minitron.errors import InputError
 
@@ -63,7 +56,7 @@ def chatml() -> Any:
 
 def test_token_ids_agree_by_every_way(tokenizer: Any) -> None:
     """Ours, apply_chat_template's with and without its own mask, and the tokens of the text written by hand."""
-    encoded = encode_conversation(tokenizer, MESSAGES, "here")
+    (encoded,) = encode_conversation(tokenizer, MESSAGES, "here")
     assert encoded.tokens == tokenizer.encode(TEXT, add_special_tokens=False)
     assert encoded.tokens == tokenizer.apply_chat_template(MESSAGES)
     theirs = tokenizer.apply_chat_template(MESSAGES, return_dict=True, return_assistant_tokens_mask=True)
@@ -81,7 +74,7 @@ def test_a_prompt_and_its_answer_make_the_whole(tokenizer: Any) -> None:
 
 
 def test_only_answers_and_their_ends_are_learned(tokenizer: Any) -> None:
-    encoded = encode_conversation(tokenizer, MESSAGES, "here")
+    (encoded,) = encode_conversation(tokenizer, MESSAGES, "here")
     spans, before = [], 0
     for token, mask in zip(encoded.tokens, encoded.loss_mask, strict=True):
         if mask and not before:
@@ -104,9 +97,9 @@ def test_the_end_of_an_answer(tokenizer: Any, chatml: Any) -> None:
 
 
 def test_a_template_without_generation_marks_is_masked_too(chatml: Any) -> None:
-    encoded = encode_conversation(chatml, MESSAGES[:3], "here")
+    (encoded,) = encode_conversation(chatml, MESSAGES[:3], "here")
     learned = [t for t, m in zip(encoded.tokens, encoded.loss_mask, strict=True) if m]
-    assert chatml.decode(learned) == '{"name": "add"}<|im_end|>\n'
+    assert chatml.decode(learned) == '{"name": "add"}<|im_end|>'
     assert with_template(chatml, "here").chat_template == CHATML
 
 
@@ -205,11 +198,13 @@ def length(tokenizer: Any, sample: Conversation) -> int:
 def test_long_samples_are_dropped_and_counted(tokenizer: Any) -> None:
     limit = length(tokenizer, LONG) - 1
     kept, fitted = fit_conversations(tokenizer, [SHORT, LONG, SHORT], limit, "drop")
-    assert kept == [SHORT, SHORT]
+    assert [fit.sample for fit in kept] == [SHORT, SHORT]
     assert (fitted.samples, fitted.dropped, fitted.cut, fitted.longest) == (3, 1, 0, limit + 1)
     kept, fitted = fit_conversations(tokenizer, [SHORT, LONG], limit + 1, "drop")
-    assert (kept, fitted.dropped) == ([SHORT, LONG], 0)
-    with pytest.raises(InputError, match="no conversation fits: 1 samples.*1 dropped"):
+    assert ([fit.sample for fit in kept], fitted.dropped) == ([SHORT, LONG], 0)
+    with pytest.raises(
+        InputError, match="nothing is left to learn of the conversations: 1 samples.*1 dropped"
+    ):
         fit_conversations(tokenizer, [LONG], limit, "drop")
 
 
@@ -221,7 +216,8 @@ def test_long_samples_are_refused_by_file_and_line(tokenizer: Any) -> None:
 
 
 def test_a_cut_takes_later_exchanges_first_and_then_the_answer_s_end(tokenizer: Any) -> None:
-    kept, fitted = fit_conversations(tokenizer, [SHORT, LONG, TURNS], 40, "cut")
+    fits, fitted = fit_conversations(tokenizer, [SHORT, LONG, TURNS], 40, "cut")
+    kept = [fit.sample for fit in fits]
     assert (fitted.samples, fitted.dropped, fitted.cut) == (3, 0, 2)
     assert kept[0] == SHORT
     assert kept[2].messages == TURNS.messages[:2]
@@ -235,7 +231,7 @@ def test_a_cut_leaves_no_half_of_a_character(tokenizer: Any) -> None:
     sample = conversation(1, "Hi", "世" * 20)
     for limit in range(23, 33):
         (kept,), _ = fit_conversations(tokenizer, [sample], limit, "cut")
-        assert set(kept.messages[1]["content"]) == {"世"}
+        assert set(kept.sample.messages[1]["content"]) == {"世"}
 
 
 def test_an_answer_that_is_empty_after_the_cut_is_refused(tokenizer: Any) -> None:
@@ -249,7 +245,7 @@ def test_pairs_are_dropped_or_refused_but_not_cut(tokenizer: Any) -> None:
     short = Preference(prompt, "yes", "no", "f.jsonl, line 1")
     long = Preference(prompt, "yes", "no " * 90, "f.jsonl, line 2")
     kept, fitted = fit_preferences(tokenizer, [short, long], 60, "drop")
-    assert (kept, fitted.samples, fitted.dropped) == ([short], 2, 1)
+    assert ([fit.sample for fit in kept], fitted.samples, fitted.dropped) == ([short], 2, 1)
     with pytest.raises(InputError, match="f.jsonl, line 2"):
         fit_preferences(tokenizer, [short, long], 60, "refuse")
     with pytest.raises(InputError, match="are not cut"):

@@ -60,6 +60,21 @@ LINES = {
         "lm_loss_nats": 2.73,
         "params": 3_640_000,
     },
+    "evaluate: LM loss 2.874 nats, 3.64M parameters, perplexity 17.71, 1.551 bits a byte, KL 0.120 nats, "
+    "81.0% as the teacher, hellaswag_100 0.270 ± 0.045 (at chance), gsm8k_100 0.310 ± 0.046": {
+        "recipe": "evaluate",
+        "params": 3_640_512,
+        "lm_loss_nats": 2.8743,
+        "perplexity": 17.7136,
+        "bits_per_byte": 1.5509,
+        "kl_from_teacher_nats": 0.12,
+        "top1_agreement": 0.81,
+        "scores": [
+            {"task": "hellaswag_100", "score": 0.27, "stderr": 0.0446, "at_chance": True, "main": True},
+            {"task": "hellaswag_100", "score": 0.25, "stderr": 0.0446, "at_chance": True, "main": False},
+            {"task": "gsm8k_100", "score": 0.31, "stderr": 0.0462, "at_chance": False, "main": True},
+        ],
+    },
     "evaluate_instruct: 3.64M parameters, 23.3% of 400 answers right": {
         "recipe": "evaluate_instruct",
         "params": 3_640_000,

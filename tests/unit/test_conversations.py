@@ -243,7 +243,9 @@ BAD_PAIRS = {
 def test_a_pair_that_is_none_is_refused(case: str, tmp_path: Path) -> None:
     good = {"messages": [u()], "chosen": "right", "rejected": "wrong"}
     changes, part = BAD_PAIRS[case]
-    message = _refused(read_preferences, file_of(tmp_path, good, {**good, **changes}))
+    message = _refused(
+        lambda path: list(read_preferences(path)), file_of(tmp_path, good, {**good, **changes})
+    )
     assert message.startswith(f"{tmp_path / 'in.jsonl'}, line 2")
     assert part in message
 

@@ -264,6 +264,33 @@ def test_hf_corpus_errors(hub_directory):
         load_corpus({**cfg, "path": str(hub_directory / "absent")})
 
 
+def test_a_data_set_of_the_hub_that_is_not_reached_is_named_with_its_download(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+
+    def unreachable(path, *_, **__):
+        raise ConnectionError(f"Couldn't reach '{path}' on the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(
+        InputError, match="huggingface-cli download --repo-type dataset org/name --local-dir DIR"
+    ):
+        load_corpus({"name": "hf", "path": "org/name"})
+
+
+def test_hf_corpus_skips_bad_rows(tmp_path, monkeypatch, capsys):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = [{"text": None if i % 4 == 1 else f"row {i}"} for i in range(40)]
+    _write_texts(tmp_path / "set", {"train.jsonl": "".join(json.dumps(row) + "\n" for row in rows)})
+    cfg = {"name": "hf", "path": str(tmp_path / "set"), "valid_fraction": 0.5}
+    corpus = load_corpus({**cfg, "bad_records": "skip"})
+    kept = {d.text for split in corpus.splits.values() for d in split}
+    assert kept == {f"row {i}" for i in range(40) if i % 4 != 1}
+    assert "10 of 40 records skipped (train:1, 5, 9" in capsys.readouterr().err
+    with pytest.raises(InputError, match="10 of 40 records cannot be used"):
+        list(load_corpus(cfg).splits["train"])
+
+
 def test_hf_corpus_runs_no_code_of_the_dataset(tmp_path):
     pytest.importorskip("datasets")
     ran = tmp_path / "ran"

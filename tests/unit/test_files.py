@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from nemo_minitron import files
-from nemo_minitron.data.chat.conversations import read_jsonl
 from nemo_minitron.data.corpora import files_corpus
+from nemo_minitron.data.records import read_records
 from nemo_minitron.data.tokenizer import load_tokenizer
 from nemo_minitron.errors import InputError
 from nemo_minitron.evaluation.multiple_choice import load_task
@@ -56,7 +56,7 @@ def test_what_is_no_regular_file_is_not_opened(odd: dict[str, Path]) -> None:
         with pytest.raises(OSError):
             files.open_regular(path)
         for read in (
-            lambda p: list(read_jsonl(p)),
+            lambda p: list(read_records(p)),
             lambda p: load_task(p, None, 8),
             lambda p: read_prompts(str(p), "prompt", None),
             Scores.load,

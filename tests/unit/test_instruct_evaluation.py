@@ -97,21 +97,31 @@ def test_an_answer_ends_at_the_end_marker(tokenizer: Any, model: Any, tmp_path: 
 
 
 def item(category: str) -> Item:
-    return Item("f, line 1", category, "x", [], [1], "r", [{"kind": "upper"}])
+    return Item(
+        "f, line 1", category, "x", [], [1], "r", [{"kind": "upper"}], [{"kind": "contains", "text": "r"}]
+    )
 
 
 def test_scores_by_hand() -> None:
     items = [item("a"), item("a"), item("b"), item("a")]
-    said = [Answer("R", True, 1.0), Answer("r", True, 0.5), Answer("R", False, 1.0), Answer("", True, 0.0)]
+    said = [
+        Answer("R", True, 1.0, True),
+        Answer("r", True, 0.5, True),
+        Answer("R", False, 1.0, True),
+        Answer("", True, 0.0, False),
+    ]
     found = scores(items, said)
     assert found == {
         "a_score": pytest.approx(1 / 3),
+        "a_score_lenient": pytest.approx(2 / 3),
         "a_checks": 0.5,
         "a_samples": 3,
         "b_score": 1.0,
+        "b_score_lenient": 1.0,
         "b_checks": 1.0,
         "b_samples": 1,
         "overall_score": 0.5,
+        "overall_score_lenient": 0.75,
         "overall_checks": 0.625,
         "samples": 4,
         "unfinished": 1,
@@ -128,6 +138,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "a category that is no name": ({**SAMPLES[0], "category": "a b"}, "category='a b'"),
     "no checks": (without("checks"), "checks: must be a list of objects"),
     "an empty list of checks": ({**SAMPLES[0], "checks": []}, "no checks"),
+    "lenient checks that are none": ({**SAMPLES[0], "lenient": 3}, "lenient: must be a list of objects"),
     "an unknown check": ({**SAMPLES[0], "checks": [{"kind": "polite"}]}, "unknown kind of check 'polite'"),
     "a wrong reference": (
         {**SAMPLES[0], "checks": [{"kind": "upper"}, {"kind": "words", "most": 1}]},

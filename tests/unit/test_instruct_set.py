@@ -10,15 +10,17 @@ import pytest
 
 from nemo_minitron.config.instruct import InstructSizes
 from nemo_minitron.data.chat.conversations import read_conversations, read_preferences
-from nemo_minitron.data.chat.template import encode_conversation, with_template
+from nemo_minitron.data.chat.encoding import encode_conversation
+from nemo_minitron.data.chat.template import with_template
 from nemo_minitron.data.instruct import (
     CATEGORIES,
     InstructFiles,
     cached_instruct_set,
     generate,
+    lenient,
     write_instruct_set,
 )
-from nemo_minitron.data.instruct.checks import passed, share_passed
+from nemo_minitron.data.instruct.checks import KINDS, passed, share_passed
 from nemo_minitron.data.instruct.generate import SKILLS, families, samples
 from nemo_minitron.data.instruct.schema import violation
 from nemo_minitron.data.tokenizer import load_tokenizer
@@ -35,15 +37,20 @@ CALL = '{"name": "f", "arguments": {"n": 3}}'
 
 # A check, answers that pass it, answers that do not.
 DECIDED: list[tuple[dict[str, Any], list[str], list[str]]] = [
-    ({"kind": "starts_with", "text": "Hey!"}, ["Hey! I am Ann.", "  Hey!"], ["hey! x", "I say Hey!", ""]),
+    ({"kind": "starts_with", "text": "Hey!"}, ["Hey! I am Ann.", "  hey!"], ["Hey x", "I say Hey!", ""]),
     ({"kind": "ends_with", "text": "!"}, ["file!", "file!\n"], ["file", "!file", ""]),
     ({"kind": "contains", "text": "17"}, ["17", "It is 17.", "a 17, b"], ["170", "117", "1 7", "x17"]),
-    ({"kind": "contains", "text": "file"}, ["(file)", "file!"], ["files", "profile", "File", "file_name"]),
+    ({"kind": "contains", "text": "file"}, ["(file)", "File!"], ["files", "profile", "file_name"]),
+    (
+        {"kind": "is", "texts": ["file!", "I am Ann."]},
+        ["file!", " File!\n", "i am  Ann.", "file!."],
+        ["file", "not file!", "file! file!", "filefile!", "I am Anna.", "I am Ann, Bob.", ""],
+    ),
     ({"kind": "equals", "text": "a-b"}, ["a-b", " a-b\n"], ["a-b.", "b-a", "a - b"]),
     ({"kind": "lacks", "texts": ["x", "17"]}, ["y", "", "170"], ["x", "y 17", "y, x."]),
     (
         {"kind": "repeats", "text": "a", "count": 3},
-        ["a a a", "a  a\na"],
+        ["a a a", "a  A\na"],
         ["a a", "a a a a", "a a b", "a, a, a"],
     ),
     ({"kind": "words", "most": 2}, ["a", "a b"], ["a b c", ""]),
@@ -51,7 +58,11 @@ DECIDED: list[tuple[dict[str, Any], list[str], list[str]]] = [
     (
         {"kind": "call_json"},
         [CALL],
-        [CALL[:-1], "[]", "f(3)", '{"name": "f"}', CALL + CALL, '{"name": 1, "arguments": {}}'],
+        [
+            *(CALL[:-1], "[]", "f(3)", '{"name": "f"}', CALL + CALL, '{"name": 1, "arguments": {}}'),
+            CALL.replace('"n": 3', '"n": 4, "n": 3'),
+            CALL.replace("{", '{"name": "g", ', 1),
+        ],
     ),
     ({"kind": "call_name", "name": "f"}, [CALL], [CALL.replace('"f"', '"g"'), "f"]),
     (
@@ -81,7 +92,7 @@ def test_a_check_decides_as_a_person_would(number: int) -> None:
 
 def test_every_kind_of_check_is_decided_above() -> None:
     used = {check["kind"] for row in samples("train", 60, 1) for check in row["checks"]}
-    assert used == {check["kind"] for check, _, _ in DECIDED}
+    assert used <= {check["kind"] for check, _, _ in DECIDED} == set(KINDS) - set(lenient.KINDS)
 
 
 def test_the_share_of_checks() -> None:
@@ -143,6 +154,7 @@ def test_sizes_categories_and_references(files: InstructFiles) -> None:
         )
         for c in found:
             assert share_passed(c.extra["checks"], c.messages[-1]["content"]) == 1
+            assert share_passed(c.extra["lenient"], c.messages[-1]["content"]) == 1
 
 
 def test_splits_share_no_family_and_no_wording(files: InstructFiles) -> None:
@@ -215,7 +227,7 @@ def test_samples_fit_the_demo_model(files: InstructFiles) -> None:
     tokenizer = with_template(load_tokenizer(DEMO), "demo")
     lengths = {
         c: [
-            len(encode_conversation(tokenizer, s.messages, s.where).tokens)
+            len(encode_conversation(tokenizer, s.messages, s.where)[0].tokens)
             for s in found
             if s.extra["category"] == c
         ]

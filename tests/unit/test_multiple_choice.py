@@ -54,9 +54,9 @@ def test_the_context_is_a_limit_on_what_is_read(tmp_path):
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        ("{", "no JSON"),
-        ("[" * 100_000, "no JSON"),
-        ("[1]", "must be a JSON object"),
+        ("{", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ("[1]", "expected a JSON object"),
         ({"question": "q", "choices": ["a", "b"]}, "key 'answer' is missing"),
         ({"choices": ["a", "b"], "answer": 0}, "key 'question' is missing"),
         ({**GOOD, "question": " "}, "question: must be a string"),
@@ -83,11 +83,15 @@ def test_a_bad_line_is_refused_by_its_number(tmp_path, line, says):
 
 @pytest.mark.parametrize(
     ("content", "says"),
-    [(b"", "holds no question"), (b"\n \n", "holds no question"), (b'{"question": "\xff"}', "not UTF-8")],
+    [
+        (b"", "holds no question"),
+        (b"\n \n", "holds no question"),
+        (b'{"question": "\xff"}', "line 1: not UTF-8"),
+    ],
 )
 def test_a_file_without_questions_is_refused(tmp_path, content, says):
     (tmp_path / "task.jsonl").write_bytes(content)
-    with pytest.raises(InputError, match=f"task.jsonl: {says}"):
+    with pytest.raises(InputError, match=f"task.jsonl[:,] {says}"):
         load_task(tmp_path / "task.jsonl", Letters(), 100)
 
 

@@ -15,8 +15,8 @@ from nemo_minitron.config import ranges
 from nemo_minitron.config.cluster import ClusterConfig
 from nemo_minitron.config.ranges import Choice, Count, Files, Positive, Range, check_ranges, check_shape
 from nemo_minitron.config.recipes import CommonConfig, SearchRecipe
+from nemo_minitron.data.chat.fitting import OVERLONG
 from nemo_minitron.data.chat.formats import FORMATS
-from nemo_minitron.data.chat.template import OVERLONG
 from nemo_minitron.distillation.cache.format import FORMS
 from nemo_minitron.distillation.intermediate import DISTANCES, PLACES, PROJECTIONS
 from nemo_minitron.distillation.loss.settings import DIVERGENCES

@@ -133,7 +133,7 @@ def test_special_tokens_in_a_prompt_are_plain_text(tokenizer: Any, tmp_path: Pat
 BAD = {
     "no json": (b'{"prompt": "a"}\n{"prompt"\n', "line 2: not JSON"),
     "no key": (b'{"text": "a"}\n', "line 1: must be a JSON object whose 'prompt' is a string"),
-    "no object": (b"[1]\n", "line 1: must be"),
+    "no object": (b"[1]\n", "line 1: expected a JSON object"),
     "no text": (b'{"prompt": 3}\n', "line 1: must be"),
     "not utf-8": (b'{"prompt": "a"}\n\xff\n', "line 2: not UTF-8"),
     "a surrogate": (b'{"prompt": "\\ud800"}\n', "line 1: .*surrogate"),

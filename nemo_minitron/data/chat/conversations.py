@@ -1,4 +1,4 @@
-"""Conversations: what one is, JSONL files of them, and the refusal of those that cannot be trained on.
+"""Conversations: what one is, files of them, and the refusal of those that cannot be trained on.
 
 A line of a file is `{"messages": [{"role": ..., "content": ...}, ...], ...}`; a line of a preference file
 `{"messages": [the prompt], "chosen": "...", "rejected": "...", "chosen_reward": ..., "rejected_reward": ...}`. Other
@@ -9,12 +9,14 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from nemo_minitron.data.bad_records import REFUSE, BadRecords, each_file
+from nemo_minitron.data.records import Record, read_records
 from nemo_minitron.errors import InputError
-from nemo_minitron.files import lines, replacing
+from nemo_minitron.files import replacing
 
 ROLES = ("system", "user", "assistant", "tool")
 # Who may speak after whom; "" is the beginning.
@@ -76,35 +78,27 @@ class Preference:
         }
 
 
+def system_in_user(messages: list[Message]) -> list[Message]:
+    """With the system's text in front of the user's first, for templates that know no system."""
+    first, *rest = messages
+    if first["role"] != "system" or not rest:
+        return messages
+    text = "\n\n".join(part for part in (first["content"], rest[0]["content"]) if part.strip())
+    return [{"role": "user", "content": text}, *rest[1:]]
+
+
+SampleT = TypeVar("SampleT", Conversation, Preference)
+
+
+def merged(samples: Iterable[SampleT], merge_system: bool) -> Iterator[SampleT]:
+    """The samples; with `merge_system` as `system_in_user` makes them."""
+    for sample in samples:
+        yield replace(sample, messages=system_in_user(sample.messages)) if merge_system else sample
+
+
 def clean(text: str) -> str:
     """Without blank lines before it and white space after it; an indented first line keeps its indent."""
     return _BLANK_START.sub("", text).rstrip()
-
-
-def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The objects of a file, each with "FILE, line N"; blank lines are passed over.
-
-    Raises:
-        InputError: the file cannot be read, or a line is no JSON object.
-    """
-    try:
-        for number, line in enumerate(lines(path), start=1):
-            if line.strip():
-                yield f"{path}, line {number}", _object(line, f"{path}, line {number}")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-
-
-def _object(line: bytes, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise InputError(f"{where}: not UTF-8 (byte {error.start}: 0x{line[error.start]:02x})") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: not JSON ({error})") from None
-    if not isinstance(row, dict):
-        raise InputError(f"{where}: expected a JSON object, found {type(row).__name__}")
-    return row
 
 
 def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> Path:
@@ -112,7 +106,8 @@ def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> Path:
     path = Path(path)
     with replacing(path) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as file:
         for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            # Parquet has times and decimals, of which JSON knows nothing.
+            file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
         file.flush()
     return path
 
@@ -168,29 +163,43 @@ def read_conversations(path: str | Path) -> list[Conversation]:
     Raises:
         InputError: names the file and the line; also where the file holds no sample.
     """
-    found = []
-    for where, row in read_jsonl(path):
-        extra = {name: value for name, value in row.items() if name != "messages"}
-        found.append(Conversation(check_messages(row.get("messages"), where), where, extra))
+    found = list(each_file([str(path)], _conversations, BadRecords(REFUSE, str(path))))
     if not found:
         raise InputError(f"{path}: holds no conversation")
     return found
 
 
+def _conversations(path: str, bad: BadRecords) -> Iterator[Conversation]:
+    return bad.good(read_records(path), _conversation)
+
+
+def _conversation(record: Record) -> Conversation:
+    extra = {name: value for name, value in record.value.items() if name != "messages"}
+    return Conversation(check_messages(record.value.get("messages"), record.where), record.where, extra)
+
+
 _PREFERENCE_KEYS = ("messages", "chosen", "rejected", "chosen_reward", "rejected_reward")
 
 
-def read_preferences(path: str | Path) -> list[Preference]:
-    """All pairs of a preference file, checked.
+def read_preferences(path: str | Path, bad: BadRecords | None = None) -> Iterator[Preference]:
+    """The pairs of a preference file, checked.
+
+    Args:
+        bad: an account of several files, which the caller ends; null: bad records of this one are refused.
 
     Raises:
         InputError: names the file and the line: as `check_messages` for the prompt; an answer that is empty or no text,
             two equal answers, a reward that is no number, or one of the two rewards alone.
     """
-    found = [_preference(row, where) for where, row in read_jsonl(path)]
-    if not found:
+    own = bad or BadRecords(REFUSE, str(path))
+    found = False
+    for pair in own.good(read_records(path), lambda record: _preference(record.value, record.where)):
+        yield pair
+        found = True
+    if bad is None:
+        own.finish()
+    if not found and not own.bad:
         raise InputError(f"{path}: holds no pair of answers")
-    return found
 
 
 def _preference(row: dict[str, Any], where: str) -> Preference:

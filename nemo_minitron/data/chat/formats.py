@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.data.chat.conversations import Conversation, check_messages, read_jsonl
+from nemo_minitron.data.bad_records import REFUSE, BadRecords
+from nemo_minitron.data.chat.conversations import Conversation, check_messages
+from nemo_minitron.data.records import Record, read_records
 from nemo_minitron.errors import InputError
 
 AUTO = "auto"
@@ -46,11 +48,14 @@ _SHAREGPT_ROLES = {
 _PAIRS = (("prompt", "completion"), ("prompt", "response"), ("input", "output"))
 
 
-def convert_file(path: str | Path, format: str = AUTO) -> Iterator[Conversation]:
+def convert_file(
+    path: str | Path, format: str = AUTO, bad: BadRecords | None = None
+) -> Iterator[Conversation]:
     """The conversations of a file in one of the formats, checked; `where` keeps the line that each came from.
 
     Args:
         format: of every line; "auto" takes that of the first line for the whole file.
+        bad: an account of several files, which the caller ends; null: bad records of this one are refused.
 
     Raises:
         InputError: names file and line: an unknown format, a line of another one, or what `check_messages` refuses;
@@ -58,13 +63,20 @@ def convert_file(path: str | Path, format: str = AUTO) -> Iterator[Conversation]
     """
     if format != AUTO and format not in FORMATS:
         raise InputError(f"format={format}: must be {AUTO} or one of {', '.join(FORMATS)}")
-    found = False
-    for where, row in read_jsonl(path):
+    own, read = bad or BadRecords(REFUSE, str(path)), 0
+
+    def converted(record: Record) -> list[Conversation]:
+        nonlocal format
         if format == AUTO:
-            format = detect_format(row, where)
-        yield from convert_row(row, format, where)
-        found = True
-    if not found:
+            format = detect_format(record.value, record.where)
+        return convert_row(record.value, format, record.where)
+
+    for samples in own.good(read_records(path), converted):
+        yield from samples
+        read += len(samples)
+    if bad is None:
+        own.finish()
+    if not read and not own.bad:
         raise InputError(f"{path}: holds no conversation")
 
 

@@ -151,6 +151,7 @@ def _drafter(tool: _Tool) -> Callable[[random.Random, str], Draft]:
                 {"kind": "call_arguments", "arguments": values},
             ],
             _wrong(rng, tool, other, values, answer),
+            [{"kind": "gives_call", "name": tool.name, "arguments": values}],
         )
 
     return draft

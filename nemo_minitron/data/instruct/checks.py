@@ -1,14 +1,19 @@
 """Checks of an answer that a program can decide, as data: `{"kind": ..., ...}` in a sample's `checks`.
 
-starts_with, ends_with, contains, equals   `text`; `contains` wants it as whole words
+Case does not count, but in `equals`, `upper` and calls.
+
+is           `texts`: the answer is one of them; a full stop after it does not count
+equals       `text`: exactly that
+starts_with, ends_with, contains   `text`; `contains` wants it as whole words
 lacks        `texts`: none of them is there as whole words
 repeats      `text`, `count`: the answer is that word so many times and nothing else
 words        `most`: no more words than that
 upper        no lower-case letter
-call_json    an object with a `name` and an object of `arguments`, nothing else
+call_json    an object with a `name` and an object of `arguments`, nothing else, no key twice
 call_name    `name`: it calls that
 call_schema  `schema`: the arguments satisfy this JSON schema
 call_arguments  `arguments`: they are these
+says, says_unknown, writes, writes_often, gives_call   of a sample's `lenient` checks: see `data.instruct.lenient`
 """
 
 import json
@@ -16,6 +21,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from nemo_minitron.data.instruct import lenient
 from nemo_minitron.data.instruct.schema import violation
 from nemo_minitron.errors import InputError
 
@@ -49,13 +55,18 @@ def share_passed(checks: Sequence[Mapping[str, Any]], answer: str, where: str = 
 
 
 def _has_words(answer: str, text: str) -> bool:
-    return re.search(rf"(?<!\w){re.escape(text)}(?!\w)", answer) is not None
+    return re.search(rf"(?<!\w){re.escape(text.casefold())}(?!\w)", answer.casefold()) is not None
+
+
+def _is(answer: str, texts: Sequence[str]) -> bool:
+    said = " ".join(answer.casefold().split())
+    return any(said in (text, f"{text}.") for text in (" ".join(t.casefold().split()) for t in texts))
 
 
 def call_of(answer: str) -> dict[str, Any] | None:
-    """The call that an answer is: an object with `name` and `arguments`; None where it is none."""
+    """The call that an answer is: an object with `name` and `arguments`, no key twice; None where it is none."""
     try:
-        call = json.loads(answer)
+        call = json.loads(answer, object_pairs_hook=lenient.unique_keys)
     except (ValueError, RecursionError):
         return None
     if not isinstance(call, dict) or set(call) != {"name", "arguments"}:
@@ -74,12 +85,13 @@ def _same(a: Any, b: Any) -> bool:
 
 
 KINDS: dict[str, Callable[[str, Mapping[str, Any]], bool]] = {
-    "starts_with": lambda answer, c: answer.startswith(c["text"]),
-    "ends_with": lambda answer, c: answer.endswith(c["text"]),
+    "is": lambda answer, c: _is(answer, c["texts"]),
+    "starts_with": lambda answer, c: answer.casefold().startswith(c["text"].casefold()),
+    "ends_with": lambda answer, c: answer.casefold().endswith(c["text"].casefold()),
     "contains": lambda answer, c: _has_words(answer, c["text"]),
     "equals": lambda answer, c: answer == c["text"],
     "lacks": lambda answer, c: not any(_has_words(answer, text) for text in c["texts"]),
-    "repeats": lambda answer, c: answer.split() == [c["text"]] * c["count"],
+    "repeats": lambda answer, c: answer.casefold().split() == [c["text"].casefold()] * c["count"],
     "words": lambda answer, c: 0 < len(answer.split()) <= c["most"],
     "upper": lambda answer, c: answer.isupper(),
     "call_json": lambda answer, c: call_of(answer) is not None,
@@ -90,4 +102,5 @@ KINDS: dict[str, Callable[[str, Mapping[str, Any]], bool]] = {
     "call_arguments": lambda answer, c: _call_is(
         answer, lambda call: _same(call["arguments"], c["arguments"])
     ),
+    **lenient.KINDS,
 }

@@ -22,7 +22,7 @@ CATEGORIES = ("instruction", "persona", "passage", "function")
 SPLITS = ("train", "seen", "valid", "test")
 _PATIENCE = 2000
 # What the generator writes; part of the cache's key, so that another version makes other files.
-_FORMAT = 2
+_FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,8 @@ def families(split: str) -> list[Family]:
 def samples(split: str, per_category: int, seed: int, exclude: Iterable[str] = ()) -> list[dict[str, Any]]:
     """Samples of a split, all with different prompts, categories in turn.
 
-    Each has `messages` (the last is the answer), `category`, `family` and `checks` (see `data.instruct.checks`).
+    Each has `messages` (the last is the answer), `category`, `family`, `checks` and `lenient` (see
+    `data.instruct.checks`).
 
     Args:
         per_category: how many of each.
@@ -72,6 +73,7 @@ def samples(split: str, per_category: int, seed: int, exclude: Iterable[str] = (
             "category": family.skill.category,
             "family": family.name,
             "checks": draft.checks,
+            "lenient": draft.lenient,
         }
         for family, draft, _ in _drafts(f"samples/{split}", split, per_category, seed, exclude)
     ]

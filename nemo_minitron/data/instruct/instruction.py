@@ -18,6 +18,7 @@ def _repeat(rng: random.Random, wording: str) -> Draft:
         " ".join([word] * count),
         [{"kind": "contains", "text": word}, {"kind": "repeats", "text": word, "count": count}],
         wrong,
+        [{"kind": "writes_often", "text": word, "count": count}],
     )
 
 
@@ -30,9 +31,10 @@ def _end(rng: random.Random, wording: str) -> Draft:
         [
             {"kind": "starts_with", "text": word},
             {"kind": "ends_with", "text": mark},
-            {"kind": "words", "most": 1},
+            {"kind": "is", "texts": [word + mark]},
         ],
         [word, word + other, mark],
+        [{"kind": "writes", "text": word + mark}],
     )
 
 
@@ -46,9 +48,10 @@ def _around(rng: random.Random, wording: str) -> Draft:
             {"kind": "starts_with", "text": left},
             {"kind": "contains", "text": word},
             {"kind": "ends_with", "text": right},
-            {"kind": "words", "most": 1},
+            {"kind": "is", "texts": [f"{left}{word}{right}"]},
         ],
         [word, f"{other[0]}{word}{other[1]}", f"{left}{word}", f"{left}{right}"],
+        [{"kind": "writes", "text": f"{left}{word}{right}"}],
     )
 
 
@@ -59,8 +62,13 @@ def _join(rng: random.Random, wording: str) -> Draft:
     return Draft(
         [user(wording.format(a=a, b=b, c=c, mark=mark))],
         mark.join(words),
-        [{"kind": "starts_with", "text": a}, {"kind": "equals", "text": mark.join(words)}],
+        [
+            {"kind": "starts_with", "text": a},
+            {"kind": "ends_with", "text": c},
+            {"kind": "is", "texts": [mark.join(words)]},
+        ],
         [other.join(words), f"{a} {b} {c}", mark.join([a, b]), mark.join([c, b, a])],
+        [{"kind": "writes", "text": mark.join(words)}],
     )
 
 
@@ -69,8 +77,9 @@ def _upper(rng: random.Random, wording: str) -> Draft:
     return Draft(
         [user(wording.format(word=word))],
         word.upper(),
-        [{"kind": "upper"}, {"kind": "contains", "text": word.upper()}, {"kind": "words", "most": 1}],
+        [{"kind": "upper"}, {"kind": "contains", "text": word}, {"kind": "is", "texts": [word]}],
         [word, word.capitalize(), word.upper() * 2],
+        [{"kind": "writes", "text": word.upper(), "case": True}],
     )
 
 
@@ -83,9 +92,10 @@ def _avoid(rng: random.Random, wording: str) -> Draft:
         [
             {"kind": "contains", "text": wanted},
             {"kind": "lacks", "texts": [other]},
-            {"kind": "words", "most": 1},
+            {"kind": "is", "texts": [wanted]},
         ],
         [other, f"{a} {b}", rng.choice([w for w in WORDS if w not in (wanted, other)])],
+        [{"kind": "says", "text": wanted, "others": [other], "pool": list(WORDS), "most": 12}],
     )
 
 

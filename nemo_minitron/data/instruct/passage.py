@@ -3,11 +3,14 @@
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from nemo_minitron.data.instruct.template_families import NAMES, TOWNS, WORDS, Draft, Skill, user
 
 _CATEGORY = "passage"
 UNKNOWN = "unknown"
+# How the strict score lets a fact be said.
+_FORMS = ("{}", "a {}", "the {}", "in {}")
 # How often the passage does not have the answer.
 _UNANSWERABLE = 0.15
 
@@ -53,12 +56,22 @@ def _drafter(
             [
                 {"kind": "contains", "text": answer},
                 {"kind": "lacks", "texts": distractors},
-                {"kind": "words", "most": 3},
+                {"kind": "is", "texts": [form.format(answer) for form in _FORMS]},
             ],
             [*distractors, f"{distractors[0]} {answer}", facts],
+            [_lenient(answer, [*distractors, *(name for name in names if name != asked)])],
         )
 
     return draft
+
+
+def _lenient(answer: str, others: list[str]) -> dict[str, Any]:
+    """Neither another fact of the passage nor another person of it belongs into the answer."""
+    if answer == UNKNOWN:
+        return {"kind": "says_unknown", "others": others, "pool": [*WORDS, *TOWNS]}
+    if answer in TOWNS:
+        return {"kind": "says", "text": answer, "others": [*others, *(t for t in TOWNS if t != answer)]}
+    return {"kind": "says", "text": answer, "others": others, "pool": list(WORDS) if answer in WORDS else []}
 
 
 _ASK = "Read this: {facts} If it is not there, say unknown. {question}"

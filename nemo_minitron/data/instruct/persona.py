@@ -14,6 +14,12 @@ _JOBS = (
 # fmt: on
 _MARKERS = ("Hey!", "Yo!", "Oh!", "Ha!", "Arr!", "Hm.", "Ah!", "So:")
 _ANSWERS = {"name": "I am {}.", "job": "I am a {}.", "town": "I come from {}."}
+# How else the strict score lets it be said.
+_FORMS = {
+    "name": ("I'm {}", "My name is {}", "{}"),
+    "job": ("I'm a {}", "I am the {}", "A {}", "{}"),
+    "town": ("I am from {}", "I'm from {}", "I live in {}", "{}"),
+}
 
 
 @dataclass(frozen=True)
@@ -47,9 +53,13 @@ def _draft(rng: random.Random, wording: _Wording, turns: int) -> Draft:
         [
             {"kind": "starts_with", "text": marker},
             {"kind": "contains", "text": facts[asked]},
-            {"kind": "words", "most": 6},
+            {
+                "kind": "is",
+                "texts": [said[asked], *(f"{marker} {f.format(facts[asked])}" for f in _FORMS[asked])],
+            },
         ],
         [plain, f"{other_marker} {plain}", f"{marker} {wrong_fact}", marker],
+        [{"kind": "says", "opening": marker, "text": facts[asked], "others": others[asked]}],
     )
 
 

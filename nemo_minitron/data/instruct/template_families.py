@@ -29,12 +29,13 @@ TOWNS = ("Rome", "Paris", "London", "Oslo", "Lima", "Berlin", "Porto", "Lyon", "
 
 @dataclass(frozen=True)
 class Draft:
-    """A prompt, its answer, what decides on answers, and answers that break a check each."""
+    """A prompt, its answer, what decides on answers, answers that break a check each, and what decides leniently."""
 
     messages: list[Message]
     answer: str
     checks: list[Check]
     wrong: list[str]
+    lenient: list[Check]
 
 
 @dataclass(frozen=True)

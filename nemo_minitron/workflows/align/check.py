@@ -8,13 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.alignment.conversations import EncodedSplit
 from nemo_minitron.alignment.prepared import Prepared, has_cuda
 from nemo_minitron.alignment.runs import ALIGNER, keep_one_checkpoint
 from nemo_minitron.checkpoints.source import Source, find_source
 from nemo_minitron.config.align import AlignConfig
 from nemo_minitron.config.recipes import DataConfig, cache_dir
 from nemo_minitron.config.trainer import TrainerConfig
+from nemo_minitron.data.chat.encoded import EncodedSplit
 from nemo_minitron.data.chat.template import with_template
 from nemo_minitron.data.held_out import refuse_shared
 from nemo_minitron.data.instruct import cached_instruct_set

@@ -11,8 +11,7 @@ from nemo_minitron.distillation.cache.format import Contents
 from nemo_minitron.distillation.cache.top_k_logits import most_probable
 from nemo_minitron.distillation.cache.writer import CachePlan
 from nemo_minitron.evaluation.lm_loss import evaluating
-from nemo_minitron.megatron_gpt import forward_only, no_loss
-from nemo_minitron.nemo.teacher import give_hidden_states, output_weight
+from nemo_minitron.megatron_gpt import forward_only, give_hidden_states, no_loss, output_weight
 from nemo_minitron.progress import progress_bar
 
 Keep = Callable[[Tensor], dict[str, Tensor]]

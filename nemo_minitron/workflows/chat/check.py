@@ -13,7 +13,7 @@ from nemo_minitron.checkpoints.gguf.reader import read_header
 from nemo_minitron.checkpoints.gguf.settings import Settings
 from nemo_minitron.checkpoints.source import find_source
 from nemo_minitron.config.chat import ChatRecipe
-from nemo_minitron.data.chat.template import render_prompt
+from nemo_minitron.data.chat.encoding import render_prompt
 from nemo_minitron.environment import RESULT
 from nemo_minitron.errors import InputError
 from nemo_minitron.export import huggingface

@@ -47,7 +47,11 @@ def check(r: EvaluateInstructRecipe) -> Prepared:
     file = _file(r, e)
     with of_setting("instruct.file"):
         items = instruct.load_items(
-            file, tokenizer, context=source.seq_length, max_new_tokens=e.max_new_tokens
+            file,
+            tokenizer,
+            context=source.seq_length,
+            max_new_tokens=e.max_new_tokens,
+            merge_system=e.merge_system,
         )
     return Prepared(source, tokenizer, file, items)
 

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.config.instruct import InstructDataConfig, InstructDataRecipe
 from nemo_minitron.config.recipes import cache_dir
+from nemo_minitron.data.bad_records import BadRecords, each_file
 from nemo_minitron.data.chat.conversations import Conversation, Preference, read_preferences
+from nemo_minitron.data.chat.fitting import Fitted, fit_conversations, fit_preferences
 from nemo_minitron.data.chat.formats import convert_file
-from nemo_minitron.data.chat.template import Fitted, fit_conversations, fit_preferences, with_template
+from nemo_minitron.data.chat.template import with_template
 from nemo_minitron.data.instruct.generate import InstructFiles, cached_instruct_set, prompt_key
 from nemo_minitron.data.tokenizer import load_tokenizer
 from nemo_minitron.errors import InputError, of_setting
@@ -47,11 +49,12 @@ def check(r: InstructDataRecipe) -> Prepared:
     if d.input is None:
         return Prepared({}, None, cached_instruct_set(cache_dir(r.data, "instruct"), r.seed, d.sizes))
     samples: _Samples
+    bad = BadRecords(r.data.bad_records, "instruct_data.input")
     with of_setting("instruct_data.input"):
         if d.kind == "preferences":
-            samples = read_preferences(d.input)
+            samples = list(each_file([d.input], read_preferences, bad))
         else:
-            samples = list(convert_file(d.input, d.format))
+            samples = list(each_file([d.input], lambda file, bad: convert_file(file, d.format, bad), bad))
     fitted = None
     if d.tokenizer is not None:
         samples, fitted = _fit(samples, with_template(load_tokenizer(d.tokenizer), d.tokenizer), d)
@@ -75,8 +78,10 @@ def _fit(
 ) -> tuple[_Samples, Fitted]:
     limit = d.max_tokens if d.max_tokens is not None else 2**62
     if d.kind == "preferences":
-        return fit_preferences(tokenizer, samples, limit, d.overlong)  # type: ignore[arg-type]
-    return fit_conversations(tokenizer, samples, limit, d.overlong)  # type: ignore[arg-type]
+        pairs, fitted = fit_preferences(tokenizer, samples, limit, d.overlong)  # type: ignore[arg-type]
+        return [fit.sample for fit in pairs], fitted
+    kept, fitted = fit_conversations(tokenizer, samples, limit, d.overlong)  # type: ignore[arg-type]
+    return [fit.sample for fit in kept], fitted
 
 
 def _split(samples: _Samples, valid_fraction: float) -> dict[str, Any]:

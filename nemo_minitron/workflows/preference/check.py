@@ -4,11 +4,12 @@ from functools import partial
 from typing import Any
 
 from nemo_minitron.alignment.comparisons import encode_pairs
-from nemo_minitron.alignment.conversations import EncodedSplit
 from nemo_minitron.alignment.prepared import Prepared
 from nemo_minitron.config.align import PreferenceRecipe
 from nemo_minitron.config.recipes import cache_dir
-from nemo_minitron.data.chat.conversations import read_preferences
+from nemo_minitron.data.bad_records import BadRecords, each_file
+from nemo_minitron.data.chat.conversations import merged, read_preferences
+from nemo_minitron.data.chat.encoded import EncodedSplit
 from nemo_minitron.errors import InputError
 from nemo_minitron.workflows.align import check as checks
 
@@ -32,12 +33,14 @@ def check(r: PreferenceRecipe) -> Prepared:
 
 
 def _encode(r: PreferenceRecipe, name: str, files: list[str], tokenizer: Any) -> EncodedSplit:
+    bad = BadRecords(r.data.bad_records, f"align.{name}")
     return encode_pairs(
-        (pair for file in files for pair in read_preferences(file)),
+        merged(each_file(files, read_preferences, bad), r.align.merge_system),
         tokenizer,
-        name=name,
+        name=f"align.{name}",
         seq_length=r.data.seq_length,
         overlong=r.align.overlong,
         preference_loss=r.align.dpo.preference_loss,
         directory=cache_dir(r.data, "conversations"),
+        bad_records=r.data.bad_records,
     )

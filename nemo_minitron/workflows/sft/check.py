@@ -3,10 +3,12 @@
 from functools import partial
 from typing import Any
 
-from nemo_minitron.alignment.conversations import EncodedSplit, encode_split
 from nemo_minitron.alignment.prepared import Prepared
 from nemo_minitron.config.align import SftRecipe
 from nemo_minitron.config.recipes import cache_dir
+from nemo_minitron.data.bad_records import BadRecords, each_file
+from nemo_minitron.data.chat.conversations import merged
+from nemo_minitron.data.chat.encoded import EncodedSplit, encode_split
 from nemo_minitron.data.chat.formats import convert_file
 from nemo_minitron.workflows.align import check as checks
 
@@ -21,11 +23,14 @@ def check(r: SftRecipe) -> Prepared:
 
 
 def _encode(r: SftRecipe, name: str, files: list[str], tokenizer: Any) -> EncodedSplit:
+    bad = BadRecords(r.data.bad_records, f"align.{name}")
+    samples = each_file(files, lambda file, bad: convert_file(file, bad=bad), bad)
     return encode_split(
-        (sample for file in files for sample in convert_file(file)),
+        merged(samples, r.align.merge_system),
         tokenizer,
-        name=name,
+        name=f"align.{name}",
         seq_length=r.data.seq_length,
         overlong=r.align.overlong,
         directory=cache_dir(r.data, "conversations"),
+        bad_records=r.data.bad_records,
     )

@@ -7,10 +7,10 @@ from nemo_aligner.models.nlp.gpt.gpt_sft_model import GPTSFTModel
 from nemo_aligner.utils.train_script_utils import retrieve_custom_trainer_state_dict
 
 from nemo_minitron.alignment import loaders, training
-from nemo_minitron.alignment.conversations import EncodedSplit
 from nemo_minitron.alignment.prepared import Prepared
 from nemo_minitron.alignment.samples import sampling_trainer
 from nemo_minitron.config.align import SftRecipe
+from nemo_minitron.data.chat.encoded import EncodedSplit
 from nemo_minitron.workflows.align import check as checks
 from nemo_minitron.workflows.align.result import summary
 

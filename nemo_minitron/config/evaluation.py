@@ -1,0 +1,28 @@
+"""The schema of the group eval/."""
+
+from dataclasses import dataclass, field
+
+from nemo_minitron.config.ranges import Positive
+
+
+@dataclass
+class EvalConfig:
+    """What is measured. `samples`: packed held-out sequences for the LM loss; null: one whole pass over the valid
+    split. The rest is for `recipes/evaluate.py`.
+
+    `lm`: whether held-out text is read at all. `tasks`: benchmarks, each `NAME` or `NAME@SHOTS` with the number of
+    solved examples before each question: names of lm-evaluation-harness, whose data is on the hub; names of the data
+    that `make eval-data` fetches; or a JSONL file of questions (`evaluation.multiple_choice.load_task`). `limit`: only
+    the first items of each; null: all. `batch_size`: rows of a forward pass. `max_new_tokens`: of each written answer;
+    null: the task's own. `chat_template`: whether questions are put as messages; null: where the task is made for it.
+    `cache`: keep the answers, and take those that the same weights gave before.
+    """
+
+    samples: Positive | None = 64
+    lm: bool = True
+    tasks: list[str] = field(default_factory=list)
+    limit: Positive | None = None
+    batch_size: Positive = 8
+    max_new_tokens: Positive | None = None
+    chat_template: bool | None = None
+    cache: bool = True

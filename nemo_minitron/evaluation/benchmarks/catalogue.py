@@ -1,0 +1,156 @@
+"""Benchmarks by name: the harness's own with their data on the hub, those out of packages, and a user's JSONL file."""
+
+import contextlib
+import difflib
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.config.recipes import DataConfig
+from nemo_minitron.errors import InputError
+from nemo_minitron.evaluation.benchmarks.items import tasks_of_harness
+from nemo_minitron.evaluation.benchmarks.local import ACC_NORM, LOCAL, multiple_choice
+from nemo_minitron.evaluation.multiple_choice import load_questions
+
+# Where the harness keeps the tasks of the presets; to look through all of its files takes half a minute.
+_DIRECTORIES = {
+    "arc_challenge": "arc",
+    "arc_easy": "arc",
+    "gsm8k": "gsm8k",
+    "hellaswag": "hellaswag",
+    "mmlu": "mmlu/default",
+    "truthfulqa_mc1": "truthfulqa",
+    "truthfulqa_mc2": "truthfulqa",
+    "winogrande": "winogrande",
+}
+_FILES = (".jsonl", ".json", ".parquet", ".gz", ".zst")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A benchmark by name, or by file. `shots`: solved examples before each question; None: the task's own number."""
+
+    name: str
+    shots: int | None
+
+    @property
+    def chat(self) -> bool:
+        """Whether it is made for models that answer messages."""
+        return self.name in LOCAL and LOCAL[self.name].chat
+
+    @property
+    def label(self) -> str:
+        """What its row and its file of items are called."""
+        return Path(self.name).stem if self.name.endswith(_FILES) else self.name
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One that is ready to be run. `task`: the harness's Task or Group, its items read."""
+
+    wanted: Wanted
+    task: Any
+
+
+def parse_names(names: Sequence[str]) -> list[Wanted]:
+    """`NAME` or `NAME@SHOTS`.
+
+    Raises:
+        InputError: no number of shots, or a name that is there twice.
+    """
+    found: list[Wanted] = []
+    for text in names:
+        name, at, shots = text.rpartition("@")
+        if at and not shots.isdigit():
+            raise InputError(f"eval.tasks={text}: after @ must be a number of examples, such as {name}@5")
+        wanted = Wanted(name, int(shots)) if at else Wanted(text, None)
+        if wanted.label in [other.label for other in found]:
+            raise InputError(f"eval.tasks={text}: {wanted.label} is there twice")
+        found.append(wanted)
+    return found
+
+
+def load(wanted: Sequence[Wanted], data: DataConfig) -> list[Benchmark]:
+    """Read the items of benchmarks.
+
+    Raises:
+        InputError: an unknown name, data that is not here and cannot be fetched, or a bad line of a file.
+    """
+    if not wanted:
+        return []
+    if find_spec("lm_eval") is None:
+        raise InputError(
+            "eval.tasks: need the package lm_eval (make setup EXTRAS=dev,search,device,evaluation)"
+        )
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    return [Benchmark(one, _task(one, data)) for one in wanted]
+
+
+def _task(wanted: Wanted, data: DataConfig) -> Any:
+    if wanted.name.endswith(_FILES):
+        return _configured(wanted.label, _of_file(wanted.name))
+    if wanted.name in LOCAL:
+        return _configured(wanted.name, LOCAL[wanted.name].config(data))
+    return _of_harness(wanted.name)
+
+
+def _configured(name: str, config: dict[str, Any]) -> Any:
+    from lm_eval.api.task import ConfigurableTask
+
+    return ConfigurableTask(config={"task": name, **config})
+
+
+def _of_file(path: str) -> dict[str, Any]:
+    items = [{"question": q.question, "choices": q.choices, "gold": q.answer} for q in load_questions(path)]
+    return multiple_choice(items, "{{question}}", ACC_NORM)
+
+
+def _of_harness(name: str) -> Any:
+    from lm_eval.tasks import TaskManager
+
+    if directory := _DIRECTORIES.get(name):
+        manager = TaskManager(include_defaults=False, include_path=str(tasks_of_harness() / directory))
+    else:
+        manager = TaskManager()
+        if name not in manager.all_tasks:
+            near = difflib.get_close_matches(name, [*LOCAL, *manager.all_tasks], n=4, cutoff=0.5)
+            raise InputError(
+                f"eval.tasks={name}: no such benchmark; near are {', '.join(near)}"
+                if near
+                else f"eval.tasks={name}: no such benchmark; out of packages there are {', '.join(LOCAL)}"
+            )
+    with _without_remote_code():
+        try:
+            loaded = manager.load([name])
+        except Exception as error:  # of datasets, huggingface_hub, requests and the operating system
+            raise InputError(_hub_failure(name, error)) from None
+    return loaded["groups"].get(name) or next(iter(loaded["tasks"].values()))
+
+
+def _hub_failure(name: str, error: Exception) -> str:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return (
+        f"eval.tasks={name}: its data is neither in the cache nor to be had from the hub ({reason}); "
+        "eval=local needs no hub"
+    )
+
+
+@contextlib.contextmanager
+def _without_remote_code() -> Iterator[None]:
+    """Inside, no loading script of a data set is run, whatever a task asks for."""
+    import datasets
+
+    load_dataset = datasets.load_dataset
+
+    def plain(*args: Any, trust_remote_code: Any = None, **options: Any) -> Any:
+        return load_dataset(*args, trust_remote_code=False, **options)
+
+    datasets.load_dataset = partial(plain)
+    try:
+        yield
+    finally:
+        datasets.load_dataset = load_dataset

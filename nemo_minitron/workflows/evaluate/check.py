@@ -1,0 +1,101 @@
+"""What `recipes/evaluate.py` refuses, and prepares, before a model is loaded."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from nemo_minitron.checkpoints.source import Source, find_source
+from nemo_minitron.config.evaluate import EvaluateRecipe
+from nemo_minitron.data.prepare import PreparedData, prepare_data
+from nemo_minitron.data.tokenizer import load_tokenizer
+from nemo_minitron.errors import InputError
+from nemo_minitron.evaluation.benchmarks import catalogue
+from nemo_minitron.evaluation.benchmarks.catalogue import Benchmark, Wanted
+from nemo_minitron.workflows.preflight import check_source, check_vocabulary, converted, say_corpus
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What is known and made before a model is loaded; sources are of kind "nemo".
+
+    Attributes:
+        source_sha256: of the source's weights as they were named.
+        tokenizer: of Hugging Face, the source's own.
+        data: None where no held-out text is read.
+        benchmarks: their items read; None on ranks that a launcher started, of which one reads them.
+    """
+
+    source: Source
+    source_sha256: str
+    tokenizer: Any
+    teacher: Source | None
+    data: PreparedData | None
+    wanted: list[Wanted]
+    benchmarks: list[Benchmark] | None
+
+    def to_config(self) -> dict[str, Any]:
+        """For the launcher's ranks."""
+        return {
+            "source": str(self.source.path),
+            "source_sha256": self.source_sha256,
+            "teacher": None if self.teacher is None else str(self.teacher.path),
+            "data": None if self.data is None else self.data.to_config(),
+        }
+
+
+def check(r: EvaluateRecipe) -> Prepared:
+    """Refuse what cannot be measured; convert the checkpoints, index the data and read the benchmarks once.
+
+    Raises:
+        InputError: names the value.
+    """
+    ready, e, t = r.prepared or {}, r.eval, r.trainer
+    if t.context_parallel_size > 1:
+        raise InputError(
+            f"trainer.context_parallel_size={t.context_parallel_size}: must be 1, evaluate has no context parallelism"
+        )
+    wanted = catalogue.parse_names(e.tasks)
+    if not wanted and not e.lm:
+        raise InputError("eval.tasks, eval.lm: nothing is left to be measured")
+    source = find_source(ready.get("source", r.source), data=r.data)
+    check_source("source", source, t, r.data.seq_length if e.lm else 1)
+    tokenizer = load_tokenizer(source.tokenizer)
+    _check_chat(r, wanted, tokenizer)
+    teacher = _teacher(r, source, ready)
+    data = prepare_data(r.data, str(source.tokenizer), ready.get("data")) if e.lm else None
+    if data is not None:
+        check_vocabulary(source, data)
+        say_corpus(r.data, data, prepared=bool(ready), what="is measured")
+    benchmarks = None if ready else catalogue.load(wanted, r.data)
+    sha256 = ready.get("source_sha256") or source.sha256()
+    teacher = None if teacher is None else converted(teacher, r.data)
+    return Prepared(converted(source, r.data), sha256, tokenizer, teacher, data, wanted, benchmarks)
+
+
+def _teacher(r: EvaluateRecipe, source: Source, ready: dict[str, Any]) -> Source | None:
+    if r.teacher is None:
+        return None
+    if not r.eval.lm:
+        raise InputError("teacher: is compared with on the held-out text, which eval.lm=false leaves out")
+    teacher = find_source(ready.get("teacher") or r.teacher, "teacher", r.data)
+    check_source("teacher", teacher, r.trainer, r.data.seq_length)
+    if teacher.architecture.vocab_size != source.architecture.vocab_size:
+        raise InputError(
+            f"teacher={r.teacher}: its vocabulary has {teacher.architecture.vocab_size} tokens, the source's "
+            f"{source.architecture.vocab_size}: must be the same"
+        )
+    return teacher
+
+
+def chat_of(r: EvaluateRecipe, wanted: Wanted) -> bool:
+    """Whether a benchmark's questions are put as messages."""
+    return wanted.chat if r.eval.chat_template is None else r.eval.chat_template
+
+
+def _check_chat(r: EvaluateRecipe, wanted: list[Wanted], tokenizer: Any) -> None:
+    if tokenizer.chat_template:
+        return
+    if asking := [one.label for one in wanted if chat_of(r, one)]:
+        raise InputError(
+            f"source={r.source}: has no chat template, and {', '.join(asking)} ask by messages; "
+            "eval.chat_template=false asks in plain text"
+        )
