@@ -1,4 +1,4 @@
-"""`recipes/pipeline.py`: killed anywhere it ends as one that was not; what is made stays, what changed is made again."""
+"""`recipes/pipeline.py`: killed anywhere it ends as one that was not; what is made stays, what changed is made anew."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def made(run_dir: Path) -> dict[str, Any]:
     return {
         "kept": (run_dir / "prune" / "scores.safetensors").read_bytes(),
         "loss": pruned["lm_loss_nats_after"],
-        "training": [line for line in trained(run_dir / "distill")["steps"]],
+        "training": trained(run_dir / "distill")[1],
         "bytes": file.read_bytes()[-200_000:],
     }
 
@@ -74,7 +74,11 @@ def test_killed_at_a_random_moment_and_changed(commands: Commands, teacher: Teac
     assert "already holds a result" in commands.run("pipeline", *overrides(commands, teacher, killed)).stderr
     changed = ("pipeline.steps.distill.set.distill.max_steps=3", "overwrite=true")
     runs = commands.run("pipeline", *overrides(commands, teacher, killed, *changed)).result()["runs"]
-    assert {name: run["kept"] for name, run in runs.items()} == {"prune": True, "distill": False, "gguf": False}
+    assert {name: run["kept"] for name, run in runs.items()} == {
+        "prune": True,
+        "distill": False,
+        "gguf": False,
+    }
     assert json.loads((killed / "distill" / "result.json").read_text())["steps"] == 3
     assert "| prune | prune |" in (killed / "summary.md").read_text()
 
