@@ -62,7 +62,7 @@ def _work(f: dict[str, Any]) -> Iterator[str]:
 
 
 def _scores(f: dict[str, Any]) -> Iterator[str]:
-    if f.get("bits_per_byte") is not None:
+    if f.get("perplexity") is not None:  # pretraining has bits a byte alone
         yield f"perplexity {f['perplexity']:.2f}, {f['bits_per_byte']:.3f} bits a byte"
     if f.get("top1_agreement") is not None:
         yield f"KL {f['kl_from_teacher_nats']:.3f} nats, {f['top1_agreement']:.1%} as the teacher"

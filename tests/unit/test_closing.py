@@ -24,6 +24,13 @@ LINES = {
         "kept": {"hidden_size": [448, 576]},
         "rounded_from": {"hidden_size": 432.0},
     },
+    "pretrain: LM loss 2.730 nats, 3.64M parameters, 100 steps": {
+        "recipe": "pretrain",
+        "lm_loss_nats": 2.73,
+        "bits_per_byte": 1.473,
+        "params": 3_640_000,
+        "steps": 100,
+    },
     "distill: LM loss 3.790 -> 2.973 nats, teacher 2.812 nats, 2.07M parameters, 100 steps, 204.8k tokens": {
         "recipe": "distill",
         "lm_loss_nats_before": 3.79,
