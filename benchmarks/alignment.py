@@ -31,7 +31,7 @@ from nemo_minitron.data.chat.conversations import read_conversations
 from nemo_minitron.data.chat.encoded import encode_split
 from nemo_minitron.data.instruct import Sizes, write_instruct_set
 from nemo_minitron.data.tokenizer import load_tokenizer
-from nemo_minitron.workflows.align import check as checks
+from nemo_minitron.workflows.conversations import prepared_tokenizer
 from nemo_minitron.workflows.preflight import converted
 from nemo_minitron.workflows.sft import run as sft
 
@@ -163,7 +163,9 @@ def same_batches(ours: Any, theirs: Any) -> bool:
 
 def measure(a: argparse.Namespace, directory: Path) -> dict[str, Any]:
     source = converted(find_source(a.student, "student"), DataConfig(cache_dir=str(directory)))
-    tokenizer_dir = checks.prepared_tokenizer(AlignConfig(), source, DataConfig(cache_dir=str(directory)))
+    tokenizer_dir = prepared_tokenizer(
+        None, source, DataConfig(cache_dir=str(directory)), "align.chat_template"
+    )
     files = write_instruct_set(directory / "set", sizes=Sizes(train=a.steps * a.global_batch_size // 4 + 1))
     tokenizer = load_tokenizer(str(tokenizer_dir))
     encoded = encode_split(

@@ -58,9 +58,11 @@ class AlignConfig:
     `train` and `valid`: files of conversations (`data.records`); null: the project's own set. `chat_template`: a
     Jinja file; null: the tokenizer's own. `merge_system`: put a system's text in front of the user's first, for
     templates that know no system; false: leave it to the template. `overlong`: what is done with samples of more than
-    `data.seq_length` tokens: "refuse", "drop" or "cut". `max_steps` null: `max_epochs` passes. `samples`: held-out
-    prompts whose greedy answers, of up to `samples_max_new_tokens` tokens, are written into RUN/samples.jsonl at each
-    validation. `peft`: "none", all weights, or "lora". `save_nemo`: also write NeMo-Aligner's own .nemo file.
+    `data.seq_length` tokens: "refuse", "drop" or "cut". `replay`: the share of the training samples that are corpus
+    text, in sequences of `data.seq_length`, so that it is not forgotten; of sft alone. `max_steps` null: `max_epochs`
+    passes. `samples`: held-out prompts whose greedy answers, of up to `samples_max_new_tokens` tokens, are written into
+    RUN/samples.jsonl at each validation. `peft`: "none", all weights, or "lora". `save_nemo`: also write
+    NeMo-Aligner's own .nemo file.
 
     `global_batch_size`: samples of a step. `val_check_interval`: steps from one validation and checkpoint to the next;
     0: only at the end. `limit_val_batches`: of a validation; null: all. `packed_sequence`: must be false, since
@@ -72,6 +74,7 @@ class AlignConfig:
     chat_template: PathName | None = None
     merge_system: bool = False
     overlong: Annotated[str, Choice("drop", "cut", "refuse")] = "refuse"
+    replay: Annotated[float, Range(least=0, below=1)] = 0.0
     packed_sequence: bool = False
     max_epochs: Positive = 1
     max_steps: Positive | None = None

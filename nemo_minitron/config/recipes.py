@@ -22,6 +22,7 @@ from nemo_minitron.config.ranges import (
     AboveZero,
     Choice,
     Count,
+    Files,
     LayerMap,
     Layers,
     LayersOrLate,
@@ -153,6 +154,26 @@ class IntermediateConfig:
 
 
 @dataclass
+class ConversationsConfig:
+    """Conversations to learn from, in their answers only.
+
+    `weight`: their share of the training sequences; 0: the corpus alone. `train` and `valid`: files of conversations
+    (`data.records`); null: the project's own set. `chat_template`: a Jinja file; null: the tokenizer's own.
+    `merge_system`: put a system's text in front of the user's first, for templates that know no system. `overlong`:
+    what is done with those of more than `data.seq_length` tokens: "refuse", "drop" or "cut". `packed`: as many in a
+    sequence as there is room for; false: one.
+    """
+
+    weight: Annotated[float, Range(least=0, most=1)] = 0.0
+    train: Files = None
+    valid: Files = None
+    chat_template: PathName | None = None
+    merge_system: bool = False
+    overlong: Annotated[str, Choice("drop", "cut", "refuse")] = "refuse"
+    packed: bool = True
+
+
+@dataclass
 class DistillConfig:
     """How the student learns.
 
@@ -160,8 +181,9 @@ class DistillConfig:
     the teacher's `top_k` tokens or all, with or without the `tail`'s mass, and `ce_weight` of next-token cross-entropy;
     or "cross_entropy" alone, without a teacher. `from_scratch`: random weights of the student's sizes, for comparison.
     `max_steps` of `global_batch_size` packed sequences, of which the share `sdg_weight` is of the teacher's text in
-    `sdg` and the rest of the corpus. `val_check_interval`: steps from one validation and checkpoint to the next; 0:
-    only at the end. `limit_val_batches`: global batches of a validation.
+    `sdg` and the rest of the corpus; `conversations` may take the place of some or of all. `val_check_interval`: steps
+    from one validation and checkpoint to the next; 0: only at the end. `limit_val_batches`: global batches of a
+    validation.
     """
 
     loss: Annotated[str, Choice("forward_kl", "reverse_kl", "jensen_shannon", "cross_entropy")] = "forward_kl"
@@ -177,6 +199,7 @@ class DistillConfig:
     val_check_interval: Count = 0
     limit_val_batches: Positive = 8
     optim: OptimConfig = field(default_factory=OptimConfig)
+    conversations: ConversationsConfig = field(default_factory=ConversationsConfig)
     intermediate: IntermediateConfig = field(default_factory=IntermediateConfig)
 
 

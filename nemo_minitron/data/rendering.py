@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 # Lines of a template, or of the filters that it calls; published templates take a few hundred a message.
 MOST_LINES = 1_000_000
 _CPU_S, _WALL_S = 3, 60
+_THREADS = "TOKENIZERS_PARALLELISM"
 _MOMENT = datetime.now()
 # As transformers/tokenization_utils_base.py@4.51.3 looks for it.
 _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -131,7 +132,7 @@ def try_template(
         InputError: it takes more than 3 s of CPU, a minute in all, 1 GiB or `MOST_LINES`, or ends the process.
     """
     reading, writing = os.pipe()
-    child = os.fork()
+    child = _forked()
     if child == 0:
         _render_and_exit(tokenizer, conversations, writing)
     os.close(writing)
@@ -143,6 +144,16 @@ def try_template(
         os.waitpid(child, 0)
     if said is not None:
         raise InputError(f"{where}: the chat template cannot render it ({said})")
+
+
+def _forked() -> int:
+    """`os.fork`, of which `tokenizers` warns where nothing says that the child needs none of its threads."""
+    before = os.environ.get(_THREADS)
+    os.environ[_THREADS] = before or "false"
+    child = os.fork()
+    if before is None:
+        del os.environ[_THREADS]
+    return child
 
 
 def _answer(reading: int) -> str | None:

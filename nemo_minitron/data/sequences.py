@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from nemo_minitron.config.recipes import DataConfig
+from nemo_minitron.data.chat.sequences import Conversations
 from nemo_minitron.data.datasets import gpt_dataset
 from nemo_minitron.data.prepare import PreparedData
 
@@ -39,13 +40,23 @@ class SplitSequences:
         d: seq_length and seed of the order.
         split: "train" or "valid".
         drawn: see `Schedule`.
+        conversations: what is learned from beside the corpus, or instead of it.
     """
 
-    def __init__(self, data: PreparedData, d: DataConfig, split: str, drawn: int) -> None:
+    def __init__(
+        self,
+        data: PreparedData,
+        d: DataConfig,
+        split: str,
+        drawn: int,
+        conversations: Conversations | None = None,
+    ) -> None:
         prefix = data.indexed.prefix(split)
         self.dataset: Any = gpt_dataset(
             prefix, split, drawn, d.seq_length, d.seed, data.indexed.eod, data.index_cache
         )
+        if conversations is not None:
+            self.dataset = conversations.dataset(split, d, drawn, self.dataset)
 
     def tokens(self, number: int) -> Tensor:
         """Token ids int64 [s]."""

@@ -30,15 +30,15 @@ class CountingReduction(MaskedTokenLossReduction):
 class CountedTokens(pl.Callback):
     """Writes each step's `tokens` into its line of the step log, and ends a run in which one did not count.
 
-    Packed sequences have no padding and no prompts: every token of the global batch counts. A mask that has lost some
+    Packed text has no padding and no prompts: every token of the global batch counts. A mask that has lost some
     would train on the rest without a word.
 
     Args:
         steps: the log.
-        expected: tokens of a global batch.
+        expected: tokens of a global batch; None where only some count, as many as its conversations' answers have.
     """
 
-    def __init__(self, steps: StepLog, expected: int) -> None:
+    def __init__(self, steps: StepLog, expected: int | None) -> None:
         self.steps, self.expected = steps, expected
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -59,8 +59,8 @@ class CountedTokens(pl.Callback):
         counted = torch.tensor(float(reduction.tokens), dtype=torch.float64, device=reduced.device)
         tokens = int(parallel.broadcast_pp(counted, parallel.pp_size() - 1))
         self.steps.add("train", {"tokens": tokens})
-        if tokens != self.expected:
+        if tokens != (self.expected or max(tokens, 1)):
             raise FailedRun(
                 f"{describe_step(self.trainer.global_step)}: {tokens} tokens counted in the loss, expected "
-                f"{self.expected} (trainer.global_batch_size x data.seq_length)"
+                f"{self.expected or 'some'} (trainer.global_batch_size x data.seq_length)"
             )

@@ -202,7 +202,9 @@ class DistillTransform(ModelTransform):
         if self._compared is not None:
             mask = self._current.mask
             # As Megatron's schedule scales the output's loss, which is a sum over the microbatch's tokens.
-            scale = (self._alpha or 0.0) / (float(mask.sum().clamp(min=1)) * get_num_microbatches())
+            scale = self._alpha or 0.0
+            if not self._student.config.calculate_per_token_loss:
+                scale /= float(mask.sum().clamp(min=1)) * get_num_microbatches()
             self._compared.begin(self._current.states, mask, scale)
 
     def _postprocess(self, hidden_states: Tensor, labels: Tensor | None = None, **rest: Any) -> Tensor:

@@ -86,6 +86,12 @@ class Session:
             self.chunks, data, d, split, samples, micro_batch_size=self.layout.micro_batch_size, label=label
         )
 
+    def loss_on(self, dataset: Any, samples: int, label: str, *, tokens: int) -> LMLoss:
+        """Loss in nats over the first `samples` items, of `tokens` tokens, of a data set like GPTDataset."""
+        progress = progress_bar(label, samples, tokens=tokens)
+        size = self.layout.micro_batch_size
+        return lm_loss(self.chunks, dataset, samples, micro_batch_size=size, progress=progress)
+
     def accuracy(self, task: Task, normalize: bool, label: str) -> float:
         """How often the right choice of a multiple-choice task is the most probable one, in [0, 1]; with progress."""
         losses = choice_losses(

@@ -12,7 +12,9 @@ from nemo.lightning.pytorch.optim import CosineAnnealingScheduler, MegatronOptim
 from nemo_minitron import cpu_compat
 from nemo_minitron.config.recipes import DataConfig, OptimConfig
 from nemo_minitron.config.trainer import TrainerConfig
+from nemo_minitron.data.chat.sequences import Conversations
 from nemo_minitron.data.datasets import never_padded, one_builder
+from nemo_minitron.data.sequences import schedules
 from nemo_minitron.nemo import models
 
 
@@ -102,11 +104,13 @@ def training_data(
     t: TrainerConfig,
     cache: Path,
     train: list[str] | None = None,
+    conversations: Conversations | None = None,
 ) -> Any:
     """NeMo's PreTrainingDataModule over an indexed corpus: documents packed, never padded.
 
     Args:
         train: what to train on instead of the corpus's train split: a prefix, or weights and prefixes in turn.
+        conversations: what takes the place of some or all of those sequences, and of what is held out.
     """
     from nemo.collections.llm.gpt.data.pre_training import PreTrainingDataModule
 
@@ -129,11 +133,29 @@ def training_data(
     )
     # NeMo turns it on where Transformer Engine is missing; no attention here needs [1, s, s] to be causal.
     module.create_attention_mask = d.reset_attention_mask
+    _let_build(module, d, t, cache, conversations)
+    return never_padded(module)
+
+
+def _let_build(
+    module: Any, d: DataConfig, t: TrainerConfig, cache: Path, conversations: Conversations | None
+) -> None:
+    """Have a data module build one rank after the other, and put conversations where they are asked for."""
     build = module.build
 
-    def guarded(*args: Any, **kwargs: Any) -> None:
+    def guarded(
+        trainer_max_steps: int,
+        trainer_val_check_interval: int,
+        trainer_limit_val_batches: int,
+        trainer_limit_test_batches: int,
+    ) -> None:
+        asked = trainer_max_steps, trainer_val_check_interval, trainer_limit_val_batches
         with one_builder(Path(cache)):
-            build(*args, **kwargs)
+            build(*asked, trainer_limit_test_batches)
+        if conversations is not None:
+            of_run = schedules(trainer_max_steps, t.global_batch_size, *asked[1:])
+            train, valid = of_run["train"].drawn, of_run["valid"].drawn
+            module._train_ds = conversations.dataset("train", d, train, module._train_ds)
+            module._validation_ds = conversations.dataset("valid", d, valid)
 
     module.build = guarded
-    return never_padded(module)

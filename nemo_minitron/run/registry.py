@@ -18,6 +18,7 @@ RECIPES = {
     "export": "export:ExportRecipe",
     "pipeline": "pipeline:PipelineRecipe",
     "chat": "chat:ChatRecipe",
+    "report": "report:ReportRecipe",
     "instruct_data": "instruct:InstructDataRecipe",
     "evaluate_instruct": "instruct:EvaluateInstructRecipe",
     "evaluate": "evaluate:EvaluateRecipe",

@@ -4,6 +4,7 @@ import csv
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from nemo_minitron.arch import Architecture
 from nemo_minitron.axes import WIDTH_AXES
@@ -100,20 +101,18 @@ def _plot(
 ) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter
 
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     plot = figure.subplots()
-    layers = [c.architecture.num_layers for c in tried]
     # Filled: what the rank goes by.
     ranked = [distilled.get(c.name, losses[c.name]) for c in tried]
     size = [c.costs["parameters"] for c in tried]
-    marks = plot.scatter(size, ranked, c=layers, cmap="viridis", zorder=3)
-    if len(set(layers)) > 1:
-        figure.colorbar(marks, ax=plot, label="layers")
+    _by_layers(plot, size, ranked, [c.architecture.num_layers for c in tried])
     if distilled:
         before = [losses[c.name] for c in tried]
-        plot.scatter(size, before, facecolors="none", edgecolors="gray", label="after pruning")
+        plot.scatter(size, before, facecolors="none", edgecolors="gray", label="right after pruning")
         plot.vlines(size, ranked, before, colors="lightgray", zorder=1)
     plot.scatter(
         [unpruned.costs["parameters"]], [source_loss], marker="*", s=120, color="black", label="unpruned"
@@ -121,7 +120,20 @@ def _plot(
     plot.annotate(
         tried[0].name, (size[0], ranked[0]), textcoords="offset points", xytext=(4, -12), fontsize=8
     )
-    plot.set_xlabel("parameters")
-    plot.set_ylabel(f"LM loss after {'distillation' if distilled else 'pruning'}, nats a token")
-    plot.legend()
+    plot.set_xlabel("parameters, millions")
+    plot.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1e6:g}"))
+    plot.set_ylabel("LM loss, nats a token")
+    plot.set_title(f"filled: after {'a short distillation' if distilled else 'pruning'}", fontsize=9)
+    plot.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     figure.savefig(path, dpi=110)
+
+
+def _by_layers(plot: Any, x: Sequence[float], y: Sequence[float], layers: Sequence[int]) -> None:
+    """Layers are counted: a colour each, not a scale between them."""
+    from matplotlib import colormaps
+
+    found = sorted(set(layers))
+    colour = {count: colormaps["viridis"](i / max(1, len(found) - 1)) for i, count in enumerate(found)}
+    plot.scatter(x, y, c=[colour[count] for count in layers], zorder=3)
+    for count in found:
+        plot.scatter([], [], color=colour[count], label=f"{count} layers")

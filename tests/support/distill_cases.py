@@ -103,6 +103,28 @@ CASES: dict[str, Case] = {
     "another vocabulary": case(
         tokenizer_with("shorter", shorten), "teacher", "another tokenizer", "511 entries, not 512"
     ),
+    "conversations that are not read": case(
+        ["distill.conversations.train=a.jsonl"],
+        "distill.conversations.train=a.jsonl",
+        "distill=instruct or instruct_mixed",
+    ),
+    "conversations of one split": case(
+        ["distill.conversations.weight=0.7", "distill.conversations.train=a.jsonl"],
+        "distill.conversations.valid=null",
+    ),
+    "more than all are conversations": case(
+        ["distill.conversations.weight=1.5"], "distill.conversations.weight=1.5", "at most 1"
+    ),
+    "conversations that are too long": case(
+        ["distill.conversations.weight=1", "data.seq_length=32"],
+        "distill.conversations.valid:",
+        "the context has 32",
+        "distill.conversations.overlong=drop",
+    ),
+    "nothing left of the conversations": case(
+        ["distill.conversations.weight=1", "distill.conversations.overlong=drop", "data.seq_length=8"],
+        "nothing is left to learn",
+    ),
     "layer of the teacher": between("layers", "{9: 1}", "9: 1", "the teacher has layers 0 to 3"),
     "layer of the student": between("layers", "{1: 9}", "1: 9", "the student has layers 0 to 3"),
     "one layer twice": between("layers", "{1: 2, 3: 2}", "names a student layer twice"),

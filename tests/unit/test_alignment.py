@@ -13,7 +13,7 @@ from nemo_minitron.alignment.samples import Samples
 from nemo_minitron.config.align import AlignConfig
 from nemo_minitron.config.trainer import TrainerConfig
 from nemo_minitron.data.chat.conversations import Conversation, Preference
-from nemo_minitron.data.chat.encoded import encode_split
+from nemo_minitron.data.chat.encoded import encode_split, with_text
 from nemo_minitron.data.chat.template import with_template
 from nemo_minitron.data.tokenizer import load_tokenizer
 from nemo_minitron.errors import InputError
@@ -165,6 +165,29 @@ def test_encoded_conversations_are_those_of_the_template(tmp_path: Path) -> None
         len(expected["input_ids"]),
         sum(expected["assistant_masks"]),
     )
+
+
+def test_replayed_text_is_learned_as_a_whole(tmp_path: Path) -> None:
+    tokenizer = with_template(load_tokenizer(TEACHER), "test")
+    messages = [{"role": "user", "content": "import os?"}, {"role": "assistant", "content": "yes"}]
+    one = Conversation(messages, "a.jsonl, line 1")
+    arguments = {"name": "train", "seq_length": 64, "overlong": "refuse", "directory": tmp_path}
+    split = encode_split([one, one], tokenizer, **arguments)  # type: ignore[arg-type]
+    more = with_text(split, [[5, 6, 7, 8], [9, 10, 11, 12]], tmp_path)
+    before, after = (Path(each.path).read_text().splitlines() for each in (split, more))
+    assert after[:2] == before
+    assert [json.loads(line) for line in after[2:]] == [
+        {"tokens": [5, 6, 7, 8], "loss_mask": [0, 1, 1, 1]},
+        {"tokens": [9, 10, 11, 12], "loss_mask": [0, 1, 1, 1]},
+    ]
+    assert (more.samples, more.replayed, split.replayed) == (4, 2, 0)
+    assert (more.tokens - split.tokens, more.answer_tokens - split.answer_tokens) == (8, 6)
+
+
+def test_replay_is_refused_where_text_would_outweigh_answers() -> None:
+    check_settings(AlignConfig(replay=0.3), TrainerConfig(micro_batch_size=1))
+    with pytest.raises(InputError, match=r"align.replay=0.3: trainer.micro_batch_size=4 must be 1"):
+        check_settings(AlignConfig(replay=0.3), TrainerConfig(micro_batch_size=4))
 
 
 def test_rendered_pairs_are_prompt_and_continuation(tmp_path: Path) -> None:

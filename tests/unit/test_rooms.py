@@ -22,6 +22,7 @@ FLOORS = [
     ["importance"],
     ["pruning", "distillation"],
     ["search"],
+    ["report"],
     ["nemo"],
     ["alignment"],
     ["workflows"],

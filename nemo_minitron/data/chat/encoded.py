@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,7 @@ class EncodedSplit:
 
     `samples`: in the file; `dropped` and `cut`: those that were longer than the context; `refused`: those that cannot
     be trained on with the chat template; `tokens`: of the samples in the file; `answer_tokens`: those of them that the
-    loss is taken on.
+    loss is taken on; `replayed`: samples that are text, of which every token is.
     """
 
     path: str
@@ -40,6 +40,7 @@ class EncodedSplit:
     refused: int
     tokens: int
     answer_tokens: int
+    replayed: int = 0
 
     def to_config(self) -> dict[str, Any]:
         """Plain values."""
@@ -74,6 +75,21 @@ def encode_split(
     encoded = [sample for fit in kept for sample in fit.encoded]
     path = write_rows((_line(sample) for sample in encoded), directory)
     return described(path, len(encoded), encoded, fitted, name, seq_length)
+
+
+def with_text(split: EncodedSplit, sequences: Sequence[Sequence[int]], directory: Path) -> EncodedSplit:
+    """The split with sequences of text behind its samples, all of whose tokens but the first are learned."""
+    texts = [Encoded(list(tokens), [0] + [1] * (len(tokens) - 1)) for tokens in sequences]
+    with open(split.path) as file:
+        rows = [json.loads(line) for line in file]
+    return replace(
+        split,
+        path=str(write_rows([*rows, *map(_line, texts)], directory)),
+        samples=split.samples + len(texts),
+        tokens=split.tokens + sum(len(text.tokens) for text in texts),
+        answer_tokens=split.answer_tokens + sum(sum(text.loss_mask) for text in texts),
+        replayed=len(texts),
+    )
 
 
 @contextmanager

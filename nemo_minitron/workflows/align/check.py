@@ -1,9 +1,7 @@
 """What the alignment recipes refuse before a model is loaded, and what they prepare once for all ranks."""
 
 import dataclasses
-import hashlib
 import importlib.util
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,18 +10,16 @@ from nemo_minitron.alignment.prepared import Prepared, has_cuda
 from nemo_minitron.alignment.runs import ALIGNER, keep_one_checkpoint
 from nemo_minitron.checkpoints.source import Source, find_source
 from nemo_minitron.config.align import AlignConfig
-from nemo_minitron.config.recipes import DataConfig, cache_dir
+from nemo_minitron.config.recipes import cache_dir
 from nemo_minitron.config.trainer import TrainerConfig
-from nemo_minitron.data.chat.encoded import EncodedSplit
-from nemo_minitron.data.chat.template import with_template
-from nemo_minitron.data.held_out import refuse_shared
-from nemo_minitron.data.instruct import cached_instruct_set
-from nemo_minitron.data.prepare import prepare_data
-from nemo_minitron.data.tokenizer import load_tokenizer, tokenizer_sha256
+from nemo_minitron.data.chat.encoded import EncodedSplit, with_text
+from nemo_minitron.data.prepare import PreparedData, prepare_data
+from nemo_minitron.data.sequences import SplitSequences
+from nemo_minitron.data.tokenizer import load_tokenizer
 from nemo_minitron.environment import RESULT
 from nemo_minitron.errors import InputError
-from nemo_minitron.export import generation
-from nemo_minitron.files import making_once, read_text, remove_stale
+from nemo_minitron.files import remove_stale
+from nemo_minitron.workflows.conversations import files_of, prepared_tokenizer
 from nemo_minitron.workflows.preflight import check_source, check_vocabulary, converted
 
 
@@ -56,19 +52,33 @@ def prepare(
         tokenizer = Path(ready["tokenizer"])
         train, valid = (EncodedSplit(**ready[name]) for name in ("train", "valid"))
     else:
-        tokenizer = prepared_tokenizer(r.align, student, r.data)
+        tokenizer = prepared_tokenizer(r.align.chat_template, student, r.data, "align.chat_template")
         loaded = load_tokenizer(str(tokenizer))
-        files = _files(r, own_set)
+        files = files_of({n: getattr(r.align, n) for n in ("train", "valid")}, own_set, r.data, "align")
         # The smaller one first: too few of them are told at once.
         valid = encode("valid", files["valid"], loaded)
         validation_batch(r.align, r.trainer, valid.samples, whole_batches=whole_batches)
         train = encode("train", files["train"], loaded)
-    trainer, epochs = schedule(r.align, r.trainer, train.samples, valid.samples, whole_batches=whole_batches)
     corpus = prepare_data(r.data, str(student.tokenizer), ready.get("corpus"))
     check_vocabulary(student, corpus)
     if not ready:
+        train = _replayed(r, train, corpus)
+    trainer, epochs = schedule(r.align, r.trainer, train.samples, valid.samples, whole_batches=whole_batches)
+    if not ready:
         keep_resumable(r)
     return Prepared(converted(student, r.data), tokenizer, corpus, train, valid, trainer, epochs)
+
+
+def _replayed(r: Any, train: EncodedSplit, corpus: PreparedData) -> EncodedSplit:
+    """The training samples and, where `align.replay` asks for them, sequences of the corpus's train split."""
+    share = r.align.replay
+    count = round(train.samples * share / (1 - share))
+    if not count:
+        return train
+    text = SplitSequences(corpus, r.data, "train", count)
+    return with_text(
+        train, [text.tokens(i).tolist() for i in range(count)], cache_dir(r.data, "conversations")
+    )
 
 
 def _check_nemo_file(r: Any, student: Source) -> None:
@@ -92,6 +102,11 @@ def check_settings(a: AlignConfig, t: TrainerConfig) -> None:
     if a.packed_sequence:
         raise InputError(
             "align.packed_sequence=true: NeMo-Aligner does not pack conversations; must be false"
+        )
+    if a.replay and t.micro_batch_size > 1:
+        raise InputError(
+            f"align.replay={a.replay}: trainer.micro_batch_size={t.micro_batch_size} must be 1: a loss is the mean of "
+            "a microbatch's tokens, and those of a text would outweigh the answers beside it"
         )
     if a.samples and t.context_parallel_size > 1:
         raise InputError(
@@ -163,70 +178,6 @@ def validation_batch(a: AlignConfig, t: TrainerConfig, valid: int, *, whole_batc
     if valid < batch:
         raise InputError(f"align.valid: {valid} samples are less than one batch of {batch}")
     return batch
-
-
-def prepared_tokenizer(a: AlignConfig, student: Source, d: DataConfig) -> Path:
-    """A directory with the student's tokenizer and the chat template of the run.
-
-    Raises:
-        InputError: a template that cannot be read or encoded, a tokenizer with more entries than the model has rows, or
-            with others than the student's.
-    """
-    tokenizer = _fitting_tokenizer(student, d)
-    if a.chat_template:
-        try:
-            tokenizer.chat_template = read_text(a.chat_template, 1 << 20)
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"align.chat_template={a.chat_template}: cannot be read ({error})") from None
-    with_template(tokenizer, f"align.chat_template={a.chat_template or 'null'}")
-    settings = generation.gathered(student.tokenizer)
-    named = (
-        f"{tokenizer_sha256(tokenizer)}\n{tokenizer.chat_template}\n{json.dumps(settings, sort_keys=True)}"
-    )
-    key = hashlib.sha256(named.encode()).hexdigest()[:24]
-    final = cache_dir(d, "tokenizers") / f"chat-{key}"
-    if not (final / "tokenizer").is_dir():
-        with making_once(final) as temporary:
-            # NeMo calls the directory in a checkpoint's context as it is called here.
-            tokenizer.save_pretrained(str(temporary / "tokenizer"))
-            generation.write(settings, temporary / "tokenizer")
-    return final / "tokenizer"
-
-
-def _fitting_tokenizer(student: Source, d: DataConfig) -> Any:
-    tokenizer = own = load_tokenizer(str(student.tokenizer))
-    if d.tokenizer:
-        tokenizer = load_tokenizer(d.tokenizer)
-    if len(tokenizer) > student.architecture.vocab_size:
-        raise InputError(
-            f"student: its vocabulary has {student.architecture.vocab_size} rows, the tokenizer has {len(tokenizer)} "
-            "entries"
-        )
-    if differing := set(tokenizer.get_vocab().items()) ^ set(own.get_vocab().items()):
-        token, number = min(differing, key=lambda entry: entry[1])
-        raise InputError(
-            f"data.tokenizer={d.tokenizer}: another vocabulary than the student's; they differ at "
-            f"id {number}, {token!r}"
-        )
-    return tokenizer
-
-
-def _files(r: Any, own_set: tuple[str, str]) -> dict[str, list[str]]:
-    given = {name: getattr(r.align, name) for name in ("train", "valid")}
-    if all(value is None for value in given.values()):
-        own = cached_instruct_set(cache_dir(r.data, "instruct"), r.data.seed)
-        given = {name: str(getattr(own, file)) for name, file in zip(given, own_set, strict=True)}
-    for name, value in given.items():
-        if value is None:
-            raise InputError(
-                f"align.{name}=null: give a JSONL file, as for the other split, or leave out both"
-            )
-    files = {
-        name: [str(Path(file).expanduser()) for file in ([value] if isinstance(value, str) else value)]
-        for name, value in given.items()
-    }
-    refuse_shared(files["train"], files["valid"], "align.train", "align.valid")
-    return files
 
 
 def keep_resumable(r: Any) -> None:

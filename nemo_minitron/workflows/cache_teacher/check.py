@@ -10,12 +10,19 @@ from typing import Any
 from nemo_minitron.checkpoints.source import Source, find_source
 from nemo_minitron.config.document_limits import refuse_limits
 from nemo_minitron.config.recipes import CacheTeacherRecipe
+from nemo_minitron.data.chat.sequences import Conversations
 from nemo_minitron.data.prepare import PreparedData, prepare_data
 from nemo_minitron.distillation.cache.format import Contents
 from nemo_minitron.distillation.cache.reader import CACHE
 from nemo_minitron.distillation.cache.writer import CachePlan
 from nemo_minitron.errors import InputError
-from nemo_minitron.workflows.distill.cache import split_schedules, vocabulary_sha256
+from nemo_minitron.workflows.distill.cache import (
+    data_name,
+    sequences_sha256,
+    split_schedules,
+    vocabulary_sha256,
+)
+from nemo_minitron.workflows.distill.conversations import check_conversations, prepare_conversations
 from nemo_minitron.workflows.distill.settings import loss_settings
 from nemo_minitron.workflows.preflight import check_source, check_vocabulary, converted
 
@@ -29,6 +36,7 @@ class Prepared:
     data: PreparedData
     plan: CachePlan
     finished: tuple[int, ...]
+    conversations: Conversations | None = None
 
     def to_config(self) -> dict[str, Any]:
         """For the launcher's ranks."""
@@ -37,6 +45,7 @@ class Prepared:
             "teacher_sha256": list(self.plan.contents.teacher_sha256),
             "data": self.data.to_config(),
             "finished": list(self.finished),
+            "conversations": self.conversations.to_config() if self.conversations else None,
         }
 
 
@@ -53,21 +62,23 @@ def check(r: CacheTeacherRecipe) -> Prepared:
     check_source("teacher", teacher, r.trainer, r.data.seq_length)
     data = prepare_data(r.data, str(teacher.tokenizer), ready.get("data"))
     check_vocabulary(teacher, data)
+    talks = prepare_conversations(r.distill.conversations, teacher, r.data, data, ready.get("conversations"))
     if ready:
-        plan = _plan(r, _contents(r, teacher, data, ready["teacher_sha256"]))
-        return Prepared(teacher, data, plan, tuple(ready["finished"]))
-    rough = _contents(r, teacher, data, ())
+        plan = _plan(r, _contents(r, teacher, data, talks, ready["teacher_sha256"]))
+        return Prepared(teacher, data, plan, tuple(ready["finished"]), talks)
+    rough = _contents(r, teacher, data, talks, ())
     _check_space(r, rough)
     sha256 = [teacher.sha256()]
     teacher = converted(teacher, r.data)
     sha256 += [s for s in [teacher.sha256()] if s not in sha256]
-    plan = _plan(r, _contents(r, teacher, data, sha256))
+    plan = _plan(r, _contents(r, teacher, data, talks, sha256))
     finished = {} if r.overwrite else plan.finished()
-    return Prepared(teacher, data, plan, tuple(finished))
+    return Prepared(teacher, data, plan, tuple(finished), talks)
 
 
 def _check_settings(r: CacheTeacherRecipe) -> None:
     c = r.cache
+    check_conversations(r.distill.conversations)
     refuse_limits(r.data, "a cache holds a teacher whose documents see each other")
     if r.trainer.context_parallel_size > 1:
         raise InputError(f"trainer.context_parallel_size={r.trainer.context_parallel_size}: must be 1 here")
@@ -77,7 +88,13 @@ def _check_settings(r: CacheTeacherRecipe) -> None:
         raise InputError("distill.top_k=null: cache.form=top_k needs a number, such as 64")
 
 
-def _contents(r: CacheTeacherRecipe, teacher: Source, data: PreparedData, sha256: Sequence[str]) -> Contents:
+def _contents(
+    r: CacheTeacherRecipe,
+    teacher: Source,
+    data: PreparedData,
+    conversations: Conversations | None,
+    sha256: Sequence[str],
+) -> Contents:
     arch, top_k = teacher.architecture, r.distill.top_k if r.cache.form == "top_k" else None
     if top_k is not None and top_k > arch.vocab_size:
         raise InputError(
@@ -93,8 +110,8 @@ def _contents(r: CacheTeacherRecipe, teacher: Source, data: PreparedData, sha256
         hidden_size=arch.hidden_size,
         vocab_size=arch.vocab_size,
         vocabulary_sha256=vocabulary_sha256(data.tokenizer),
-        data=data.indexed.corpus,
-        data_sha256=data.indexed.manifest_sha256,
+        data=data_name(data, conversations),
+        data_sha256=sequences_sha256(data, conversations),
         data_seed=r.data.seed,
         seq_length=r.data.seq_length,
         samples={split: asked[split] or used[split] for split in used},

@@ -83,6 +83,8 @@ def _result(r: CacheTeacherRecipe, prepared: Prepared) -> dict[str, Any]:
 def _sequences(r: CacheTeacherRecipe, prepared: Prepared) -> Callable[[int], Any]:
     """The tokens int64 [s] of a sequence by its number in the cache."""
     plan = prepared.plan
-    splits = {s: SplitSequences(prepared.data, r.data, s, n) for s, n in plan.drawn.items()}
+    splits = {
+        s: SplitSequences(prepared.data, r.data, s, n, prepared.conversations) for s, n in plan.drawn.items()
+    }
     train = plan.contents.samples["train"]
     return lambda n: splits["train"].tokens(n) if n < train else splits["valid"].tokens(n - train)

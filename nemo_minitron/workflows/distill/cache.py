@@ -7,6 +7,7 @@ from typing import Any
 from nemo_minitron.checkpoints.source import Source, find_source
 from nemo_minitron.config.document_limits import refuse_limits
 from nemo_minitron.config.recipes import DataConfig, DistillRecipe
+from nemo_minitron.data.chat.sequences import Conversations
 from nemo_minitron.data.prepare import PreparedData
 from nemo_minitron.data.sequences import Schedule, SplitSequences, schedules
 from nemo_minitron.data.tokenizer import load_tokenizer
@@ -24,6 +25,19 @@ def vocabulary_sha256(tokenizer: Any) -> str:
 def split_schedules(d: Any) -> dict[str, Schedule]:
     """What a distillation with these settings (a `DistillConfig`) reads of each split."""
     return schedules(d.max_steps, d.global_batch_size, d.val_check_interval, d.limit_val_batches)
+
+
+def sequences_sha256(data: PreparedData, conversations: Conversations | None) -> str:
+    """Names what the sequences are made of."""
+    manifest = data.indexed.manifest_sha256
+    return manifest if conversations is None else conversations.sha256(manifest)
+
+
+def data_name(data: PreparedData, conversations: Conversations | None) -> str:
+    """For people."""
+    if conversations is None:
+        return data.indexed.corpus
+    return f"conversations, weight {conversations.weight}, and {data.indexed.corpus}"
 
 
 def open_cache(r: DistillRecipe, student: Source, settings: LossSettings | None) -> TeacherCache | None:
@@ -104,21 +118,24 @@ def _check_teacher(cache: TeacherCache, teacher: str, data: DataConfig) -> None:
         )
 
 
-def check_sequences(cache: TeacherCache, r: DistillRecipe, data: PreparedData) -> None:
+def check_sequences(
+    cache: TeacherCache, r: DistillRecipe, data: PreparedData, conversations: Conversations | None = None
+) -> None:
     """Refuse a cache without all of the sequences that this run will read, by their tokens; with progress.
 
     Raises:
         InputError: of another corpus; or says how many are missing.
     """
-    if data.indexed.manifest_sha256 != cache.contents.data_sha256:
+    ours = sequences_sha256(data, conversations)
+    if ours != cache.contents.data_sha256:
         raise InputError(
-            f"{cache.where}: is of another corpus, {cache.contents.data} ({cache.contents.data_sha256[:12]}); "
-            f"this run reads {data.indexed.corpus} ({data.indexed.manifest_sha256[:12]})"
+            f"{cache.where}: is of another corpus or other conversations, {cache.contents.data} "
+            f"({cache.contents.data_sha256[:12]}); this run reads {data_name(data, conversations)} ({ours[:12]})"
         )
-    if (ours := tuple(data.indexed.beginning)) != (theirs := cache.contents.beginning):
+    if (begin := tuple(data.indexed.beginning)) != (theirs := cache.contents.beginning):
         raise InputError(
-            f"data.bos={r.data.bos}: documents begin with the tokens {[*ours]}, in {cache.where} with {[*theirs]}"
+            f"data.bos={r.data.bos}: documents begin with the tokens {[*begin]}, in {cache.where} with {[*theirs]}"
         )
     for split, schedule in split_schedules(r.distill).items():
-        sequences = SplitSequences(data, r.data, split, schedule.drawn)
+        sequences = SplitSequences(data, r.data, split, schedule.drawn, conversations)
         covers(cache, sequences.tokens, schedule.used, split)

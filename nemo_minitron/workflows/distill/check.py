@@ -7,6 +7,7 @@ from nemo_minitron.checkpoints import origin
 from nemo_minitron.checkpoints.source import Source, find_source
 from nemo_minitron.config.recipes import DistillRecipe
 from nemo_minitron.config.trainer import TrainerConfig
+from nemo_minitron.data.chat.sequences import Conversations
 from nemo_minitron.data.prepare import PreparedData, prepare_data
 from nemo_minitron.distillation.cache.reader import TeacherCache
 from nemo_minitron.distillation.intermediate import Intermediate
@@ -15,6 +16,7 @@ from nemo_minitron.errors import InputError
 from nemo_minitron.synthesis.mixture import TeacherText, check_mixture, prepare_text
 from nemo_minitron.workflows.distill import cache as cache_checks
 from nemo_minitron.workflows.distill import settings as checks
+from nemo_minitron.workflows.distill.conversations import check_conversations, prepare_conversations
 from nemo_minitron.workflows.preflight import check_source, check_vocabulary, converted, say_corpus
 
 
@@ -33,6 +35,7 @@ class Prepared:
     intermediate: Intermediate | None
     text: TeacherText | None
     teacher_named: str | None = None
+    conversations: Conversations | None = None
 
     def to_config(self) -> dict[str, Any]:
         """For the launcher's ranks."""
@@ -43,6 +46,7 @@ class Prepared:
             "teacher_named": self.teacher_named,
             "data": self.data.to_config(),
             "sdg": self.text.to_config() if self.text else None,
+            "conversations": self.conversations.to_config() if self.conversations else None,
         }
 
 
@@ -56,6 +60,7 @@ def check(r: DistillRecipe) -> Prepared:
     ready = r.prepared or {}
     trainer, settings = checks.training_layout(r), checks.loss_settings(r)
     check_mixture(r.sdg, r.distill.sdg_weight)
+    check_conversations(r.distill.conversations)
     student = find_source(ready.get("student", r.student), "student", r.data)
     check_source("student", student, trainer, r.data.seq_length)
     teacher, cache = None, cache_checks.open_cache(r, student, settings)
@@ -70,15 +75,24 @@ def check(r: DistillRecipe) -> Prepared:
     check_vocabulary(student, data, trained=not r.distill.from_scratch)
     if teacher is not None:
         check_vocabulary(teacher, data)
+    talks = prepare_conversations(r.distill.conversations, student, r.data, data, ready.get("conversations"))
     text = prepare_text(r.sdg, r.distill.sdg_weight, r.data, data, ready.get("sdg"))
     if cache is not None and text is not None:
         raise InputError(
             f"teacher_cache={r.teacher_cache}, sdg={r.sdg}: a cache has the corpus's states only"
         )
     if cache is not None and not ready:
-        cache_checks.check_sequences(cache, r, data)
+        cache_checks.check_sequences(cache, r, data, talks)
     say_corpus(r.data, data, prepared=bool(ready), what="learns")
     teacher = None if teacher is None else converted(teacher, r.data)
     return Prepared(
-        converted(student, r.data), teacher or cache, data, trainer, settings, intermediate, text, named
+        converted(student, r.data),
+        teacher or cache,
+        data,
+        trainer,
+        settings,
+        intermediate,
+        text,
+        named,
+        talks,
     )

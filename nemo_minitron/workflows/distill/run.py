@@ -6,7 +6,7 @@ from typing import Any
 
 from nemo_minitron import parallel
 from nemo_minitron.checkpoints import origin
-from nemo_minitron.checkpoints.source import CHECKPOINT, Source, find_source
+from nemo_minitron.checkpoints.source import CHECKPOINT, find_source
 from nemo_minitron.config.recipes import DistillRecipe
 from nemo_minitron.distillation.cache.reader import TeacherCache
 from nemo_minitron.environment import peak_rss_gib
@@ -37,9 +37,9 @@ def run(r: DistillRecipe, prepared: Prepared, directory: Path, *, who: str = "st
     Raises:
         FloatingPointError: a loss or a gradient that is not finite; the last good checkpoint is kept.
     """
-    before = None if r.distill.from_scratch else _lm_loss(r, prepared, prepared.student, f"{who} before").nats
+    before, answers_before = _before(r, prepared, f"{who} before")
     trained = _train(r, prepared, directory)
-    after = _finish(r, prepared, directory, f"{who} after")
+    after, answers_after = _finish(r, prepared, directory, f"{who} after")
     d, t = r.distill, prepared.trainer
     return {
         "recipe": "distill",
@@ -61,6 +61,7 @@ def run(r: DistillRecipe, prepared: Prepared, directory: Path, *, who: str = "st
         "lm_loss_nats_teacher": trained.get("teacher", {}).get("lm_loss"),
         "lm_loss_nats_before": before,
         "lm_loss_nats_after": after.nats,
+        **_of_conversations(prepared, answers_before, answers_after),
         "eval_samples": after.samples,
         "eval_tokens": after.tokens,
         "kl_nats_after": trained.get("valid", {}).get("kl"),
@@ -82,13 +83,42 @@ def _teacher_name(prepared: Prepared) -> str | None:
     return None if teacher is None else str(prepared.teacher_named)
 
 
-def _lm_loss(r: DistillRecipe, prepared: Prepared, source: Source, label: str) -> Any:
+def _before(r: DistillRecipe, prepared: Prepared, label: str) -> tuple[float | None, float | None]:
+    """What the student loses on held-out text and on held-out answers, in nats a token; None of what is not learned."""
+    if r.distill.from_scratch:
+        return None, None
+    source = prepared.student
     session = Session(source, r.trainer, seq_length=source.seq_length)
-    return session.lm_loss(prepared.data, r.data, "valid", r.eval.samples, label)
+    loss = session.lm_loss(prepared.data, r.data, "valid", r.eval.samples, label)
+    return loss.nats, _answer_loss(r, prepared, session, label)
 
 
-def _finish(r: DistillRecipe, prepared: Prepared, directory: Path, label: str) -> Any:
-    """The held-out loss of the student as it is then saved.
+def _answer_loss(r: DistillRecipe, prepared: Prepared, session: Session, label: str) -> float | None:
+    """Cross-entropy of the answers of held-out conversations, in nats a token; one epoch at most."""
+    if prepared.conversations is None:
+        return None
+    dataset = prepared.conversations.dataset("valid", r.data)
+    samples = min(r.eval.samples or len(dataset), len(dataset))
+    return session.loss_on(dataset, samples, f"{label}, answers", tokens=r.data.seq_length).nats
+
+
+def _of_conversations(prepared: Prepared, before: float | None, after: float | None) -> dict[str, Any]:
+    """The fields of `result.json` that a run on conversations has beside the others."""
+    c = prepared.conversations
+    if c is None:
+        return {}
+    splits = {f"{name}_{key}": v for name in ("train", "valid") for key, v in vars(getattr(c, name)).items()}
+    return {
+        "conversations_weight": c.weight,
+        "conversations_packed": c.packed,
+        "answer_loss_nats_before": before,
+        "answer_loss_nats_after": after,
+        **{f"conversations_{key}": value for key, value in splits.items() if not key.endswith("path")},
+    }
+
+
+def _finish(r: DistillRecipe, prepared: Prepared, directory: Path, label: str) -> tuple[Any, float | None]:
+    """The held-out losses of the student as it is then saved: of text, and of answers.
 
     Raises:
         FloatingPointError: it is not finite; nothing is saved.
@@ -100,8 +130,9 @@ def _finish(r: DistillRecipe, prepared: Prepared, directory: Path, label: str) -
     after = session.lm_loss(prepared.data, r.data, "valid", r.eval.samples, label)
     if not math.isfinite(after.nats):
         raise FloatingPointError(f"step {r.distill.max_steps - 1}: after it the LM loss is {after.nats}")
+    answers = _answer_loss(r, prepared, session, label)
     fit.finish(session, directory, dtype)
-    return after
+    return after, answers
 
 
 def _train(r: DistillRecipe, prepared: Prepared, directory: Path) -> dict[str, Any]:
@@ -109,15 +140,18 @@ def _train(r: DistillRecipe, prepared: Prepared, directory: Path) -> dict[str, A
     data, t, source, text = prepared.data, prepared.trainer, prepared.student, prepared.text
     steps = StepLog(directory / "steps.jsonl")
     transform = None if prepared.teacher is None else _transform(r, prepared, steps)
-    counted = CountedTokens(steps, t.global_batch_size * r.data.seq_length)
+    talks = prepared.conversations
+    counted = CountedTokens(steps, None if talks else t.global_batch_size * r.data.seq_length)
     config = models.to_config(source.architecture, seq_length=source.seq_length, precision=t.precision)
     trainer.recompute(config, t)
+    # Sequences of conversations have more answers or fewer: each token counts as much, not each microbatch.
+    config.calculate_per_token_loss = talks is not None
     trainer.seed_everything(r.seed)
-    tokenizer = session.nemo_tokenizer(data.tokenizer_dir, source.tokenizer)
+    tokenizer = session.nemo_tokenizer(talks.tokenizer if talks else data.tokenizer_dir, source.tokenizer)
     fit.fit(
         models.to_model(config, tokenizer, trainer.optimizer(r.distill.optim, t)),
         trainer.training_data(
-            data.indexed, tokenizer, r.data, t, data.index_cache, text.paths(data) if text else None
+            data.indexed, tokenizer, r.data, t, data.index_cache, text.paths(data) if text else None, talks
         ),
         trainer.trainer(t, training=True, callbacks=[*([transform] if transform else []), counted, steps]),
         directory,

@@ -23,6 +23,10 @@ def check(r: PreferenceRecipe) -> Prepared:
     """
     if r.align.samples > 0:
         raise InputError(f"align.samples={r.align.samples}: must be 0, only recipes/sft.py writes answers")
+    if r.align.replay:
+        raise InputError(
+            f"align.replay={r.align.replay}: must be 0, pairs of answers are not mixed with text"
+        )
     d = r.align.dpo
     if not d.preference_loss_weight and not d.sft_loss_weight:
         raise InputError(

@@ -109,6 +109,11 @@ def check_distillation(r: SearchRecipe, source: Architecture, found: list[Candid
         return
     if r.distill.from_scratch:
         raise InputError("distill.from_scratch=true: a search ranks pruned models; must be false")
+    if r.distill.conversations.weight:
+        raise InputError(
+            f"distill.conversations.weight={r.distill.conversations.weight}: candidates are compared on the corpus; "
+            "must be 0"
+        )
     if r.distill.optim.warmup_steps >= s.distill_steps:
         raise InputError(
             f"search.distill_steps={s.distill_steps}: must be above distill.optim.warmup_steps="

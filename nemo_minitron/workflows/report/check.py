@@ -1,0 +1,52 @@
+"""What `recipes/report.py` refuses before it writes."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from nemo_minitron.config.report import ReportRecipe
+from nemo_minitron.errors import InputError
+from nemo_minitron.report.chain import Chain, read_chain
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The runs, and which checkpoints answer prompts: (title, checkpoint)."""
+
+    chain: Chain
+    speakers: list[tuple[str, str]]
+
+    def to_config(self) -> dict[str, Any]:
+        """Nothing: there is one process."""
+        return {}
+
+
+def check(r: ReportRecipe) -> Prepared:
+    """Find the runs.
+
+    Raises:
+        InputError: no finished run is there; more samples than prompts.
+    """
+    if r.trainer.ranks > 1:
+        raise InputError(f"{r.trainer.ranks} ranks: report works in one process")
+    if r.report.samples > len(r.report.prompts):
+        raise InputError(
+            f"report.samples={r.report.samples}: there are {len(r.report.prompts)} report.prompts"
+        )
+    chain = read_chain(r.source, r.report.runs)
+    return Prepared(chain, _speakers(chain) if r.report.samples else [])
+
+
+def _speakers(chain: Chain) -> list[tuple[str, str]]:
+    """The teacher or base model, the student before the last run, the student after it."""
+    if not chain.runs:
+        raise InputError("report.samples: the run is a measurement; give the run that made the model")
+    last = chain.runs[-1]
+    teachers = [run.result["teacher"] for run in chain.runs if isinstance(run.result.get("teacher"), str)]
+    before = last.result.get("student") or last.result.get("source")
+    first = teachers[0] if teachers else chain.base
+    named = [
+        ("teacher" if teachers else "base model", first),
+        (f"before {last.recipe}", before if before != first else None),
+        (f"after {last.recipe}", str(last.directory)),
+    ]
+    return [(title, str(path)) for title, path in named if path]
