@@ -21,7 +21,7 @@ SEED = 1
 
 
 def overrides(commands: Commands, teacher: Teacher, run_dir: Path, *more: str) -> list[str]:
-    off = ("correct", "sft", "preference", "evaluate", "export")
+    off = ("correct", "sft", "preference", "answers", "evaluate", "export", "report")
     training = ("max_steps=4", "val_check_interval=2", "limit_val_batches=1", "optim.warmup_steps=1")
     return [
         *commands.data(),
@@ -51,7 +51,7 @@ def made(run_dir: Path) -> dict[str, Any]:
 def test_killed_at_a_random_moment_and_changed(commands: Commands, teacher: Teacher) -> None:
     straight, killed = commands.home / "straight", commands.home / "killed"
     first = commands.run("pipeline", *overrides(commands, teacher, straight))
-    assert [*first.result()["runs"]] == ["prune", "distill", "gguf"]
+    assert [run["step"] for run in first.result()["runs"]] == ["prune", "distill", "gguf"]
 
     share = random.Random(SEED).uniform(0.2, 0.9)
     process = subprocess.Popen(
@@ -74,7 +74,7 @@ def test_killed_at_a_random_moment_and_changed(commands: Commands, teacher: Teac
     assert "already holds a result" in commands.run("pipeline", *overrides(commands, teacher, killed)).stderr
     changed = ("pipeline.steps.distill.set.distill.max_steps=3", "overwrite=true")
     runs = commands.run("pipeline", *overrides(commands, teacher, killed, *changed)).result()["runs"]
-    assert {name: run["kept"] for name, run in runs.items()} == {
+    assert {run["step"]: run["kept"] for run in runs} == {
         "prune": True,
         "distill": False,
         "gguf": False,
@@ -86,7 +86,7 @@ def test_killed_at_a_random_moment_and_changed(commands: Commands, teacher: Teac
     other = commands.home / "other-teacher"
     os.symlink(teacher.huggingface, other)
     command = overrides(commands, teacher, straight, f"source={other}", "overwrite=true")
-    assert all(run["kept"] for run in commands.run("pipeline", *command).result()["runs"].values())
+    assert all(run["kept"] for run in commands.run("pipeline", *command).result()["runs"])
     (straight / "result.json").unlink()
     refused = commands.run("pipeline", *overrides(commands, teacher, straight, f"source={killed / 'prune'}"))
     assert refused.code == 2

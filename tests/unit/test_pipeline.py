@@ -41,18 +41,20 @@ def test_each_step_reads_what_the_one_before_made() -> None:
         "distill": ("prune", "correct"),
         "sft": ("distill",),
         "preference": ("sft",),
-        **dict.fromkeys(("evaluate", "export", "gguf"), ("preference",)),
+        **dict.fromkeys(("answers", "evaluate", "export", "gguf"), ("preference",)),
+        "report": ("preference", "answers", "evaluate"),
     }
 
 
 def test_a_step_that_is_off_is_passed_over() -> None:
     steps = preset("depth")
-    for name in ("correct", "sft", "preference"):
+    for name in ("correct", "sft", "preference", "answers"):
         steps[name].on = False
     found = made(steps)
-    assert list(found) == ["prune", "distill", "evaluate", "export", "gguf"]
+    assert list(found) == ["prune", "distill", "evaluate", "export", "gguf", "report"]
     assert "source=/t" in found["prune"].overrides
     assert found["export"].needs == ("distill",)
+    assert "report.runs=[/runs/x/evaluate]" in found["report"].overrides
 
 
 def test_values_are_typed_as_a_user_would() -> None:

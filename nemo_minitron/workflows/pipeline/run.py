@@ -28,8 +28,8 @@ def run(r: PipelineRecipe, prepared: Prepared, directory: Path) -> dict[str, Any
     """Make what is not made yet.
 
     Returns:
-        `runs`: by name the recipe, `seconds` over all starts, `kept` (it was made before), `said`, its closing line,
-        and the path of its result.
+        `runs`: of each step, in order, its name and recipe, `seconds` over all starts, `kept` (it was made before),
+        `said` (its closing line), and the path of its result.
 
     Raises:
         FailedRun: a step failed; those before it stay.
@@ -54,7 +54,7 @@ def run(r: PipelineRecipe, prepared: Prepared, directory: Path) -> dict[str, Any
             _say(f"{where}: {state.steps[step.name]['seconds']:,.0f} s; {state.steps[step.name]['said']}")
         rows[step.name] = _row(step, state, kept=kept)
         write_text(directory / SUMMARY, summary(rows, prepared.steps))
-    return {"recipe": "pipeline", "source_sha256": prepared.source_sha256, "runs": rows}
+    return {"recipe": "pipeline", "source_sha256": prepared.source_sha256, "runs": list(rows.values())}
 
 
 def hand_over(prepared: Prepared, state: State, file: Path) -> None:
@@ -77,6 +77,7 @@ def _row(step: Step, state: State, *, kept: bool) -> dict[str, Any]:
     if "said" not in known:  # a job of a chain made it
         state.end(step.name, step.recipe, json.loads(read_text(step.directory / RESULT)).get("wall_s", 0))
     return {
+        "step": step.name,
         "recipe": step.recipe,
         "kept": kept,
         "seconds": known.get("seconds"),

@@ -5,7 +5,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from glob import glob
 from pathlib import Path
 from typing import Any
@@ -54,46 +54,55 @@ def steps_of(
                 f"pipeline.steps.{name}: is no name for a step; letters, digits, _ and - are legal"
             )
         if step.on:
-            made.append(_step(name, step, source, run_dir, shared, list(configured), [s.name for s in made]))
+            earlier = {SOURCE: source} | {before.name: str(before.directory) for before in made}
+            made.append(_step(name, step, shared, run_dir, _References(set(configured), earlier)))
     if not made:
         raise InputError("pipeline.steps: nothing is on; choose a preset, +conf=minitron_width")
     return made
 
 
-def _step(
-    name: str,
-    step: StepConfig,
-    source: str,
-    run_dir: Path,
-    shared: list[str],
-    known: list[str],
-    before: list[str],
-) -> Step:
-    needs: list[str] = []
+def _step(name: str, step: StepConfig, shared: list[str], run_dir: Path, references: "_References") -> Step:
     given = [f"+conf={step.preset}"] if step.preset else []
     given += [f"{group}={file}" for group, file in step.choose.items()]
     for key, value in _flat(step.set):
-        place = f"pipeline.steps.{name}.set.{key}"
-        if isinstance(value, str) and value.startswith("@"):
-            if (found := _REFERENCE.fullmatch(value)) is None:
-                raise InputError(f"{place}={value}: @STEP, @source or @STEP|@OTHER is legal")
-            taken = _first(found[1].split("|@"), place, known, before)
-            needs += [taken] if taken != SOURCE else []
-            value = (source if taken == SOURCE else str(run_dir / taken)) + (found[2] or "")
-        given.append(f"{key}={_typed(value)}")
+        given.append(f"{key}={_typed(references.resolved(value, f'pipeline.steps.{name}.set.{key}'))}")
     overrides = (*shared, *given, f"run_dir={run_dir / name}")
-    return Step(name, step.recipe, overrides, run_dir / name, tuple(dict.fromkeys(needs)))
+    return Step(name, step.recipe, overrides, run_dir / name, tuple(dict.fromkeys(references.taken)))
 
 
-def _first(names: list[str], place: str, known: list[str], before: list[str]) -> str:
-    """The first of some steps that runs before this one."""
-    for name in names:
-        if name == SOURCE or name in before:
-            return name
-    off = [f"{name} is off" if name in known else f"there is no step {name}" for name in names]
-    raise InputError(
-        f"{place}=@{'|'.join(names)}: {', '.join(off)} before it; @source or an earlier step is legal"
-    )
+@dataclass
+class _References:
+    """What `@NAME` may stand for.
+
+    Args:
+        known: the names of all steps, also of those that are off.
+        earlier: the directory of each step that runs before, and the source.
+        taken: the steps that were referred to so far.
+    """
+
+    known: set[str]
+    earlier: Mapping[str, str]
+    taken: list[str] = field(default_factory=list)
+
+    def resolved(self, value: Any, place: str) -> Any:
+        """A value with paths for references; of a list those that are off are left out."""
+        if isinstance(value, list):
+            return [self.resolved(item, place) for item in value if not self._is_off(item)]
+        if not isinstance(value, str) or not value.startswith("@"):
+            return value
+        if (found := _REFERENCE.fullmatch(value)) is None:
+            raise InputError(f"{place}={value}: @STEP, @source or @STEP|@OTHER is legal")
+        names = found[1].split("|@")
+        for name in names:
+            if name in self.earlier:
+                self.taken += [name] if name != SOURCE else []
+                return self.earlier[name] + (found[2] or "")
+        off = [f"{name} is off" if name in self.known else f"there is no step {name}" for name in names]
+        raise InputError(f"{place}={value}: {', '.join(off)} before it; @source or an earlier step is legal")
+
+    def _is_off(self, item: Any) -> bool:
+        name = str(item).removeprefix("@")
+        return str(item).startswith("@") and name in self.known and name not in self.earlier
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
