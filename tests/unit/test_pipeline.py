@@ -93,6 +93,11 @@ def test_a_key_is_of_settings_files_source_and_earlier_steps(tmp_path: Path) -> 
 
     first = key()
     assert key(run_dir="elsewhere", overwrite=True) == first
+    moved = Step("distill", "distill", (), tmp_path / "moved" / "distill", ("prune",))
+    keys = {
+        s: key_of(s, {"student": f"{s.directory.parent}/prune"}, "s", {"prune": "p"}) for s in (step, moved)
+    }
+    assert keys[step] == keys[moved] != first
     assert len({first, key(seed=2), key(source="other"), key(before="other")}) == 4
     text.write_text("two")
     assert key() != first

@@ -140,7 +140,9 @@ def key_of(step: Step, config: Mapping[str, Any], source_sha256: str, keys: Mapp
         "needs": {name: keys[name] for name in step.needs},
         "files": dict(_files(plain, step.directory.parent)),
     }
-    return hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()
+    text = json.dumps(inputs, sort_keys=True, default=str)
+    # Where the pipeline lies is no input: a directory that was moved is not made again.
+    return hashlib.sha256(text.replace(str(step.directory.parent), "@").encode()).hexdigest()
 
 
 def _files(config: Any, run_dir: Path) -> Iterator[tuple[str, str]]:
