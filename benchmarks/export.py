@@ -1,13 +1,14 @@
 """What writing an export costs beside `cp` of the result: python benchmarks/export.py --directory DIR
 
 Writes a Llama with random bfloat16 weights (over 2 GiB by default; DIR needs twice as much) as a Hugging Face directory
-and as an F16 GGUF file, and copies each result with cp, in turns, both ended by fsync. Weights come from memory, one
+and as an F16 GGUF file, and copies each result with cp, in turns, both ended by fsync. Weights lie in memory, one
 layer's for all, so that writing alone is measured. Prints a JSON line for each format, with medians over the runs:
 
     ratio = seconds of writing / seconds of cp right before and after it (their mean)
 
 The goals are 2 for Hugging Face and 3 for GGUF. `writer_peak_gib` is what the writer's memory grew by over what it had
-before the first tensor (VmHWM); the goal is twice the largest tensor and 1 GiB.
+before the first tensor (VmHWM); the goal is twice the largest tensor and 1 GiB. `write_cpu_s` and `cp_cpu_s` are a
+processor's seconds, the kernel's included: these stay where other work slows the disk and takes the processors.
 """
 
 import argparse
@@ -19,7 +20,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +54,7 @@ class Memory:
         begin = (0, *begin[1:]) if ".layers." in key else begin
         for axis, (first, length) in enumerate(zip(begin, size, strict=True)):
             found = found.narrow(axis, first, length)
-        return found.clone()
+        return found
 
 
 def made(place: Path, arch: Architecture) -> huggingface.Model:
@@ -62,22 +65,30 @@ def made(place: Path, arch: Architecture) -> huggingface.Model:
     return huggingface.Model(weights, config_of(arch, 2048), place / "tokenizer", torch.bfloat16)
 
 
-def in_a_child(work: Callable[[], None]) -> tuple[float, float]:
-    """Seconds of a function, and by how many GiB its memory grew, in a process of its own (fork)."""
+@dataclass(frozen=True)
+class Cost:
+    """Seconds, those of a processor, and by how many GiB memory grew."""
+
+    wall_s: float
+    cpu_s: float
+    grown_gib: float = 0.0
+
+
+def in_a_child(work: Callable[[], None]) -> Cost:
+    """The cost of a function in a process of its own (fork)."""
     reading, writing = os.pipe()
     if (child := os.fork()) == 0:
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins again
-        before, begin = _status("VmRSS"), time.perf_counter()
+        before, begin, cpu = _status("VmRSS"), time.perf_counter(), time.process_time()
         work()
-        took = time.perf_counter() - begin
-        os.write(writing, json.dumps([took, (_status("VmHWM") - before) / 2**20]).encode())
+        took = time.perf_counter() - begin, time.process_time() - cpu
+        os.write(writing, json.dumps([*took, (_status("VmHWM") - before) / 2**20]).encode())
         os._exit(0)
     os.close(writing)
     with os.fdopen(reading) as said:
         text = said.read()
     os.waitpid(child, 0)
-    took, grown = json.loads(text)
-    return took, grown
+    return Cost(*json.loads(text))
 
 
 def _status(name: str) -> int:
@@ -85,14 +96,14 @@ def _status(name: str) -> int:
     return int(next(line for line in lines if line.startswith(f"{name}:")).split()[1])  # KiB
 
 
-def copied(source: Path, to: Path) -> float:
-    """Seconds of cp and fsync."""
-    begin = time.perf_counter()
+def copied(source: Path, to: Path) -> Cost:
+    """The cost of cp and fsync."""
+    begin, before = time.perf_counter(), os.times()
     subprocess.run(["cp", "-r", str(source), str(to)], check=True)
     _sync(to)
-    took = time.perf_counter() - begin
+    took, after = time.perf_counter() - begin, os.times()
     shutil.rmtree(to)
-    return took
+    return Cost(took, sum(after[:4]) - sum(before[:4]))
 
 
 def _sync(directory: Path) -> None:
@@ -115,31 +126,38 @@ def measure(model: huggingface.Model, what: str, place: Path, runs: int) -> dict
             gguf_model.write(model, vocabulary_of(tokenizer, settings, rows, what), result / "a.gguf", "F16")
         _sync(result)
 
-    def once() -> tuple[float, float]:
+    def once() -> Cost:
         shutil.rmtree(result, ignore_errors=True)
         result.mkdir()
         return in_a_child(write)
 
     once()
-    seen = []
+    written, copies = [], [copied(result, place / "copy")]
     for _ in range(runs):
-        before = copied(result, place / "copy")
-        took, grown = once()
-        seen.append((took, (before + copied(result, place / "copy")) / 2, grown))
+        written.append(once())
+        copies.append(copied(result, place / "copy"))
     size = sum(file.stat().st_size for file in result.iterdir())
     shutil.rmtree(result)
     largest = max(part.shape[0] * part.shape[-1] for part in model.weights.parts.values()) * 4
+    beside = [(a.wall_s + b.wall_s) / 2 for a, b in pairwise(copies)]
+    ratios = [cost.wall_s / cp for cost, cp in zip(written, beside, strict=True)]
     return {
         "what": what,
         "gib": round(size / 2**30, 3),
-        "write_s": round(statistics.median(row[0] for row in seen), 2),
-        "cp_s": round(statistics.median(row[1] for row in seen), 2),
-        "ratio": round(statistics.median(row[0] / row[1] for row in seen), 2),
-        "writer_peak_gib": round(max(row[2] for row in seen), 3),
+        "write_s": _median(cost.wall_s for cost in written),
+        "cp_s": _median(beside),
+        "ratio": _median(ratios),
+        "write_cpu_s": _median(cost.cpu_s for cost in written),
+        "cp_cpu_s": _median(cost.cpu_s for cost in copies),
+        "writer_peak_gib": round(max(cost.grown_gib for cost in written), 3),
         "largest_tensor_gib_in_float32": round(largest / 2**30, 3),
         "threads": torch.get_num_threads(),
         "runs": runs,
     }
+
+
+def _median(values: Iterable[float]) -> float:
+    return round(statistics.median(values), 2)
 
 
 def main() -> None:
@@ -149,10 +167,13 @@ def main() -> None:
     models.add_sizes(parser, num_layers=24, hidden_size=2048, kv_channels=128, vocab_size=32768)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--directory", type=Path, default=Path(tempfile.gettempdir()))
+    parser.add_argument("--only", choices=("hf", "gguf"))
     a = parser.parse_args()
+    # OpenMP's threads do not live on in a forked process, which would wait for them for ever.
+    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(dir=a.directory) as place:
         model = made(Path(place), models.architecture(a).replace(model_type="llama"))
-        for what in ("hf", "gguf"):
+        for what in (a.only,) if a.only else ("hf", "gguf"):
             print(json.dumps(measure(model, what, Path(place), a.runs)), flush=True)
 
 

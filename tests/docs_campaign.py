@@ -73,6 +73,7 @@ _NOT_RUN = {
     "...": "a part of a command",
     "push=true": "the hub",
     "eval=base": "the hub",
+    "eval=instruct": "a judge",
     "eval=local": "data out of PyPI",
     "hellaswag_100": "data out of PyPI",
     "--cfg": "only shows; unit/test_docs.py",

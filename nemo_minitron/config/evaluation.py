@@ -1,8 +1,24 @@
 """The schema of the group eval/."""
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
-from nemo_minitron.config.ranges import Positive
+from nemo_minitron.config.ranges import AboveZero, Positive, Range
+
+
+@dataclass
+class JudgeConfig:
+    """Who rates answers. `url`: of an OpenAI-compatible service, up to and with /v1; `model`: its name there;
+    `key_variable`: the environment variable that has the service's key, if it wants one; `attempts` at each rating, of
+    `timeout_s` seconds each; `parallel`: ratings at a time.
+    """
+
+    url: str | None = None
+    model: str | None = None
+    key_variable: str = "OPENAI_API_KEY"
+    attempts: Annotated[int, Range(least=1, most=100)] = 3
+    timeout_s: AboveZero = 60.0
+    parallel: Annotated[int, Range(least=1, most=64)] = 4
 
 
 @dataclass
@@ -15,7 +31,7 @@ class EvalConfig:
     that `make eval-data` fetches; or a JSONL file of questions (`evaluation.multiple_choice.load_task`). `limit`: only
     the first items of each; null: all. `batch_size`: rows of a forward pass. `max_new_tokens`: of each written answer;
     null: the task's own. `chat_template`: whether questions are put as messages; null: where the task is made for it.
-    `cache`: keep the answers, and take those that the same weights gave before.
+    `cache`: keep the answers, and take those that the same weights gave before. `judge`: for benchmarks that one rates.
     """
 
     samples: Positive | None = 64
@@ -26,3 +42,4 @@ class EvalConfig:
     max_new_tokens: Positive | None = None
     chat_template: bool | None = None
     cache: bool = True
+    judge: JudgeConfig = field(default_factory=JudgeConfig)

@@ -173,10 +173,19 @@ def check_shape(schema: type, plain: dict[Any, Any], where: str = "") -> None:
                 check_shape(kind, value, f"{key}.")
             elif list in (kind, typing.get_origin(kind)):
                 _expect(isinstance(value, list), key, value, "a list")
+                _check_groups(kind, value, key)
                 _expect(_flat(kind, value), key, value, "a list of single values")
             elif dict in (kind, typing.get_origin(kind)):
                 _expect(isinstance(value, dict), key, value, "values by name, such as {a: b}")
                 _expect(_flat(kind, value.values()), key, value, "single values by name, such as {a: b}")
+
+
+def _check_groups(kind: Any, items: list[Any], key: str) -> None:
+    """`check_shape` of each item, where they are groups of settings."""
+    for schema in typing.get_args(kind):
+        for number, item in enumerate(items if is_dataclass(schema) else ()):
+            _expect(isinstance(item, dict), f"{key}[{number}]", item, "a group of settings")
+            check_shape(schema, item, f"{key}[{number}].")  # type: ignore[arg-type]
 
 
 def _flat(kind: Any, items: Iterable[Any]) -> bool:
@@ -205,6 +214,9 @@ def check_ranges(config: Any, where: str = "") -> None:
         key, value = f"{where}{field.name}", getattr(config, field.name)
         if is_dataclass(value):
             check_ranges(value, f"{key}.")
+        elif isinstance(value, list) and value and all(map(is_dataclass, value)):
+            for number, item in enumerate(value):
+                check_ranges(item, f"{key}[{number}].")
         elif value is not None:
             _check(key, value, hints[field.name])
 

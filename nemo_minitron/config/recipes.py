@@ -14,6 +14,7 @@ from typing import Annotated, Any, TypeVar
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from nemo_minitron.config.budget import settle_tokens
 from nemo_minitron.config.cluster import ClusterConfig, check_cluster
 from nemo_minitron.config.data import DataConfig
 from nemo_minitron.config.document_limits import check_limits
@@ -345,6 +346,7 @@ def parse(schema: type[SchemaT], config: DictConfig) -> SchemaT:
     if result.prepared is not None and not {"RANK", "SLURM_PROCID"} & os.environ.keys():
         raise InputError("prepared: is what a launcher hands to its ranks; leave it out")
     check_ranges(result)
+    settle_tokens(result)
     check_trainer(result.trainer)
     if result.cluster is not None:
         check_cluster(result.cluster, result.trainer)

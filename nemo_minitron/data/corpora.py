@@ -43,7 +43,7 @@ def load_corpus(cfg: Mapping[str, Any]) -> Corpus:
     name = cfg.get("name")
     if name not in openers:
         raise InputError(f"data.name={name}: no such corpus; known: {', '.join(sorted(openers))}")
-    _refuse_foreign_keys(str(name), cfg)
+    check_keys(str(name), cfg)
     corpus = openers[str(name)](cfg)
     for split in SPLITS:
         if next(iter(corpus.splits[split]), None) is None:
@@ -69,11 +69,16 @@ _KEYS = {
     "stdlib": (),
     "files": ("train", "valid", "text_key", "valid_fraction"),
     "hf": ("path", "config", "revision", "train_split", "valid_split", "text_key", "valid_fraction"),
+    "blend": ("blend",),
 }
 
 
-def _refuse_foreign_keys(name: str, cfg: Mapping[str, Any]) -> None:
-    """Files that were named but not read would go unnoticed."""
+def check_keys(name: str, cfg: Mapping[str, Any]) -> None:
+    """Refuse what belongs to another corpus: files that were named but not read would go unnoticed.
+
+    Raises:
+        InputError: names the key and the corpus.
+    """
     for owner, keys in _KEYS.items():
         for key in keys:
             if cfg.get(key) is not None and key not in _KEYS[name]:
@@ -115,6 +120,29 @@ def files_corpus(cfg: Mapping[str, Any]) -> Corpus:
         InputError: no `train`, or a glob that matches no file.
     """
     text_key = cfg.get("text_key") or "text"
+    train, valid = files_of(cfg)
+    # Ids are relative to what the files have in common: the same files elsewhere are the same corpus.
+    root = os.path.commonpath([os.path.dirname(path) for path in [*train, *valid]])
+    choice, told, where = cfg.get("bad_records") or REFUSE, set[str](), cfg.get("where", "data")
+
+    def stream(key: str, files: list[str]) -> Stream:
+        return Stream(lambda: _read_files(files, root, text_key, BadRecords(choice, key, told)))
+
+    if not valid:
+        return _with_hold_out("files", cfg, stream(f"{where}.train", train))
+    return Corpus(
+        "files", {"train": stream(f"{where}.train", train), "valid": stream(f"{where}.valid", valid)}
+    )
+
+
+def files_of(cfg: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """The training and the held-out files of `files_corpus`, absolute; none of another corpus.
+
+    Raises:
+        InputError: as `files_corpus`; a held-out file that is a training file.
+    """
+    if cfg.get("name") not in (None, "files"):
+        return [], []
     if not cfg.get("train"):
         raise InputError(
             "data.train is missing: data.name=files needs a glob or a list of globs of text, .jsonl, .json or .parquet "
@@ -123,16 +151,7 @@ def files_corpus(cfg: Mapping[str, Any]) -> Corpus:
     train = _matches(cfg["train"], "data.train")
     valid = _matches(cfg["valid"], "data.valid") if cfg.get("valid") else []
     refuse_shared(train, valid, "data.train", "data.valid")
-    # Ids are relative to what the files have in common: the same files elsewhere are the same corpus.
-    root = os.path.commonpath([os.path.dirname(path) for path in [*train, *valid]])
-    choice, told = cfg.get("bad_records") or REFUSE, set[str]()
-
-    def stream(key: str, files: list[str]) -> Stream:
-        return Stream(lambda: _read_files(files, root, text_key, BadRecords(choice, key, told)))
-
-    if not valid:
-        return _with_hold_out("files", cfg, stream("data.train", train))
-    return Corpus("files", {"train": stream("data.train", train), "valid": stream("data.valid", valid)})
+    return train, valid
 
 
 def _matches(patterns: str | Iterable[str], key: str) -> list[str]:

@@ -1,7 +1,8 @@
 """Packed sequences for training and validation: Megatron-core's GPTDataset over an indexed corpus."""
 
+import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from nemo_minitron.data.blend import one_pass
 from nemo_minitron.data.corpus import SPLITS
 from nemo_minitron.data.file_sums import SumsFile
 from nemo_minitron.data.indexed import exclusive
@@ -48,7 +50,7 @@ def never_padded(module: Any) -> Any:
 
 
 def gpt_dataset(
-    prefix: str,
+    paths: str | Sequence[str],
     split_name: str,
     num_samples: int | None,
     seq_length: int,
@@ -59,7 +61,9 @@ def gpt_dataset(
     reset_attention_mask: bool = False,
     reset_position_ids: bool = False,
 ) -> "GPTDataset":
-    """Sequences packed from one split's documents, shuffled by `seed`: the same samples in every process.
+    """Sequences packed from a split's documents, shuffled by `seed`: the same samples in every process.
+
+    Of one corpus, or of several in proportion to weights.
 
     A sample holds `tokens`, `labels` (the next tokens) and `position_ids`, int64 [s], `loss_mask`, float32
     [s], all ones, and with `reset_attention_mask` an `attention_mask`, bool [1, s, s], true where attention is
@@ -68,9 +72,10 @@ def gpt_dataset(
     rank must call.
 
     Args:
-        prefix: the path prefix of the split's `.bin` and `.idx` files.
+        paths: the path prefix of the split's `.bin` and `.idx` files; or weights and prefixes in turn, of a blend.
         split_name: "train" or "valid".
-        num_samples: at least so many, over as many epochs as that takes; None: exactly one epoch.
+        num_samples: at least so many, over as many epochs as that takes; None: exactly one epoch, or
+            as many of a blend as read no part twice.
         seq_length: tokens in a sample.
         seed: of the order.
         tokenizer_eod: the id that ends a document.
@@ -85,17 +90,21 @@ def gpt_dataset(
     """
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+    from megatron.core.datasets.utils import get_blend_from_list
 
     if split_name not in SPLITS:
         raise InputError(f"split {split_name}: must be one of {', '.join(SPLITS)}")
-    for suffix in (".bin", ".idx"):
+    prefixes, weights = get_blend_from_list([paths] if isinstance(paths, str) else list(paths))
+    for prefix, suffix in itertools.product(prefixes, (".bin", ".idx")):
         if not Path(prefix + suffix).is_file():
             raise InputError(f"{prefix}{suffix}: no such index file")
+    if weights is not None and num_samples is None:
+        num_samples = _one_pass(prefixes, weights, seq_length)
     index = SPLITS.index(split_name)
     config = GPTDatasetConfig(
         random_seed=seed,
         sequence_length=seq_length,
-        blend_per_split=[([prefix], None) if i == index else None for i in range(3)],
+        blend_per_split=[(prefixes, weights) if i == index else None for i in range(3)],
         path_to_cache=str(cache_dir),
         tokenizer=EndOfDocument(tokenizer_eod),
         reset_position_ids=reset_position_ids,
@@ -106,6 +115,17 @@ def gpt_dataset(
     sizes = [num_samples if i == index else 0 for i in range(3)]
     with one_builder(Path(cache_dir)):
         return BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config).build()[index]
+
+
+def _one_pass(prefixes: Sequence[str], weights: Sequence[float], seq_length: int) -> int:
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    # Kept until all is counted: the lengths lie in memory that goes with the dataset.
+    datasets = [IndexedDataset(prefix) for prefix in prefixes]
+    tokens = [int(dataset.sequence_lengths.sum()) for dataset in datasets]
+    return one_pass(
+        [(count - 1) // seq_length for count in tokens], [weight / sum(weights) for weight in weights]
+    )
 
 
 @contextmanager

@@ -63,6 +63,27 @@ class IndexedCorpus:
         """The path prefix of "train" or "valid"."""
         return {"train": self.train_prefix, "valid": self.valid_prefix}[split]
 
+    @property
+    def directory(self) -> Path:
+        """Of the index files, their manifest and Megatron's order of samples."""
+        return Path(self.train_prefix).parent
+
+    def paths(self, split: str) -> list[str]:
+        """The path prefix of a split, in the list that Megatron and NeMo take: of a blend it has weights too."""
+        return [self.prefix(split)]
+
+    def sequences(self, split: str, seq_length: int) -> int:
+        """How many whole sequences and their last label a split has."""
+        return (self.tokens[split] - 1) // seq_length
+
+    def bytes_per_token(self, split: str) -> float:
+        """UTF-8 bytes of text for a token."""
+        return self.bytes[split] / self.tokens[split]
+
+    def passes(self, split: str, tokens: int) -> dict[str, float]:
+        """How often the corpus is read, by its name, where so many tokens are drawn."""
+        return {f"data={self.corpus}": tokens / self.tokens[split]}
+
     def to_json(self, path: str | Path) -> None:
         """Write a manifest beside the index files; prefixes become relative to it: the directory can move."""
         fields = asdict(self)

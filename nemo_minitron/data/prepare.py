@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from nemo_minitron.config.document_limits import check_ends
 from nemo_minitron.config.recipes import DataConfig, cache_dir
-from nemo_minitron.data.corpora import load_corpus
+from nemo_minitron.data.blend import BLEND, IndexedBlend, blended_corpus, of_part, parts_of
+from nemo_minitron.data.corpora import check_keys, load_corpus
 from nemo_minitron.data.corpus import Corpus
 from nemo_minitron.data.indexed import MANIFEST, IndexedCorpus, build_indexed, exclusive
 from nemo_minitron.data.tokenizer import load_tokenizer, train_bpe
@@ -21,21 +22,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PreparedData:
-    """An indexed corpus and the tokenizer it was indexed with. `tokenizer_dir`: a Hugging Face directory or hub id."""
+    """An indexed corpus, or a blend of some, and the tokenizer it was indexed with.
 
-    indexed: IndexedCorpus
+    `tokenizer_dir`: a Hugging Face directory or hub id.
+    """
+
+    indexed: IndexedCorpus | IndexedBlend
     tokenizer: "PreTrainedTokenizerBase"
     tokenizer_dir: str
 
     def to_config(self) -> dict[str, str]:
         """Where it lies, for ranks that start later and need not open the corpus again."""
-        manifest = Path(self.indexed.train_prefix).parent / MANIFEST
+        manifest = self.indexed.directory / MANIFEST
         return {"indexed": str(manifest), "tokenizer": str(self.tokenizer_dir)}
 
     @property
     def index_cache(self) -> Path:
         """Where Megatron keeps the shuffled order of samples."""
-        return Path(self.indexed.train_prefix).parent / "order"
+        return self.indexed.directory / "order"
 
 
 def prepare_data(
@@ -51,22 +55,50 @@ def prepare_data(
         InputError: as `load_corpus`, `train_bpe`, `build_indexed` and `check_ends`.
     """
     if ready:
-        indexed = IndexedCorpus.from_json(ready["indexed"])
-        return PreparedData(indexed, load_tokenizer(ready["tokenizer"]), ready["tokenizer"])
-    corpus = open_corpus(data)
-    directory = data.tokenizer or tokenizer or _trained(corpus, data)
+        found = read_indexed(ready["indexed"])
+        return PreparedData(found, load_tokenizer(ready["tokenizer"]), ready["tokenizer"])
+    directory = data.tokenizer or tokenizer or _trained(open_corpus(data), data)
     loaded = load_tokenizer(directory)
-    indexed = build_indexed(corpus, loaded, cache_dir(data, "data"), seq_length=data.seq_length, bos=data.bos)
+    indexed = (
+        _indexed_blend(data, loaded) if data.name == BLEND else _indexed(open_corpus(data), data, loaded)
+    )
     check_ends(data, indexed.beginning, indexed.eod)
     return PreparedData(indexed, loaded, directory)
 
 
-def open_corpus(data: DataConfig) -> Corpus:
-    """The corpus that the configuration names.
+def read_indexed(manifest: str | Path) -> IndexedCorpus | IndexedBlend:
+    """What a manifest names: a corpus, or a blend, which has a directory of its own.
 
     Raises:
-        InputError: as `load_corpus`.
+        InputError: as `from_json` of either.
     """
+    blend = Path(manifest).parent.name.startswith(f"{BLEND}-")
+    return IndexedBlend.from_json(manifest) if blend else IndexedCorpus.from_json(manifest)
+
+
+def _indexed(corpus: Corpus, d: DataConfig, tokenizer: "PreTrainedTokenizerBase") -> IndexedCorpus:
+    return build_indexed(corpus, tokenizer, cache_dir(d, "data"), seq_length=d.seq_length, bos=d.bos)
+
+
+def _indexed_blend(d: DataConfig, tokenizer: "PreTrainedTokenizerBase") -> IndexedBlend:
+    """Each part is indexed by itself, and shared with whoever reads it alone or with other weights."""
+    parts, weights = [], []
+    for part in parts_of(d):
+        with of_part(part.key):
+            parts.append(_indexed(part.corpus(), d, tokenizer))
+        weights.append(part.weight)
+    return IndexedBlend.of(parts, weights, cache_dir(d, "data"))
+
+
+def open_corpus(data: DataConfig) -> Corpus:
+    """The corpus that the configuration names; of a blend all documents.
+
+    Raises:
+        InputError: as `load_corpus` and `blended_corpus`.
+    """
+    if data.name == BLEND:
+        return blended_corpus(data)
+    check_keys(data.name, vars(data))
     return load_corpus({k: v for k, v in vars(data).items() if v is not None})
 
 

@@ -51,9 +51,8 @@ class SplitSequences:
         drawn: int,
         conversations: Conversations | None = None,
     ) -> None:
-        prefix = data.indexed.prefix(split)
         self.dataset: Any = gpt_dataset(
-            prefix, split, drawn, d.seq_length, d.seed, data.indexed.eod, data.index_cache
+            data.indexed.paths(split), split, drawn, d.seq_length, d.seed, data.indexed.eod, data.index_cache
         )
         if conversations is not None:
             self.dataset = conversations.dataset(split, d, drawn, self.dataset)

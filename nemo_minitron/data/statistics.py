@@ -3,7 +3,7 @@
 import itertools
 import lzma
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,12 +26,24 @@ class XzBitsPerByte:
     given_train: float | None
 
 
-def unigram_entropy_nats(prefix: str) -> float:
-    """Entropy of an indexed dataset's token frequencies, in nats per token: the best constant guess's loss.
+def unigram_entropy_nats(paths: str | Sequence[str]) -> float:
+    """Entropy of indexed tokens' frequencies, in nats per token: the best constant guess's loss.
 
     Args:
-        prefix: the path prefix of its `.bin` and `.idx` files.
+        paths: the path prefix of the `.bin` and `.idx` files; or weights and prefixes in turn, of a blend.
     """
+    paths = [paths] if isinstance(paths, str) else paths
+    weights = [float(weight) for weight in paths[::2]] if len(paths) > 1 else [1.0]
+    each = [_frequencies(prefix) for prefix in (paths[1::2] or paths)]
+    mean = np.zeros(max(map(len, each)))
+    for weight, found in zip(weights, each, strict=True):
+        mean[: len(found)] += weight / sum(weights) * found
+    frequencies = mean[mean > 0]
+    return float(-(frequencies * np.log(frequencies)).sum())
+
+
+def _frequencies(prefix: str) -> np.ndarray:
+    """Of each token id, float64."""
     from megatron.core.datasets.indexed_dataset import IndexedDataset, get_bin_path
 
     dtype = IndexedDataset(prefix).index.dtype
@@ -41,8 +53,7 @@ def unigram_entropy_nats(prefix: str) -> float:
         part = np.bincount(tokens[start : start + _READ_TOKENS], minlength=len(counts))
         part[: len(counts)] += counts
         counts = part
-    frequencies = counts[counts > 0] / counts.sum()
-    return float(-(frequencies * np.log(frequencies)).sum())
+    return counts / counts.sum()
 
 
 def compression_bits_per_byte(corpus: Corpus) -> XzBitsPerByte:
@@ -69,7 +80,7 @@ def _xz_size(documents: Iterable[Document]) -> int:
     return size + len(compressor.flush())
 
 
-def bits_per_byte(loss_nats_per_token: float, tokens: int, bytes: int) -> float:
+def bits_per_byte(loss_nats_per_token: float, tokens: float, bytes: float) -> float:
     """A mean loss in nats per token as bits per byte of text.
 
     Args:

@@ -7,8 +7,10 @@ have their offset of 1 in the weight; Llama 3.1's scaling is a factor for each f
 """
 
 import logging
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from nemo_minitron.export.gguf_tokenizer import Vocabulary
 from nemo_minitron.export.huggingface import Model
+from nemo_minitron.export.to_disk import Write, to_disk, write_values
 
 # Hugging Face's model_type -> general.architecture. llama.cpp has no Mistral: it computes the same as Llama.
 ARCHITECTURES = {
@@ -31,7 +34,7 @@ KINDS = ("F32", "F16", "BF16", "Q8_0")
 # What a matrix becomes whose rows the blocks of its type do not divide.
 _UNEVEN = "F16"
 _ROPE_FACTORS = "rope_freqs.weight"
-_LARGEST_HALF = 65504.0
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass
@@ -81,25 +84,49 @@ def write(
     factors = _rope_factors(model.config) if a.rope_scaling_factor is not None else None
     if factors is not None:
         _announce(writer, _ROPE_FACTORS, tuple(factors.shape), "F32")
-    names = {part.name: name_of(model, part.name) for part in model.weights.parts.values()}
-    for name, part in model.weights.parts.items():
-        theirs = kind_of(kind, part.shape)
-        if theirs != kind and len(part.shape) > 1:
-            report.kept[names[name]] = part.shape[-1]
-        _announce(writer, names[name], part.shape, theirs)
+    shapes = {name: part.shape for name, part in model.weights.parts.items()}
+    names = {name: name_of(model, name) for name in shapes}
+    kinds = {name: kind_of(kind, shape) for name, shape in shapes.items()}
+    report.kept = {names[n]: s[-1] for n, s in shapes.items() if kinds[n] != kind and len(s) > 1}
+    for name, shape in shapes.items():
+        _announce(writer, names[name], shape, kinds[name])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    if factors is not None:
-        writer.write_tensor_data(factors.numpy())
-    for name, part in model.weights.parts.items():
-        values = packed(as_llama_cpp(model, name), kind_of(kind, part.shape), names[name])
-        writer.write_tensor_data(values)
-        report.bytes += values.nbytes
-        progress(report.bytes)
-    writer.flush()
-    writer.close()
+    # One file, unless the writer is told to split; its own way to write a tensor wants the whole of it converted.
+    assert writer.fout is not None
+    (opened,) = writer.fout
+    with opened, to_disk(opened) as write:
+        writer.write_padding(opened, opened.tell())
+        for theirs, size in _write_tensors(write, model, factors, names, kinds):
+            writer.write_padding(opened, size)
+            report.bytes += size if theirs != _ROPE_FACTORS else 0
+            progress(report.bytes)
     return report
+
+
+def _write_tensors(
+    write: Write, model: Model, factors: Tensor | None, names: Mapping[str, str], kinds: Mapping[str, str]
+) -> Iterator[tuple[str, int]]:
+    """Each tensor's name in the file and the bytes that it took, once it is written."""
+    if factors is not None:
+        yield _ROPE_FACTORS, _write_tensor(write, factors, "F32", _ROPE_FACTORS)
+    for name, theirs in names.items():
+        yield theirs, _write_tensor(write, as_llama_cpp(model, name), kinds[name], theirs)
+
+
+def _write_tensor(write: Write, tensor: Tensor, kind: str, name: str) -> int:
+    """Bytes that the tensor took."""
+    if kind in _DTYPES:
+        return write_values(write, tensor, _DTYPES[kind], lambda block: _check_half(block, name))
+    values = packed(tensor.float(), kind, name)
+    write(values.reshape(-1).data)
+    return int(values.nbytes)
+
+
+def _check_half(block: Tensor, name: str) -> None:
+    if block.dtype == torch.float16 and not all(map(math.isfinite, map(float, block.aminmax()))):
+        raise RuntimeError(f"{name}: a value is beyond float16's 65504; choose BF16 or F32")
 
 
 def _announce(writer: Any, name: str, shape: tuple[int, ...], kind: str) -> None:
@@ -115,21 +142,26 @@ def _announce(writer: Any, name: str, shape: tuple[int, ...], kind: str) -> None
 
 def name_of(model: Model, name: str) -> str:
     """llama.cpp's name of a tensor, by gguf's own table."""
-    import gguf
-
     a = model.weights.architecture
-    by_name = {theirs: number for number, theirs in gguf.MODEL_ARCH_NAMES.items()}
-    table = gguf.get_tensor_name_map(by_name[ARCHITECTURES[str(a.model_type)]], a.num_layers)
+    table = _names(ARCHITECTURES[str(a.model_type)], a.num_layers)
     found = table.get_name(name, try_suffixes=(".weight", ".bias"))
     assert found is not None, name
     return str(found)
 
 
+@cache
+def _names(architecture: str, layers: int) -> Any:
+    import gguf
+
+    by_name = {theirs: number for number, theirs in gguf.MODEL_ARCH_NAMES.items()}
+    return gguf.get_tensor_name_map(by_name[architecture], layers)
+
+
 def as_llama_cpp(model: Model, name: str) -> Tensor:
-    """A tensor in float32, in the order and with the offset that llama.cpp has."""
-    a, tensor = model.weights.architecture, model.weights.read(name).float()
+    """A tensor as it is stored, in the order and with the offset that llama.cpp has."""
+    a, tensor = model.weights.architecture, model.weights.read(name)
     if a.model_type in ("gemma", "nemotron") and name.endswith("norm.weight"):
-        return tensor + 1
+        return tensor.float() + 1
     heads = 0
     if ARCHITECTURES[str(a.model_type)] == "llama":
         heads = {"q_proj": a.num_attention_heads, "k_proj": a.num_query_groups}.get(name.split(".")[-2], 0)
@@ -153,11 +185,10 @@ def packed(tensor: Tensor, kind: str, name: str) -> Any:
     """
     import gguf
 
-    if kind == "F16" and max(map(abs, map(float, tensor.aminmax()))) > _LARGEST_HALF:
-        raise RuntimeError(f"{name}: a value is beyond float16's {_LARGEST_HALF:.0f}; choose BF16 or F32")
-    if kind in ("F32", "F16", "BF16"):
-        dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[kind]
-        return tensor.to(dtype).contiguous().view(torch.uint8).numpy()
+    if kind in _DTYPES:
+        values = tensor.to(_DTYPES[kind]).contiguous()
+        _check_half(values, name)
+        return values.view(torch.uint8).numpy()
     return gguf.quants.quantize(tensor.contiguous().numpy(), gguf.GGMLQuantizationType[kind])
 
 

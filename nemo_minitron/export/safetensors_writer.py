@@ -5,16 +5,16 @@ JSON with each tensor's dtype, shape and place, the values. Tests read the files
 """
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from nemo_minitron.export.to_disk import to_disk, write_values
+
 _NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _ALIGNMENT = 8  # bytes; of the header, which is padded with spaces
-_BLOCK = 16 << 20  # values that are converted at a time
 INDEX = "model.safetensors.index.json"
 
 
@@ -44,27 +44,15 @@ def write_shards(
     split = split_torch_state_dict_into_shards(meta, max_shard_size=max_shard_bytes)
     done = 0
     for file, names in split.filename_to_tensors.items():
-        with open(directory / file, "wb") as opened:
+        with open(directory / file, "wb") as opened, to_disk(opened) as write:
             opened.write(_header({name: meta[name] for name in names}))
             for name in names:
-                done += write_values(opened.write, read(name), dtype)
+                done += write_values(write, read(name), dtype)
                 progress(done)
-            opened.flush()
-            os.fsync(opened.fileno())
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
     return [directory / file for file in split.filename_to_tensors]
-
-
-def write_values(write: Callable[[memoryview], object], tensor: Tensor, dtype: torch.dtype) -> int:
-    """Write a tensor's values in another dtype, a block at a time; how many bytes these were."""
-    flat, written = tensor.reshape(-1), 0
-    for begin in range(0, flat.numel(), _BLOCK):
-        block = flat[begin : begin + _BLOCK].to(dtype).view(torch.uint8).numpy()
-        write(block.data)
-        written += block.nbytes
-    return written
 
 
 def _header(tensors: Mapping[str, Tensor]) -> bytes:

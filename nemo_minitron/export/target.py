@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,18 +40,20 @@ def check_target(to: str | Path, source: str | Path, *, size: int, overwrite: bo
         overwrite: whether something may be there.
 
     Raises:
-        InputError: something is there, it is the source or inside of it or around it, or the disk is too small.
+        InputError: something is there, it is the source or inside of it or around it, nothing can be made there, or the
+            disk is too small.
     """
-    target, origin = Path(to).expanduser().resolve(), Path(source).expanduser().resolve()
+    target, above = _place(to)
+    origin = Path(source).expanduser().resolve()
     if target == origin or origin in target.parents:
         raise InputError(f"to={to}: is inside the source {source}; choose another place")
     if target in origin.parents:
         raise InputError(f"to={to}: holds the source {source}; choose another place")
     if os.path.lexists(target) and not overwrite:
         raise InputError(f"to={to}: is there already; choose another place or say overwrite=true")
-    above = next(p for p in target.parents if p.exists())
     if not above.is_dir():
         raise InputError(f"to={to}: {above} is no directory")
+    _try(to, above)
     needed, free = size + _BESIDE_WEIGHTS, shutil.disk_usage(above).free
     if free < needed:
         raise InputError(
@@ -59,12 +62,46 @@ def check_target(to: str | Path, source: str | Path, *, size: int, overwrite: bo
     return target
 
 
+def _place(to: str | Path) -> tuple[Path, Path]:
+    """The absolute path, and what is there of the way to it."""
+    try:
+        target = Path(to).expanduser().resolve()
+        above = next((path for path in target.parents if _is_there(path)), target)
+        if target.name:
+            _is_there(_temporary(target))
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise InputError(f"to={to}: is no place to write at ({reason})") from None
+    return target, above
+
+
+def _is_there(path: Path) -> bool:
+    """As a system call says it: `Path.exists` hides a name that is too long."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
+def _temporary(target: Path) -> Path:
+    return target.with_name(f".{target.name}.tmp")
+
+
+def _try(to: str | Path, above: Path) -> None:
+    """Tried, not asked: /proc and read-only disks look writable to root, and have no byte free."""
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=".tried-", dir=above))
+    except OSError as error:
+        raise InputError(f"to={to}: nothing can be made in {above} ({error.strerror})") from None
+
+
 @contextmanager
 def under_another_name(target: Path) -> Iterator[Path]:
     """A path beside the target to write a directory or file at; it gets the target's name if all goes well, and is
     removed if not."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.tmp")
+    temporary = _temporary(target)
     remove(temporary)
     try:
         yield temporary

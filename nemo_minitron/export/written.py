@@ -2,7 +2,7 @@
 while it runs."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from nemo_minitron.arch import Architecture
 from nemo_minitron.checkpoints.gguf import weights
 from nemo_minitron.checkpoints.gguf.config import config_json
 from nemo_minitron.checkpoints.gguf.reader import read_header
+from nemo_minitron.errors import FailedRun, InputError
 from nemo_minitron.export.safetensors_writer import INDEX
 
 # Real English text that every Python brings along (Python Software Foundation License).
@@ -34,38 +35,46 @@ def tokens_of(tokenizer: Any, sequences: int, length: int) -> Tensor:
 
 
 class Files:
-    """Tensors of a directory's safetensors files by name."""
+    """Tensors of a directory's safetensors files by name, as the files themselves say what they hold."""
 
     def __init__(self, directory: Path) -> None:
-        index = directory / INDEX
-        if index.is_file():
-            self._file_of = {
-                name: directory / file
-                for name, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()
-            }
-        else:
-            from safetensors import safe_open
+        from safetensors import safe_open
 
-            whole = directory / "model.safetensors"
-            with safe_open(whole, "pt") as opened:
-                self._file_of = dict.fromkeys(opened.keys(), whole)
+        self.file_of: dict[str, Path] = {}
+        for file in sorted(directory.glob("*.safetensors")):
+            with safe_open(file, "pt") as opened:
+                self.file_of |= dict.fromkeys(opened.keys(), file)
 
     def read(self, name: str) -> Tensor:
         """One tensor in float32."""
         from safetensors import safe_open
 
-        with safe_open(self._file_of[name], "pt") as opened:
+        with safe_open(self.file_of[name], "pt") as opened:
             return opened.get_tensor(name).float()
 
 
 Read = Callable[[str], Tensor]
 
 
-def directory_read(directory: Path) -> tuple[Any, Read]:
-    """The config of a Hugging Face directory, and what reads its tensors."""
+def directory_read(directory: Path, names: Collection[str]) -> tuple[Any, Read]:
+    """The config of a Hugging Face directory, and what reads its tensors.
+
+    Args:
+        names: of the tensors that are to be in it, and no other.
+
+    Raises:
+        FailedRun: others are, or the index says something else than the files.
+    """
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(str(directory), trust_remote_code=False), Files(directory).read
+    files = Files(directory)
+    if odd := sorted(set(names) ^ files.file_of.keys()):
+        raise FailedRun(f"the files that were written and the model differ in the tensor {odd[0]}")
+    found = {name: file.name for name, file in files.file_of.items()}
+    index = directory / INDEX
+    if index.exists() and json.loads(index.read_text(encoding="utf-8"))["weight_map"] != found:
+        raise FailedRun(f"{INDEX} does not say where the tensors are")
+    return AutoConfig.from_pretrained(str(directory), trust_remote_code=False), files.read
 
 
 def gguf_read(
@@ -75,13 +84,19 @@ def gguf_read(
 
     Args:
         architecture_of: `families.architecture_of`.
+
+    Raises:
+        FailedRun: it is not read as the file of such a model.
     """
     from transformers import AutoConfig
 
-    where = str(path)
-    file = read_header(path, where)
-    said = config_json(file, where)
-    table = {w.name: w for w in weights.table(file, architecture_of(said, where), where)}
+    where = path.name
+    try:
+        file = read_header(path, where)
+        said = config_json(file, where)
+        table = {w.name: w for w in weights.table(file, architecture_of(said, where), where)}
+    except InputError as error:
+        raise FailedRun(f"what was written cannot be read: {error}") from None
     return AutoConfig.for_model(**said), lambda name: torch.from_numpy(
         weights.values(file, table[name], where)
     )

@@ -131,9 +131,8 @@ class Session:
 
 def packed(data: PreparedData, d: DataConfig, split: str) -> Any:
     """One pass over a split in Megatron's shuffled, packed order."""
-    prefix = data.indexed.prefix(split)
     return gpt_dataset(
-        prefix,
+        data.indexed.paths(split),
         split,
         None,
         d.seq_length,

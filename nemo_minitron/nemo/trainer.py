@@ -106,7 +106,7 @@ def training_data(
     train: list[str] | None = None,
     conversations: Conversations | None = None,
 ) -> Any:
-    """NeMo's PreTrainingDataModule over an indexed corpus: documents packed, never padded.
+    """NeMo's PreTrainingDataModule over an indexed corpus or a blend: documents packed, never padded.
 
     Args:
         train: what to train on instead of the corpus's train split: a prefix, or weights and prefixes in turn.
@@ -116,9 +116,9 @@ def training_data(
 
     module = PreTrainingDataModule(
         paths={
-            "train": train or [indexed.train_prefix],
-            "validation": [indexed.valid_prefix],
-            "test": [indexed.valid_prefix],
+            "train": train or indexed.paths("train"),
+            "validation": indexed.paths("valid"),
+            "test": indexed.paths("valid"),
         },
         seq_length=d.seq_length,
         tokenizer=tokenizer,

@@ -1,5 +1,6 @@
 """A teacher's text as training data, alone or beside the corpus; what is held out stays the corpus's."""
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,12 +26,12 @@ class TeacherText:
         """What NeMo's data module trains on: a prefix, or weights and prefixes in turn."""
         if self.weight == 1:
             return [self.indexed.train_prefix]
-        return [
-            str(self.weight),
-            self.indexed.train_prefix,
-            str(1 - self.weight),
-            corpus.indexed.train_prefix,
-        ]
+        others = corpus.indexed.paths("train")
+        weights = map(float, others[::2]) if len(others) > 1 else [1.0]
+        shares = [str((1 - self.weight) * weight) for weight in weights]
+        prefixes = others[1::2] or others
+        pairs = zip(shares, prefixes, strict=True)
+        return [str(self.weight), self.indexed.train_prefix, *itertools.chain.from_iterable(pairs)]
 
     def to_config(self) -> str:
         """Where it lies, for ranks that start later."""

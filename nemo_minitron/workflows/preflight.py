@@ -75,6 +75,24 @@ def say_corpus(d: DataConfig, data: PreparedData, *, prepared: bool, what: str) 
         logger.warning("data=stdlib %s on Python code; for other text say data=files data.train=FILES", what)
 
 
+def say_repeats(d: DataConfig, data: PreparedData, tokens: float, *, prepared: bool) -> None:
+    """One line where a budget or a blend draws more tokens than there are, so that texts are read several times.
+
+    Args:
+        tokens: drawn from the train split.
+        prepared: whether a launcher's check has said it.
+    """
+    if prepared or rank() != 0 or (d.tokens is None and d.blend is None):
+        return
+    passes = data.indexed.passes("train", int(tokens))
+    if repeated := [f"{name} {count:.2f} times" for name, count in passes.items() if count > 1]:
+        logger.warning(
+            "data: %s tokens are more than the data has without repeats: it is read on: %s",
+            f"{int(tokens):,}",
+            ", ".join(repeated),
+        )
+
+
 def converted(source: Source, d: DataConfig) -> Source:
     """The NeMo 2 form of a checkpoint: Hugging Face directories are converted once, before ranks start, into
     the cache."""

@@ -43,7 +43,7 @@ def teacher_loss(
             f"{guess:.3f}: its weights are not those that were trained, or the data is not for it"
         )
     logger.info("teacher: LM loss %.3f nats on held-out data", loss)
-    frequencies = unigram_entropy_nats(data.indexed.valid_prefix)
+    frequencies = unigram_entropy_nats(data.indexed.paths("valid"))
     if loss >= frequencies:
         logger.warning(
             "teacher: its LM loss, %.3f nats, is no better than the frequency of each token (%.3f)",

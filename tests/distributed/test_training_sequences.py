@@ -39,7 +39,11 @@ def corpus(directory: str) -> Any:
         write_split(f"{directory}/{name}", 50 * number)
     prefixes = {split: f"{directory}/{split}" for split in ("train", "valid")}
     return SimpleNamespace(
-        train_prefix=prefixes["train"], valid_prefix=prefixes["valid"], prefix=prefixes.get, eod=EOD
+        train_prefix=prefixes["train"],
+        valid_prefix=prefixes["valid"],
+        prefix=prefixes.get,
+        paths=lambda split: [prefixes[split]],
+        eod=EOD,
     )
 
 
@@ -117,6 +121,47 @@ def schedules_are_kept(directory: str, cases: list[tuple[int, int, int, int]]) -
             assert len(ours.dataset) == len(dataset) == len(theirs) >= schedule.used
             for item in range(len(dataset)):
                 assert ours.tokens(item).tolist() == theirs.item(item)[:-1].tolist()
+
+
+def blends_are_dealt_out(directory: str, cases: list[tuple[int, int, int, int]]) -> None:
+    """`data=blend`: NeMo's module, and what a cache of the teacher reads, over two corpora and both splits."""
+    from nemo_minitron.config.recipes import DataConfig
+    from nemo_minitron.data.sequences import SplitSequences, schedules
+    from nemo_minitron.nemo.trainer import training_data
+
+    corpus(directory)
+    pairs = {"train": ("train", "sdg"), "valid": ("valid", "sdg")}
+    paths = {split: [f"{directory}/{name}" for name in names] for split, names in pairs.items()}
+    indexed = SimpleNamespace(
+        paths=lambda split: ["0.7", paths[split][0], "0.3", paths[split][1]],
+        train_prefix=None,
+        valid_prefix=None,
+        eod=EOD,
+    )
+    d, tokenizer = DataConfig(seq_length=SEQ_LENGTH, seed=5), tokenizer_with(directory, EOD)
+    for number, (steps, batch, interval, limit) in enumerate(cases):
+        layout = SimpleNamespace(micro_batch_size=1, global_batch_size=batch)
+        cache = f"{directory}/theirs-{number}"
+        module = training_data(indexed, tokenizer, d, layout, cache)
+        module.build(steps, interval or steps, limit, 0)
+        data = SimpleNamespace(indexed=indexed, index_cache=f"{directory}/ours-{number}")
+        for split, dataset in (("train", module._train_ds), ("valid", module._validation_ds)):
+            schedule = schedules(steps, batch, interval, limit)[split]
+            ours = SplitSequences(data, d, split, schedule.drawn)
+            streams = [PackedStream(cache, prefix, SEQ_LENGTH, split) for prefix in paths[split]]
+            theirs = Blend(cache, streams, split)
+            assert len(ours.dataset) == len(dataset) == len(theirs) >= schedule.used
+            shares = np.bincount(theirs.which[: schedule.used], minlength=2) - schedule.used * np.array(
+                [0.7, 0.3]
+            )
+            assert abs(shares).max() <= 1
+            is_the_stream(dataset, theirs, range(len(theirs)))
+            for item in range(len(dataset)):
+                assert ours.tokens(item).tolist() == theirs.item(item)[:-1].tolist()
+
+
+def test_the_sequences_of_a_blend(run_on_ranks, tmp_path):
+    run_on_ranks(1, blends_are_dealt_out, str(tmp_path), [(5, 4, 0, 1), (20, 4, 3, 2)], timeout=PATIENCE_S)
 
 
 def test_the_sequences_that_a_run_is_said_to_read(run_on_ranks, tmp_path):

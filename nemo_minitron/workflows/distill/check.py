@@ -17,7 +17,13 @@ from nemo_minitron.synthesis.mixture import TeacherText, check_mixture, prepare_
 from nemo_minitron.workflows.distill import cache as cache_checks
 from nemo_minitron.workflows.distill import settings as checks
 from nemo_minitron.workflows.distill.conversations import check_conversations, prepare_conversations
-from nemo_minitron.workflows.preflight import check_source, check_vocabulary, converted, say_corpus
+from nemo_minitron.workflows.preflight import (
+    check_source,
+    check_vocabulary,
+    converted,
+    say_corpus,
+    say_repeats,
+)
 
 
 @dataclass(frozen=True)
@@ -83,7 +89,7 @@ def check(r: DistillRecipe) -> Prepared:
         )
     if cache is not None and not ready:
         cache_checks.check_sequences(cache, r, data, talks)
-    say_corpus(r.data, data, prepared=bool(ready), what="learns")
+    _say_data(r, trainer, data, prepared=bool(ready))
     teacher = None if teacher is None else converted(teacher, r.data)
     return Prepared(
         converted(student, r.data),
@@ -95,4 +101,12 @@ def check(r: DistillRecipe) -> Prepared:
         text,
         named,
         talks,
+    )
+
+
+def _say_data(r: DistillRecipe, t: TrainerConfig, data: PreparedData, *, prepared: bool) -> None:
+    say_corpus(r.data, data, prepared=prepared, what="learns")
+    share = (1 - r.distill.sdg_weight) * (1 - r.distill.conversations.weight)
+    say_repeats(
+        r.data, data, share * t.max_steps * t.global_batch_size * r.data.seq_length, prepared=prepared
     )

@@ -8,7 +8,7 @@ from nemo_minitron.config.evaluate import EvaluateRecipe
 from nemo_minitron.data.prepare import PreparedData, prepare_data
 from nemo_minitron.data.tokenizer import load_tokenizer
 from nemo_minitron.errors import InputError
-from nemo_minitron.evaluation.benchmarks import catalogue
+from nemo_minitron.evaluation.benchmarks import catalogue, judged
 from nemo_minitron.evaluation.benchmarks.catalogue import Benchmark, Wanted
 from nemo_minitron.workflows.preflight import check_source, check_vocabulary, converted, say_corpus
 
@@ -56,6 +56,8 @@ def check(r: EvaluateRecipe) -> Prepared:
     wanted = catalogue.parse_names(e.tasks)
     if not wanted and not e.lm:
         raise InputError("eval.tasks, eval.lm: nothing is left to be measured")
+    if any(one.judged for one in wanted):
+        judged.check_judge(e.judge)
     source = find_source(ready.get("source", r.source), data=r.data)
     check_source("source", source, t, r.data.seq_length if e.lm else 1)
     tokenizer = load_tokenizer(source.tokenizer)

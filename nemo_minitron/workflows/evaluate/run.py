@@ -1,31 +1,21 @@
 """The work of `recipes/evaluate.py`: figures of the held-out text, then one benchmark after the other."""
 
 import dataclasses
-import json
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from nemo_minitron.config.evaluate import EvaluateRecipe
-from nemo_minitron.config.recipes import cache_dir
 from nemo_minitron.data.statistics import bits_per_byte
 from nemo_minitron.environment import peak_rss_gib, rank
-from nemo_minitron.evaluation.benchmarks import catalogue, harness
-from nemo_minitron.evaluation.benchmarks.adapter import ShardedLM
-from nemo_minitron.evaluation.benchmarks.answers import Answers
+from nemo_minitron.evaluation.benchmarks import catalogue
 from nemo_minitron.evaluation.lm_figures import LMFigures, lm_figures, text_bytes
 from nemo_minitron.export.huggingface import generation_settings
-from nemo_minitron.files import write_text
 from nemo_minitron.nemo.session import Session, nemo_tokenizer, packed
 from nemo_minitron.nemo.teacher import Teacher
 from nemo_minitron.progress import progress_bar
-from nemo_minitron.workflows.evaluate.check import Prepared, chat_of
+from nemo_minitron.workflows.evaluate.asking import Asking
+from nemo_minitron.workflows.evaluate.check import Prepared
 from nemo_minitron.workflows.evaluate.model import ShardedModel
-
-ITEMS = "items"
 
 
 def run(r: EvaluateRecipe, prepared: Prepared, directory: Path) -> dict[str, Any]:
@@ -119,59 +109,9 @@ def _benchmarks(r: EvaluateRecipe, prepared: Prepared, session: Session, directo
     benchmarks = (
         catalogue.load(prepared.wanted, r.data) if prepared.benchmarks is None else prepared.benchmarks
     )
-    fields = _asked(r, prepared, model, benchmarks, directory)
-    model.dismiss()
-    return fields
-
-
-def _asked(
-    r: EvaluateRecipe,
-    prepared: Prepared,
-    model: ShardedModel,
-    benchmarks: list[catalogue.Benchmark],
-    directory: Path,
-) -> dict[str, Any]:
-    answers = Answers(_answers_file(r, prepared) if r.eval.cache else None)
-    bar = tqdm(total=0, unit="request", file=sys.stderr, mininterval=1.0 if sys.stderr.isatty() else 10.0)
-
-    def asked(count: int) -> None:
-        bar.total += count
-        bar.refresh()
-
-    lm = ShardedLM(model, prepared.tokenizer, answers, asked, bar.update)
-    rows: list[harness.Row] = []
-    begin = time.monotonic()
+    asking = Asking(r, prepared, model, directory)
     for benchmark in benchmarks:
-        bar.set_description_str(benchmark.wanted.label)
-        chat = chat_of(r, benchmark.wanted)
-        how = harness.Settings(r.eval.limit, chat, r.eval.max_new_tokens)
-        found, items = harness.run(lm, benchmark, how)
-        _keep(directory / ITEMS / f"{benchmark.wanted.label}.jsonl", items)
-        rows += found
-    bar.close()
-    for row in rows:
-        print(_line(row), flush=True)
-    return {
-        "scores": [row.to_config() for row in rows],
-        "requests": bar.n,
-        "requests_known_before": answers.before,
-        "questions_cut": lm.cut,
-        "benchmarks_s": round(time.monotonic() - begin, 2),
-        "limit": r.eval.limit,
-    }
-
-
-def _answers_file(r: EvaluateRecipe, prepared: Prepared) -> Path:
-    """Of these weights in this precision."""
-    return cache_dir(r.data, "answers") / f"{prepared.source_sha256[:32]}-{r.trainer.precision}.jsonl"
-
-
-def _keep(file: Path, items: list[dict[str, Any]]) -> None:
-    file.parent.mkdir(exist_ok=True)
-    write_text(file, "".join(json.dumps(item, ensure_ascii=False, default=str) + "\n" for item in items))
-
-
-def _line(row: harness.Row) -> str:
-    error = "" if row.stderr is None else f" +- {row.stderr:.3f}"
-    chance = f" (chance {row.chance:.3f}{'; AT CHANCE' if row.at_chance else ''})" if row.chance else ""
-    return f"{row.task}: {row.metric} {row.score:.3f}{error} of {row.items:,} items{chance}"
+        asking.ask(benchmark)
+    # The judge may take its time; the other ranks are not kept waiting for it.
+    model.dismiss()
+    return asking.fields()

@@ -55,7 +55,8 @@ def verify(r: ExportRecipe, prepared: Prepared, place: Path) -> dict[str, Any]:
     """Compare what `write` wrote; leaves nothing but the file in the directory.
 
     Raises:
-        RuntimeError: logits differ, or llama.cpp does not run the file.
+        FailedRun: logits differ.
+        RuntimeError: llama.cpp does not run the file.
     """
     kind, count = r.export.quantization, r.export.verify_tokens
     plain = kind if kind in GGUF_PLAIN else "F32"

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from nemo_minitron.checkpoints.families import architecture_of
+from nemo_minitron.errors import FailedRun
 from nemo_minitron.export import gguf_model, huggingface, written
 from nemo_minitron.export.tensors import EMBEDDING
 from nemo_minitron.progress import progress_bar
@@ -27,10 +28,10 @@ def of_directory(prepared: Prepared, place: Path, count: int) -> dict[str, Any]:
         count: of tokens.
 
     Raises:
-        RuntimeError: logits differ.
+        FailedRun: logits differ, or other tensors are there.
     """
     dtype = prepared.model.dtype
-    config, read = written.directory_read(place)
+    config, read = written.directory_read(place, prepared.model.weights.parts)
     return _verify(prepared, config, read, count, lambda weight: weight.to(dtype).float())
 
 
@@ -42,7 +43,7 @@ def of_gguf(prepared: Prepared, file: Path, kind: str, count: int) -> dict[str, 
         count: of tokens.
 
     Raises:
-        RuntimeError: logits differ.
+        FailedRun: logits differ, or other tensors are there.
     """
     config, read = written.gguf_read(file, architecture_of)
     return _verify(prepared, config, read, count, gguf_model.rounding(kind))
@@ -52,7 +53,7 @@ def of_quantised(prepared: Prepared, file: Path, count: int) -> dict[str, Any]:
     """How far what llama.cpp made of a verified file is from the Megatron model.
 
     Raises:
-        RuntimeError: it gives a number that is not finite.
+        FailedRun: it gives a number that is not finite.
     """
     config, read = written.gguf_read(file, architecture_of)
     found = _verify(prepared, config, read, count, lambda weight: weight, tolerance=sys.float_info.max)
@@ -99,12 +100,12 @@ def compare(found: Tensor, expected: Tensor, tolerance: float = TOLERANCE) -> di
     """How far logits of the same shape are from each other.
 
     Raises:
-        RuntimeError: farther than the tolerance, or not finite.
+        FailedRun: farther than the tolerance, or not finite.
     """
     difference, largest = float((found - expected).abs().max()), float(expected.abs().max())
     # A NaN is in no order.
     if not (difference <= tolerance * max(1.0, largest) and math.isfinite(difference)):
-        raise RuntimeError(
+        raise FailedRun(
             f"what was written gives other logits than the Megatron model: they differ by up to {difference:.3g} where "
             f"the largest is {largest:.3g}; nothing is left of it"
         )

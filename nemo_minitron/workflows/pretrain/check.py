@@ -8,6 +8,7 @@ from nemo_minitron.config.recipes import PretrainRecipe
 from nemo_minitron.config.trainer import check_stages, check_tensor_ranks
 from nemo_minitron.data.prepare import PreparedData, prepare_data
 from nemo_minitron.errors import InputError
+from nemo_minitron.workflows.preflight import say_repeats
 
 
 def architecture(recipe: PretrainRecipe, vocab_size: int) -> Architecture:
@@ -60,4 +61,7 @@ def check(recipe: PretrainRecipe) -> Prepared:
             f"export_dir={recipe.export_dir}: is written by one process, not by {recipe.trainer.ranks}"
         )
     data = prepare_data(recipe.data, ready=(recipe.prepared or {}).get("data"))
+    t = recipe.trainer
+    drawn = t.max_steps * t.global_batch_size * recipe.data.seq_length
+    say_repeats(recipe.data, data, drawn, prepared=bool(recipe.prepared))
     return Prepared(data, architecture(recipe, data.indexed.vocab_size))

@@ -63,7 +63,6 @@ def _measure(recipe: PretrainRecipe, prepared: Prepared, last: Any, directory: P
     session.round(dtype)
     loss = session.lm_loss(data, d, "valid", recipe.eval.samples, "held-out loss")
     fit.finish(session, directory, dtype)
-    valid_tokens, valid_bytes = data.indexed.tokens["valid"], data.indexed.bytes["valid"]
     xz = compression_bits_per_byte(open_corpus(d))
     return {
         "recipe": "pretrain",
@@ -73,8 +72,8 @@ def _measure(recipe: PretrainRecipe, prepared: Prepared, last: Any, directory: P
         "seed": recipe.seed,
         "lm_loss_nats": loss.nats,
         "eval_samples": loss.samples,
-        "bits_per_byte": bits_per_byte(loss.nats, valid_tokens, valid_bytes),
-        "unigram_entropy_nats": unigram_entropy_nats(data.indexed.valid_prefix),
+        "bits_per_byte": bits_per_byte(loss.nats, 1, data.indexed.bytes_per_token("valid")),
+        "unigram_entropy_nats": unigram_entropy_nats(data.indexed.paths("valid")),
         "xz_bits_per_byte_alone": xz.alone,
         "xz_bits_per_byte_given_train": xz.given_train,
         "data": d.name,

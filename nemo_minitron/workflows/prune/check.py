@@ -1,6 +1,7 @@
 """What `recipes/prune.py` refuses, and prepares, before a model is loaded."""
 
 import dataclasses
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,8 @@ from nemo_minitron.pruning import resolve_target
 from nemo_minitron.pruning.ranking import check_protected, explicit_layers
 from nemo_minitron.workflows.preflight import check_source, check_vocabulary, converted, say_corpus
 from nemo_minitron.workflows.prune import plans
+
+logger = logging.getLogger("nemo_minitron")
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,12 @@ def check(r: PruneRecipe) -> Prepared:
 def check_data(r: PruneRecipe, source: Source, data: PreparedData, scores: Any) -> None:
     """Refuse another tokenizer's data, or too little of it."""
     check_vocabulary(source, data)
-    available = data.indexed.tokens["train"] // r.data.seq_length
+    available = data.indexed.sequences("train", r.data.seq_length)
+    if r.data.tokens is not None and r.prune.calibration_samples > available:
+        logger.warning(
+            "data.tokens=%s: more than the data has without repeats; all of it is read", r.data.tokens
+        )
+        r.prune.calibration_samples = available
     if scores is None and r.prune.importance == "activation" and r.prune.calibration_samples > available:
         raise InputError(
             f"prune.calibration_samples={r.prune.calibration_samples}: the train split has only {available} "

@@ -7,8 +7,11 @@ from typing import Any
 from nemo_minitron.checkpoints.source import Source, find_source
 from nemo_minitron.config.recipes import SynthesizeRecipe
 from nemo_minitron.config.synthesize import MEGATRON, check_settings, sampling
+from nemo_minitron.data.blend import BLEND
+from nemo_minitron.data.indexed import IndexedCorpus
 from nemo_minitron.data.prepare import PreparedData, prepare_data
 from nemo_minitron.data.tokenizer import load_tokenizer
+from nemo_minitron.errors import InputError
 from nemo_minitron.synthesis.prompts import Prompts, openings, read_prompts
 from nemo_minitron.synthesis.store import Store
 from nemo_minitron.workflows.preflight import check_source, check_vocabulary, converted
@@ -47,8 +50,14 @@ def check(r: SynthesizeRecipe) -> Prepared:
     check_source("teacher", teacher, r.trainer, r.data.seq_length if s.prompts is None else 1)
     tokenizer, data = load_tokenizer(teacher.tokenizer), None
     if s.prompts is None:
+        if r.data.name == BLEND:
+            raise InputError(
+                "data.name=blend: the teacher goes on with openings of one corpus; must be another, or give "
+                "synthesize.prompts"
+            )
         data = prepare_data(r.data, str(teacher.tokenizer), ready.get("data"))
         check_vocabulary(teacher, data)
+        assert isinstance(data.indexed, IndexedCorpus)
         prompts = openings(
             data.indexed,
             of=s.openings,

@@ -136,7 +136,7 @@ def _reference(prepared: Prepared, kept: list[Text]) -> list[tuple[list[int], st
     """As many tokens of the corpus as were kept, in pieces of the same lengths."""
     if prepared.data is None:
         return []
-    prefix = prepared.data.indexed.train_prefix
+    (prefix,) = prepared.data.indexed.paths("train")
     tokens = np.memmap(f"{prefix}.bin", dtype=IndexedDataset(prefix).index.dtype, mode="r")
     pieces, at = [], 0
     for text in kept:
