@@ -4,8 +4,9 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import FrameType
+from typing import Any
 
 from nemo_minitron.environment import INTERRUPTED_BY_USER, rank
 
@@ -74,3 +75,10 @@ def progress_bar(label: str, total: int, *, unit: str = "seq", tokens: int = 0) 
             bar.close()
 
     return show
+
+
+def track(found: list[Any], split: str, step: int, figures: Mapping[str, Any]) -> None:
+    """Give the numbers of a line of steps.jsonl to Lightning's loggers, as `train/loss` and so on."""
+    numbers = {f"{split}/{key}": value for key, value in figures.items() if isinstance(value, int | float)}
+    for tracker in found:
+        tracker.log_metrics(numbers, step=step)

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from nemo_minitron.checkpoints.source import Source
 from nemo_minitron.config.align import AlignConfig
 from nemo_minitron.config.trainer import TrainerConfig
 from nemo_minitron.data.tokenizer import as_version_4
+from nemo_minitron.environment import peak_rss_gib
 from nemo_minitron.files import read_steps
 from nemo_minitron.padding import padded_rows
 from nemo_minitron.progress import end_if_asked
@@ -182,10 +184,14 @@ class RunLog:
         path: of the file.
         write: whether this rank writes it.
         done: steps that were done when the run began; lines of steps that are repeated go.
+
+    Attributes:
+        follow: called with split, step and figures of each line, on every rank.
     """
 
     def __init__(self, path: Path, *, write: bool, done: int) -> None:
         self.path, self._write = path, write
+        self.follow: Callable[[str, int, dict[str, Any]], None] = lambda split, step, figures: None
         if write:
             keep_done(path, done)
 
@@ -201,8 +207,12 @@ class RunLog:
             raise FloatingPointError(
                 f"step {step}: the loss is {metrics['loss']}; the last checkpoint is kept"
             )
+        split = {"train/": "train", "val/": "valid"}[prefix]
+        if split == "train":
+            seconds = {"seconds": metrics["step_time"]} if "step_time" in metrics else {}
+            metrics = {**metrics, **seconds, "peak_rss_gib": peak_rss_gib()}
+        self.follow(split, step or 0, metrics)
         if self._write:
-            split = {"train/": "train", "val/": "valid"}[prefix]
             with open(self.path, "a") as file:
                 file.write(json.dumps({"step": step, "split": split, **metrics}) + "\n")
 

@@ -1,6 +1,7 @@
 """What every alignment run does with NeMo-Aligner, in the order of its scripts."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ from nemo_minitron.alignment import lora, runs
 from nemo_minitron.alignment.checkpoints import load_model, save_model
 from nemo_minitron.alignment.prepared import STEPS, Prepared, has_cuda
 from nemo_minitron.checkpoints.source import CHECKPOINT, Source, find_source
+from nemo_minitron.config.logger import LoggerConfig
 from nemo_minitron.cpu_compat.aligner import connect_ranks
 from nemo_minitron.environment import rank
 from nemo_minitron.padding import leave_out_padding
+from nemo_minitron.progress import track
 
 
 def run_configuration(
@@ -40,7 +43,13 @@ def run_configuration(
     )
 
 
-def open_model(cfg: DictConfig, key: str, cls_of: Callable[[], Any], source: Source) -> tuple[Any, Any]:
+def open_model(
+    cfg: DictConfig,
+    key: str,
+    cls_of: Callable[[], Any],
+    source: Source,
+    tracked: tuple[LoggerConfig, Path] | None = None,
+) -> tuple[Any, Any]:
     """Trainer and model, with the ranks connected and the adapters, if any, in place.
 
     Args:
@@ -48,16 +57,18 @@ def open_model(cfg: DictConfig, key: str, cls_of: Callable[[], Any], source: Sou
         key: of the algorithm's part of it, "sft" or "dpo".
         cls_of: gives the model's class once NeMo may be imported.
         source: a checkpoint of kind "nemo".
+        tracked: where the figures of each step also go, and the run's directory.
     """
     cpu = cpu_compat.prepare_aligner()
     from nemo.utils.exp_manager import exp_manager
     from nemo_aligner.utils import train_script_utils as aligner
 
-    from nemo_minitron.nemo.models import quiet_nemo  # imports NeMo, once Aligner's gaps are closed
+    from nemo_minitron.nemo import models, trackers  # imports NeMo, once Aligner's gaps are closed
 
-    quiet_nemo()
+    models.quiet_nemo()
     trainer = aligner.resolve_and_create_trainer(cfg, key)
     exp_manager(trainer, cfg.exp_manager)
+    trainer.loggers = list(trackers.trackers(*tracked).values()) if tracked else []
     connect_ranks(trainer, cfg.model)
     model = load_model(cls_of(), cfg.model, trainer, source)
     for chunk in model.get_model_module_list():
@@ -91,6 +102,7 @@ def fit(
     from nemo_aligner.utils import train_script_utils as aligner
     from nemo_aligner.utils.distributed import Timer
 
+    log.follow = partial(track, trainer.loggers)
     aligner.init_using_ptl(trainer, model, train, train.dataset)
     optimizer, scheduler = aligner.extract_optimizer_scheduler_from_ptl_model(model)
     made = make(

@@ -5,6 +5,7 @@ from typing import Annotated
 
 from omegaconf import MISSING
 
+from nemo_minitron.config.logger import LoggerConfig
 from nemo_minitron.config.ranges import (
     AboveZero,
     Choice,
@@ -96,6 +97,7 @@ class SftRecipe(CommonConfig):
 
     student: PathName = MISSING
     align: AlignConfig = field(default_factory=AlignConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
 
 
 @dataclass

@@ -19,6 +19,7 @@ from nemo_minitron.config.cluster import ClusterConfig, check_cluster
 from nemo_minitron.config.data import DataConfig
 from nemo_minitron.config.document_limits import check_limits
 from nemo_minitron.config.evaluation import EvalConfig
+from nemo_minitron.config.logger import LoggerConfig, check_logger
 from nemo_minitron.config.ranges import (
     AboveZero,
     Choice,
@@ -234,6 +235,7 @@ class CommonConfig:
     seed: Seed = 1234
     data: DataConfig = field(default_factory=DataConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    logger: Any = None
     model: Any = None
     prune: Any = None
     distill: Any = None
@@ -261,6 +263,7 @@ class PretrainRecipe(CommonConfig):
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     export_dir: PathName | None = None
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
 
 
 @dataclass
@@ -295,6 +298,7 @@ class DistillRecipe(CommonConfig):
     verify_cache: bool = True
     sdg: PathName | None = None
     distill: DistillConfig = field(default_factory=DistillConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
 
 
 @dataclass
@@ -314,6 +318,7 @@ class CorrectTeacherRecipe(CommonConfig):
 
     teacher: PathName = MISSING
     distill: DistillConfig = field(default_factory=DistillConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
 
 
 @dataclass
@@ -348,6 +353,8 @@ def parse(schema: type[SchemaT], config: DictConfig) -> SchemaT:
     check_ranges(result)
     settle_tokens(result)
     check_trainer(result.trainer)
+    if isinstance(result.logger, LoggerConfig):
+        check_logger(result.logger)
     if result.cluster is not None:
         check_cluster(result.cluster, result.trainer)
     _check_together(result)

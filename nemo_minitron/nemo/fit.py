@@ -9,11 +9,13 @@ from nemo_minitron import parallel
 from nemo_minitron.checkpoints.source import CHECKPOINT, is_unfinished
 from nemo_minitron.checkpoints.true_rows import cut_padding
 from nemo_minitron.checkpoints.untrusted import weights_may_only_be_tensors
+from nemo_minitron.config.logger import LoggerConfig
 from nemo_minitron.environment import rank
 from nemo_minitron.files import put, remove_stale
 from nemo_minitron.nemo.preemption import SaveAndEnd
 from nemo_minitron.nemo.proven_checkpoints import ProvenCheckpoint, describe_step, is_not_finite
 from nemo_minitron.nemo.step_log import TokenRate
+from nemo_minitron.nemo.trackers import trackers
 
 
 def fit(
@@ -25,6 +27,7 @@ def fit(
     save_every_n_steps: int,
     start: Path | None = None,
     new_parameters: bool = False,
+    logger: LoggerConfig | None = None,
 ) -> Path:
     """Train with `nemo.collections.llm.train`, or resume a run that was killed; SIGUSR1 saves and ends it.
 
@@ -36,6 +39,7 @@ def fit(
         save_every_n_steps: steps between checkpoints; the last step is always saved.
         start: weights to begin with (a NeMo 2 directory), unless the run has a checkpoint of its own.
         new_parameters: whether the model has parameters that `start` lacks; they keep the values that they have.
+        logger: where the figures of each step also go.
 
     Returns:
         The last checkpoint, which RUN/checkpoint now names too.
@@ -54,7 +58,8 @@ def fit(
     if foreign and new_parameters:
         trainer.strategy.ckpt_load_strictness = StrictHandling.LOG_UNEXPECTED
     with weights_may_only_be_tensors() if foreign else contextlib.nullcontext():
-        _train(model, data, trainer, _logger(directory, save_every_n_steps), _resume(directory, start))
+        log = _logger(directory, save_every_n_steps, trackers(logger or LoggerConfig(), directory))
+        _train(model, data, trainer, log, _resume(directory, start))
     return _name_last(directory, model.config.vocab_size)
 
 
@@ -106,7 +111,7 @@ def _train(model: Any, data: Any, trainer: Any, log: Any, resume: Any) -> None:
         raise FloatingPointError(f"{describe_step(trainer.global_step)}: a gradient is not finite") from error
 
 
-def _logger(directory: Path, every_n_steps: int) -> Any:
+def _logger(directory: Path, every_n_steps: int, found: dict[str, Any]) -> Any:
     import nemo.lightning as nl
 
     checkpoints = ProvenCheckpoint(
@@ -118,7 +123,7 @@ def _logger(directory: Path, every_n_steps: int) -> Any:
         always_save_context=True,
     )
     return nl.NeMoLogger(
-        explicit_log_dir=str(directory / "nemo"), ckpt=checkpoints, update_logger_directory=False
+        explicit_log_dir=str(directory / "nemo"), ckpt=checkpoints, update_logger_directory=False, **found
     )
 
 

@@ -7,15 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 
-from nemo_minitron.environment import rank
+from nemo_minitron.environment import peak_rss_gib, rank
 from nemo_minitron.files import read_steps
 from nemo_minitron.nemo.proven_checkpoints import describe_step
-from nemo_minitron.progress import end_if_asked
+from nemo_minitron.progress import end_if_asked, track
 
 
 class StepLog(pl.Callback):
-    """Writes a JSON line for each step and each validation (rank 0): `step`, `split`, `loss` in nats a token, and more.
+    """Writes a JSON line for each step and each validation (rank 0): `step`, `split`, `loss` in nats a token, and more:
+    of a step `seconds` (data and validation apart), `tokens_per_s` over all ranks, `peak_rss_gib` of rank 0, and with
+    CUDA `peak_cuda_gib`. The trainer's loggers get the same.
 
     A run that goes on after it was killed drops the lines of the steps that it repeats.
 
@@ -26,6 +29,7 @@ class StepLog(pl.Callback):
     def __init__(self, path: Path) -> None:
         self.path = path
         self._parts: dict[str, dict[str, float]] = {}
+        self._begin = time.monotonic()
 
     def add(self, split: str, parts: dict[str, float]) -> None:
         """Say what else the line of the running step or validation holds."""
@@ -36,6 +40,10 @@ class StepLog(pl.Callback):
         if rank() == 0:
             kept = [entry for entry in read_steps(self.path) if entry["step"] < trainer.global_step]
             self.path.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Lightning's hook."""
+        self._begin = time.monotonic()
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
@@ -50,21 +58,36 @@ class StepLog(pl.Callback):
         step, loss = trainer.global_step - 1, float(trainer.callback_metrics["reduced_train_loss"])
         if not math.isfinite(loss):
             raise FloatingPointError(f"{describe_step(step)}: the loss is {loss}")
-        self._write("train", step, loss)
+        tokens = self._parts.get("train", {}).get("tokens")
+        self.add("train", measured(time.monotonic() - self._begin, tokens))
+        self._write(trainer, "train", step, loss)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Lightning's hook."""
         if trainer.training or trainer.validating:
-            self._write("valid", max(trainer.global_step - 1, 0), float(trainer.callback_metrics["val_loss"]))
+            step = max(trainer.global_step - 1, 0)
+            self._write(trainer, "valid", step, float(trainer.callback_metrics["val_loss"]))
 
-    def _write(self, split: str, step: int, loss: float) -> None:
-        self.write(split, step, {"loss": loss, **self._parts.pop(split, {})})
+    def _write(self, trainer: Any, split: str, step: int, loss: float) -> None:
+        figures = {"loss": loss, **self._parts.pop(split, {})}
+        self.write(split, step, figures)
+        track(trainer.loggers, split, step, figures)
 
     def write(self, split: str, step: int, parts: dict[str, float]) -> None:
         """Append a line."""
         if rank() == 0:
             with open(self.path, "a") as file:
                 file.write(json.dumps({"step": step, "split": split, **parts}) + "\n")
+
+
+def measured(seconds: float, tokens: float | None = None) -> dict[str, float]:
+    """What a step of so many seconds took, for its line; `tokens` over all ranks."""
+    found = {"seconds": round(seconds, 4), "peak_rss_gib": peak_rss_gib()}
+    if tokens is not None and seconds > 0:
+        found["tokens_per_s"] = round(tokens / seconds, 1)
+    if torch.cuda.is_initialized():
+        found["peak_cuda_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
+    return found
 
 
 class TokenRate(pl.Callback):

@@ -63,7 +63,11 @@ def _work(f: dict[str, Any]) -> Iterator[str]:
 
 def _scores(f: dict[str, Any]) -> Iterator[str]:
     if f.get("perplexity") is not None:  # pretraining has bits a byte alone
-        yield f"perplexity {f['perplexity']:.2f}, {f['bits_per_byte']:.3f} bits a byte"
+        yield f"perplexity {f['perplexity']:.2f}"
+        if f.get("perplexity_f16") is not None:  # of a quantised export
+            yield f"of F16 {f['perplexity_f16']:.2f}"
+        elif f.get("bits_per_byte") is not None:
+            yield f"{f['bits_per_byte']:.3f} bits a byte"
     if f.get("top1_agreement") is not None:
         yield f"KL {f['kl_from_teacher_nats']:.3f} nats, {f['top1_agreement']:.1%} as the teacher"
     for row in f.get("scores") or ():

@@ -85,3 +85,39 @@ def test_answers_are_transformers_own_under_every_layout(
         assert new == (whole[: stopped[0] + 1] if stopped else whole)
     assert len(written[0]) < 6
     assert len(written[1]) == 3 or end in plain[1][:3]
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Example:
+    """Of one vocabulary with the toy, and wider."""
+    return example(tmp_path_factory.mktemp("teacher"), hidden_size=48, num_hidden_layers=2)
+
+
+@pytest.mark.parametrize("sizes", LAYOUTS, ids=["one", "tp2", "pp2", "dp2"])
+def test_figures_of_text_are_transformers_own_under_every_layout(
+    run_on_ranks: Any, toy: Example, other: Example, sizes: dict[str, int]
+) -> None:
+    found = run_on_ranks(
+        max(1, *sizes.values()) if sizes else 1,
+        sessions.figures_under,
+        toy.nemo,
+        other.nemo,
+        toy.tokens,
+        sizes,
+        timeout=PATIENCE_S,
+    )
+    labels = toy.tokens[:, 1:]
+    with torch.no_grad():
+        teacher = LlamaForCausalLM.from_pretrained(other.huggingface, attn_implementation="eager").eval()
+        p = teacher(toy.tokens[:, :-1]).logits.double().log_softmax(-1)
+    q = toy.logits.double().log_softmax(-1)
+    losses = -q.gather(2, labels[..., None])[..., 0]
+    for figures in found:
+        assert figures.tokens == labels.numel()
+        assert figures.nats == pytest.approx(float(losses.mean()), abs=1e-5)
+        # All sequences are equally long, so the ratio is a mean of means.
+        assert figures.stderr == pytest.approx(float(losses.mean(1).std() / len(labels) ** 0.5), rel=1e-3)
+        assert figures.accuracy == pytest.approx(float((q.argmax(-1) == labels).double().mean()))
+        assert figures.kl == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), abs=1e-4)
+        assert figures.agreement == pytest.approx(float((q.argmax(-1) == p.argmax(-1)).double().mean()))
+        assert figures.teacher_nats == pytest.approx(-float(p.gather(2, labels[..., None]).mean()), abs=1e-5)

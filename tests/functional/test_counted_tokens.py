@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.support.commands import ROOT, SEQ_LENGTH, Commands
+from tests.support.kill_trials import unmeasured
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -41,7 +42,7 @@ def short_documents(commands: Commands) -> list[str]:
 
 
 def steps(run_dir: Path) -> list[dict[str, Any]]:
-    lines = map(json.loads, (run_dir / "steps.jsonl").read_text().splitlines())
+    lines = map(unmeasured, (run_dir / "steps.jsonl").read_text().splitlines())
     return [line for line in lines if line["split"] == "train"]
 
 

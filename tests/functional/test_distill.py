@@ -14,6 +14,8 @@ import torch
 from tests.functional.conftest import Pruned, Teacher
 from tests.support import ranks, sessions
 from tests.support.commands import ROOT, SEQ_LENGTH, SIZES, VOCAB_SIZE, Commands
+from tests.support.kill_trials import unmeasured
+from tests.support.tracked import same_as_steps
 
 STEPS = 6
 PATIENCE_S = 240
@@ -39,7 +41,7 @@ class Run:
 
 
 def lines(run_dir: Path, split: str) -> list[dict[str, float]]:
-    found = [json.loads(line) for line in (run_dir / "steps.jsonl").read_text().splitlines()]
+    found = [unmeasured(line) for line in (run_dir / "steps.jsonl").read_text().splitlines()]
     return [line for line in found if line.pop("split") == split]
 
 
@@ -66,7 +68,7 @@ def distil(
 
 @pytest.fixture(scope="module")
 def distilled(commands: Commands, teacher: Teacher, pruned: Pruned) -> Run:
-    return distil(commands, pruned.run_dir, teacher.run_dir, "alone")
+    return distil(commands, pruned.run_dir, teacher.run_dir, "alone", "logger=tensorboard")
 
 
 def test_the_student_learns_and_the_result_says_so(distilled: Run, pruned: Pruned, teacher: Teacher) -> None:
@@ -77,6 +79,13 @@ def test_the_student_learns_and_the_result_says_so(distilled: Run, pruned: Prune
     assert math.isclose(result["lm_loss_nats_before"], pruned.result["lm_loss_nats_after"], rel_tol=1e-6)
     assert result["lm_loss_nats_after"] < result["lm_loss_nats_before"]
     assert result["kl_nats_after"] == valid["kl"] < distilled.lines("train")[0]["kl"]
+
+
+def test_a_step_tells_its_cost_and_tensorboard_hears_of_it(distilled: Run) -> None:
+    first = json.loads((distilled.run_dir / "steps.jsonl").read_text().splitlines()[1])
+    assert first["tokens_per_s"] == pytest.approx(first["tokens"] / first["seconds"], rel=0.01)
+    assert 0 < first["peak_rss_gib"] <= distilled.result["peak_rss_gib"]
+    same_as_steps(distilled.run_dir, "kl", "lm_loss", "seconds", "tokens_per_s", "peak_rss_gib")
 
 
 def test_a_validation_tells_both_losses(distilled: Run) -> None:

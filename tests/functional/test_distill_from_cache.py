@@ -20,6 +20,7 @@ from nemo_minitron.workflows.cache_teacher import check as cache_teacher
 from nemo_minitron.workflows.distill import check as distill
 from tests.functional.conftest import Pruned, Teacher
 from tests.support.commands import ROOT, SEQ_LENGTH, SIZES, Commands
+from tests.support.kill_trials import unmeasured
 
 STEPS, K = 6, 16
 SCHEDULE = [
@@ -70,7 +71,7 @@ class Runs:
         return json.loads((self.path(name) / "result.json").read_text())
 
     def lines(self, name: str, split: str) -> list[dict[str, float]]:
-        found = [json.loads(line) for line in (self.path(name) / "steps.jsonl").read_text().splitlines()]
+        found = [unmeasured(line) for line in (self.path(name) / "steps.jsonl").read_text().splitlines()]
         return [line for line in found if line.pop("split") == split]
 
     def shards(self, name: str) -> list[dict[str, torch.Tensor]]:

@@ -9,6 +9,7 @@ import pytest
 
 from tests.functional.conftest import Pruned, Teacher
 from tests.support.commands import Commands
+from tests.support.kill_trials import unmeasured
 
 
 def test_a_killed_search_goes_on_and_its_best_is_what_prune_makes(
@@ -115,7 +116,7 @@ def test_a_candidate_killed_while_it_learns_ends_where_distill_does(
     entry = json.loads((tried / "l4-h48-f80-a8-g4.distilled.json").read_text())
     assert math.isclose(entry["lm_loss_nats"], run["lm_loss_nats_after"], rel_tol=1e-6)
     (log,) = tried.glob("l4-h48-f80-a8-g4-*/steps.jsonl")
-    ours, theirs = ([json.loads(x) for x in p.read_text().splitlines()] for p in (log, alone / "steps.jsonl"))
+    ours, theirs = ([unmeasured(x) for x in p.read_text().splitlines()] for p in (log, alone / "steps.jsonl"))
     for one, other in zip(ours, theirs, strict=True):
         assert one["split"] == other["split"]
         assert all(math.isclose(one[k], other[k], rel_tol=1e-5) for k in one if k != "split")

@@ -14,7 +14,7 @@ import pytest
 
 from tests.functional.conftest import Pruned, Teacher
 from tests.support.commands import ROOT, Commands
-from tests.support.kill_trials import ranks_of
+from tests.support.kill_trials import ranks_of, unmeasured
 from tests.support.slurm_cluster import SITE, Slurm, log, loopback, result
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone]
@@ -168,7 +168,7 @@ def test_refused_and_nothing_submitted(slurm: Slurm, overrides: list[str], says:
 
 def steps(run_dir: Path) -> dict[tuple[str, int], dict[str, Any]]:
     """The lines of steps.jsonl by split and step; each step is there once."""
-    lines = [json.loads(line) for line in (run_dir / "steps.jsonl").read_text().splitlines()]
+    lines = [unmeasured(line) for line in (run_dir / "steps.jsonl").read_text().splitlines()]
     found = {(line["split"], line["step"]): line for line in lines}
     # The teacher is measured each time that it is loaded.
     assert len(found) == len([line for line in lines if line["split"] != "teacher"]) + 1

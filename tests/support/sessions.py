@@ -282,3 +282,24 @@ def answered_under(
         written = model.write(prompts, 6, stops)
         model.dismiss()
         return found, written
+
+
+def figures_under(checkpoint: str, teacher: str, tokens: Tensor, sizes: dict[str, Any]) -> Any:
+    """`evaluation.lm_figures` over tokens [n, s + 1] of a checkpoint beside a teacher, both under a layout."""
+    from nemo_minitron.checkpoints.source import find_source
+    from nemo_minitron.evaluation.lm_figures import lm_figures
+    from nemo_minitron.nemo.session import nemo_tokenizer
+    from nemo_minitron.nemo.teacher import Teacher
+
+    session, source = open_session(checkpoint, **sizes), find_source(teacher)
+    data, strategy = samples(tokens), session.trainer.strategy
+    with _launched():
+        beside = Teacher(source, strategy, nemo_tokenizer(source.tokenizer), tokens.shape[1] - 1, "32")
+    return lm_figures(
+        session.chunks,
+        data,
+        len(data),
+        source.architecture.vocab_size,
+        batch_size=MICRO_BATCH,
+        teacher=[beside.chunk],
+    )

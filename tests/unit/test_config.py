@@ -17,6 +17,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
+from nemo_minitron.config.logger import LoggerConfig, check_logger
 from nemo_minitron.config.recipes import CommonConfig, PretrainRecipe, PruneRecipe, parse
 from nemo_minitron.errors import InputError
 from nemo_minitron.run.main import register_resolvers
@@ -314,3 +315,11 @@ def test_a_group_that_was_left_out_gets_its_defaults(monkeypatch: pytest.MonkeyP
     assert recipe.prune.calibration_samples == 128
     with pytest.raises(InputError, match="num_layers"):
         parse(PretrainRecipe, composed("pretrain", "model=none"))
+
+
+def test_a_logger_that_is_not_installed_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for name in ("tensorboard", "wandb"):
+        with pytest.raises(InputError, match=f"logger={name}: the package {name} is not installed; "):
+            check_logger(LoggerConfig(name))
+    check_logger(LoggerConfig())

@@ -113,7 +113,11 @@ def _of_conversations(prepared: Prepared, before: float | None, after: float | N
         "conversations_packed": c.packed,
         "answer_loss_nats_before": before,
         "answer_loss_nats_after": after,
-        **{f"conversations_{key}": value for key, value in splits.items() if not key.endswith("path")},
+        **{
+            f"conversations_{key}": value
+            for key, value in splits.items()
+            if not key.endswith(("path", "replayed"))
+        },
     }
 
 
@@ -158,6 +162,7 @@ def _train(r: DistillRecipe, prepared: Prepared, directory: Path) -> dict[str, A
         save_every_n_steps=t.val_check_interval,
         start=None if r.distill.from_scratch else source.path,
         new_parameters=prepared.intermediate is not None,
+        logger=r.logger,
     )
     found = {entry["split"]: entry for entry in read_steps(steps.path)}
     return {**found, "ahead": {} if transform is None else _precomputed(transform)}

@@ -62,12 +62,12 @@ def check(r: EvaluateRecipe) -> Prepared:
     check_source("source", source, t, r.data.seq_length if e.lm else 1)
     tokenizer = load_tokenizer(source.tokenizer)
     _check_chat(r, wanted, tokenizer)
+    benchmarks = None if ready else catalogue.load(wanted, r.data)
     teacher = _teacher(r, source, ready)
     data = prepare_data(r.data, str(source.tokenizer), ready.get("data")) if e.lm else None
     if data is not None:
         check_vocabulary(source, data)
         say_corpus(r.data, data, prepared=bool(ready), what="is measured")
-    benchmarks = None if ready else catalogue.load(wanted, r.data)
     sha256 = ready.get("source_sha256") or source.sha256()
     teacher = None if teacher is None else converted(teacher, r.data)
     return Prepared(converted(source, r.data), sha256, tokenizer, teacher, data, wanted, benchmarks)
@@ -96,7 +96,7 @@ def chat_of(r: EvaluateRecipe, wanted: Wanted) -> bool:
 def _check_chat(r: EvaluateRecipe, wanted: list[Wanted], tokenizer: Any) -> None:
     if tokenizer.chat_template:
         return
-    if asking := [one.label for one in wanted if chat_of(r, one)]:
+    if asking := [one.label for one in wanted if chat_of(r, one) or one.judged]:
         raise InputError(
             f"source={r.source}: has no chat template, and {', '.join(asking)} ask by messages; "
             "eval.chat_template=false asks in plain text"

@@ -57,7 +57,9 @@ def check(r: InstructDataRecipe) -> Prepared:
             samples = list(each_file([d.input], lambda file, bad: convert_file(file, d.format, bad), bad))
     fitted = None
     if d.tokenizer is not None:
-        samples, fitted = _fit(samples, with_template(load_tokenizer(d.tokenizer), d.tokenizer), d)
+        samples, fitted = _fit(
+            samples, with_template(load_tokenizer(d.tokenizer), d.tokenizer), d, r.data.bad_records
+        )
     return Prepared(_split(samples, d.valid_fraction), fitted)
 
 
@@ -74,13 +76,13 @@ def _check_settings(d: InstructDataConfig) -> None:
 
 
 def _fit(
-    samples: _Samples, tokenizer: "PreTrainedTokenizerBase", d: InstructDataConfig
+    samples: _Samples, tokenizer: "PreTrainedTokenizerBase", d: InstructDataConfig, bad_records: str
 ) -> tuple[_Samples, Fitted]:
     limit = d.max_tokens if d.max_tokens is not None else 2**62
     if d.kind == "preferences":
-        pairs, fitted = fit_preferences(tokenizer, samples, limit, d.overlong)  # type: ignore[arg-type]
+        pairs, fitted = fit_preferences(tokenizer, samples, limit, d.overlong, bad_records)  # type: ignore[arg-type]
         return [fit.sample for fit in pairs], fitted
-    kept, fitted = fit_conversations(tokenizer, samples, limit, d.overlong)  # type: ignore[arg-type]
+    kept, fitted = fit_conversations(tokenizer, samples, limit, d.overlong, bad_records)  # type: ignore[arg-type]
     return [fit.sample for fit in kept], fitted
 
 

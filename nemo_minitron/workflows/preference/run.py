@@ -39,7 +39,7 @@ def _train(r: PreferenceRecipe, prepared: Prepared, directory: Path) -> Any:
         **vars(r.align.dpo),
         "log_prob_forward_micro_batch_size": prepared.trainer.micro_batch_size,
     }
-    trainer, model = training.open_model(cfg, "dpo", _model_class, prepared.student)
+    trainer, model = training.open_model(cfg, "dpo", _model_class, prepared.student, (r.logger, directory))
 
     if r.align.peft == "none":  # with adapters the reference is the model without them
         amp = cfg.model.megatron_amp_O2

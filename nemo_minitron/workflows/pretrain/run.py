@@ -53,6 +53,7 @@ def _train(recipe: PretrainRecipe, prepared: Prepared, directory: Path) -> Path:
         trainer.trainer(t, training=True, callbacks=[counted, steps]),
         directory,
         save_every_n_steps=t.val_check_interval or t.max_steps,
+        logger=recipe.logger,
     )
 
 

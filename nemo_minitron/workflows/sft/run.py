@@ -28,7 +28,7 @@ def run(r: SftRecipe, prepared: Prepared, directory: Path) -> dict[str, Any]:
 
 def _train(r: SftRecipe, prepared: Prepared, directory: Path) -> Any:
     cfg = training.run_configuration(r, prepared, directory, key="sft", data=_data_config(r, prepared))
-    trainer, model = training.open_model(cfg, "sft", model_class, prepared.student)
+    trainer, model = training.open_model(cfg, "sft", model_class, prepared.student, (r.logger, directory))
 
     done = retrieve_custom_trainer_state_dict(trainer)
     train, valid = (
