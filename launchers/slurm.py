@@ -6,6 +6,7 @@ task a rank. stdout gets the job's id, stderr where it runs and how to follow it
 
     --then recipes/Y.py ...   a job that starts when the one before has ended well; `@` stands for that one's
                               run directory: `student=@`. All are composed before the first is submitted.
+    recipes/pipeline.py       is such a chain, of the steps that its run directory lacks.
     -m                        a sweep, as Hydra's: one job array, each configuration in a run directory of its own.
 
 What the site gives is in conf/cluster/*.yaml; `+cluster=slurm` is the default, `cluster.partition=NAME` and the like
@@ -32,10 +33,11 @@ sys.path.insert(0, str(ROOT))
 
 from launchers import sbatch  # noqa: E402
 from launchers.sbatch import Job  # noqa: E402
-from nemo_minitron.environment import COMPOSE, RESULT  # noqa: E402
+from nemo_minitron.environment import CHAIN, COMPOSE, RESULT  # noqa: E402
 from nemo_minitron.run.job_spec import HYDRA_WRITES_NOTHING  # noqa: E402
 
 SWEEP = ("-m", "--multirun")
+PIPELINE = "pipeline.py"
 TAIL_LINES = 30
 
 
@@ -107,6 +109,28 @@ def steps(arguments: list[str]) -> list[list[str]]:
         else:
             found[-1].append(argument)
     return found
+
+
+def chain_of(step: list[str]) -> list[list[str]]:
+    """A step as it is; of recipes/pipeline.py those of its own steps that are not made yet, each on the same cluster.
+
+    Raises:
+        SystemExit: the pipeline refused; its own line is on stderr.
+    """
+    recipe, *overrides = step
+    if Path(recipe).name != PIPELINE:
+        return [step]
+    cluster = [text for text in overrides if re.match(r"\+?cluster[=@.]", text)]
+    with tempfile.TemporaryDirectory(prefix="nemo_minitron_chain_") as scratch:
+        file = Path(scratch, "chain.jsonl")
+        own = [text for text in overrides if text not in cluster]
+        code = subprocess.call(
+            [sys.executable, recipe, *own], env={**os.environ, CHAIN: str(file)}, stdout=sys.stderr
+        )
+        if code:
+            sys.exit(code)
+        found = [json.loads(line) for line in file.read_text().splitlines()]
+    return [[str(Path(recipe).with_name(f"{name}.py")), *own, *cluster] for name, *own in found]
 
 
 def compose(recipe: Path, overrides: list[str], before: Job | None) -> Job:
@@ -329,12 +353,16 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         Refused: nothing was submitted.
     """
+    if options.dry_run and any(Path(step[0]).name == PIPELINE for step in options.steps):
+        raise Refused(
+            "--dry-run: a pipeline's jobs depend on what its directory holds; --cfg job shows its steps"
+        )
     if not options.dry_run and shutil.which("sbatch") is None:
         raise Refused(
             "sbatch is not on the path, so this is no machine to submit from; --dry-run prints the job"
         )
     jobs: list[Job] = []
-    for recipe, *overrides in options.steps:
+    for recipe, *overrides in [part for step in options.steps for part in chain_of(step)]:
         jobs.append(compose(Path(recipe), overrides, jobs[-1] if jobs else None))
     if options.dry_run:
         for number, job in enumerate(jobs):

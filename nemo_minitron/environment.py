@@ -6,8 +6,10 @@ Only the standard library is imported: launchers/ use it too.
 import os
 
 # Set by launchers. COMPOSE: a file to write the composed configuration to, and nothing else is done. PREPARE: check and
-# prepare, write RUN/resolved.yaml, and start no rank. NPROC: how many ranks there will be.
+# prepare, write RUN/resolved.yaml, and start no rank. CHAIN: a file to which a pipeline writes the command lines of the
+# steps that it lacks, and runs none. NPROC: how many ranks there will be.
 COMPOSE = "NEMO_MINITRON_COMPOSE"
+CHAIN = "NEMO_MINITRON_CHAIN"
 PREPARE = "NEMO_MINITRON_PREPARE"
 NPROC = "NEMO_MINITRON_NPROC"
 # Set by users. GRACE_S: seconds that a launcher gives ranks to end. PYTHON: the interpreter of launchers/*.sh.

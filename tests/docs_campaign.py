@@ -68,6 +68,7 @@ _NOT_RUN = {
     "llama31_8b": "an 8B model",
     "prune.hidden_size=3072": "an 8B model",
     "slurm": "a cluster; functional/test_slurm.py",
+    "pipeline.py": "functional/test_pipeline.py",
     "docker": "an engine; functional/test_docker.py",
     "...": "a part of a command",
     "push=true": "the hub",

@@ -244,6 +244,7 @@ class CommonConfig:
     align: Any = None
     search: Any = None
     export: Any = None
+    pipeline: Any = None
     optim: Any = None
     eval: EvalConfig = field(default_factory=EvalConfig)
     source: Any = None

@@ -46,6 +46,7 @@ def _rounded(f: dict[str, Any]) -> Iterator[str]:
 
 def _work(f: dict[str, Any]) -> Iterator[str]:
     shown: list[tuple[str, Callable[[Any], str]]] = [
+        ("runs", lambda v: f"{len(v)} runs, {sum(row['kept'] for row in v)} of them kept"),
         ("steps", lambda v: f"{v:,} steps"),
         ("candidates_tried", lambda v: f"{v:,} candidates tried"),
         ("best", lambda v: f"best {v}"),

@@ -10,6 +10,8 @@ import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from typing import Any
 
 from nemo_minitron.environment import INTERRUPTED_BY_USER
 from nemo_minitron.run.registry import PACKAGE, RECIPES
@@ -26,7 +28,7 @@ def main(name: str) -> None:
 
 
 def run_recipe(name: str, schemas: str, schema: str, work: str) -> None:
-    """Import what a recipe checks, and hand over to `recipe.main`; what it runs is imported after its checks.
+    """Hand over to `recipe.main`; what a recipe checks is imported when it is to be checked, what it runs after that.
 
     Args:
         name: of conf/NAME.yaml.
@@ -41,11 +43,15 @@ def run_recipe(name: str, schemas: str, schema: str, work: str) -> None:
         from nemo_minitron.run import main as recipe  # imports Hydra; listing recipes does not
 
         described = getattr(importlib.import_module(schemas), schema)
-        check = importlib.import_module(f"{work}.check").check
     except KeyboardInterrupt:
         print("\ninterrupted: before the run began", file=sys.stderr)
         sys.exit(INTERRUPTED_BY_USER)
-    recipe.main(name, described, check, lambda *given: importlib.import_module(f"{work}.run").run(*given))
+
+    def work_of(part: str) -> Callable[..., Any]:
+        return lambda *given: getattr(importlib.import_module(f"{work}.{part}"), part)(*given)
+
+    # Composing and --help need neither.
+    recipe.main(name, described, work_of("check"), work_of("run"))
 
 
 def use_environment() -> None:

@@ -35,6 +35,8 @@ _TAKES_VALUE = (
 # What every recipe has a use for; the rest of CommonConfig only those that declare it themselves.
 _SHARED = ("run_dir", "overwrite", "seed", "data", "trainer", "eval", "prepared", "cluster")
 
+# Mappings that take keys which their files do not list.
+_OPEN = "pipeline.steps."
 # Of the trainer's settings those that other recipes take from their own groups.
 _PRETRAINING = ("trainer.max_steps", "trainer.val_check_interval", "trainer.limit_val_batches")
 
@@ -62,6 +64,8 @@ def for_hydra(name: str, schema: type[CommonConfig], typed: Sequence[str], *, co
             raise InputError(f"hydra.run.dir={value}: a run's directory is its run_dir; say run_dir={value}")
         _check_used(name, schema, key, argument)
         quoted = for_parser(argument, text=key in texts, sweep=sweep)
+        if key.startswith(_OPEN) and not quoted.startswith(("+", "~")):
+            quoted = f"++{quoted}"
         made.append(_sweep_directory(quoted) if sweep and key == "run_dir" and not compose else quoted)
     # Hydra takes -m only in front of the overrides.
     return [*(text for text in made if text in SWEEP), *(text for text in made if text not in SWEEP)]

@@ -193,16 +193,27 @@ def distilling(commands: Commands, student: object, run_dir: Path) -> list[objec
 
 @pytest.fixture(scope="module")
 def chained(slurm: Slurm, commands: Commands, teacher: Teacher) -> Path:
-    """A directory with `prune` and `distill`, two tensor-parallel ranks each, submitted as one chain."""
+    """A directory with `prune` and `distill`, two tensor-parallel ranks each, a pipeline submitted as one chain."""
     base = commands.home / "chained"
-    prune, distill = (commands.command(name)[-1] for name in ("prune", "distill"))
+    shared = [*commands.data(), TENSOR_RANKS]
     pruning = commands.pruning(teacher.huggingface, base / "prune")
-    done = slurm.submit(
-        *("--wait", prune, *pruning, TENSOR_RANKS, *SITE),
-        *("--then", distill, *distilling(commands, "@", base / "distill")),
-        timeout=500,
-    )
+    learning = distilling(commands, "@prune", base / "distill")
+    steps = [
+        f"pipeline.steps.{name}." + text.replace("+conf", "preset")
+        if "+conf" in text
+        else f"pipeline.steps.{name}.set.{text}"
+        for name, given in (("prune", pruning), ("distill", learning))
+        for text in map(str, given)
+        if text not in [*shared, *SITE] and not text.startswith("run_dir=")
+    ]
+    off = ("correct", "sft", "preference", "answers", "evaluate", "export", "gguf", "report")
+    asked = [*shared, *steps, *(f"pipeline.steps.{name}.on=false" for name in off), f"run_dir={base}"]
+    pipeline = commands.command("pipeline")[-1]
+    done = slurm.submit("--wait", pipeline, *asked, *SITE, timeout=500)
     assert done.returncode == 0, done.stderr
+    assert len(done.stdout.split()) == 2
+    again = commands.run("pipeline", *asked)
+    assert all(run["kept"] for run in again.result()["runs"])
     return base
 
 

@@ -1,0 +1,103 @@
+"""What can be refused of a pipeline before any of its steps runs: every step's configuration is composed."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+
+from nemo_minitron.config.pipeline import PipelineRecipe
+from nemo_minitron.environment import COMPOSE
+from nemo_minitron.errors import InputError
+from nemo_minitron.workflows.pipeline.state import State
+from nemo_minitron.workflows.pipeline.steps import Step, content_of, key_of, steps_of
+
+# What is typed for the pipeline and meant for each of its steps.
+_SHARED = ("data", "trainer", "eval", "seed")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The steps, the key and the number of ranks of each by its name, the hash of the source's weights."""
+
+    steps: list[Step]
+    keys: dict[str, str]
+    ranks: dict[str, int]
+    source_sha256: str
+
+    def to_config(self) -> dict[str, Any]:
+        """Nothing: the pipeline is one process, and each step has ranks of its own."""
+        return {}
+
+
+def check(r: PipelineRecipe) -> Prepared:
+    """Compose every step and find what has been made already.
+
+    Raises:
+        InputError: names the step and what is wrong with it; a source that is none; one that changed under finished
+            steps.
+    """
+    source = Path(r.source).expanduser().absolute()
+    source_sha256 = content_of(source)
+    if source_sha256 is None:
+        raise InputError(f"source={r.source}: is no checkpoint and no file")
+    run_dir = Path(r.run_dir).absolute()
+    steps = steps_of(r.pipeline.steps, str(source), run_dir, shared_overrides())
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        composed = list(pool.map(compose, steps))
+    keys: dict[str, str] = {}
+    for step, line in zip(steps, composed, strict=True):
+        keys[step.name] = key_of(step, line["config"], source_sha256, keys)
+    State(run_dir).check_source(r.source, source_sha256, overwrite=r.overwrite)
+    return Prepared(
+        steps, keys, {s.name: c["ranks"] for s, c in zip(steps, composed, strict=True)}, source_sha256
+    )
+
+
+def shared_overrides() -> list[str]:
+    """What was typed of the groups that every recipe has."""
+    typed = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    return [text for text in typed if text.lstrip("+~").partition("=")[0].split(".")[0] in _SHARED]
+
+
+def command(step: Step) -> list[str]:
+    """The command line of a step in one process."""
+    return [sys.executable, "-m", "nemo_minitron", step.recipe, *step.overrides]
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Of a step: this one's, with the package where it was found."""
+    package = str(Path(__file__).resolve().parents[3])
+    path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": path, **more}
+
+
+def compose(step: Step) -> Mapping[str, Any]:
+    """A step's configuration as its recipe composes and checks it: `config`, `ranks`, `missing`.
+
+    Raises:
+        InputError: what the recipe says.
+    """
+    with tempfile.TemporaryDirectory() as place:
+        file = Path(place) / "composed.jsonl"
+        # What is there already is the pipeline's affair.
+        done = subprocess.run(
+            [*command(step), "overwrite=true"],
+            env=environment(**{COMPOSE: str(file)}),
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode:
+            said = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+            raise InputError(f"pipeline.steps.{step.name}: {said.removeprefix('error: ')}")
+        composed: dict[str, Any] = json.loads(file.read_text())
+    if composed["missing"]:
+        raise InputError(f"pipeline.steps.{step.name}.set: lacks {', '.join(composed['missing'])}")
+    return composed

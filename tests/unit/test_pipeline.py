@@ -1,0 +1,129 @@
+"""Pipelines as command lines: references between steps, what is refused, and what a step's key is made of."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from nemo_minitron.config.pipeline import StepConfig
+from nemo_minitron.environment import RESULT
+from nemo_minitron.errors import InputError
+from nemo_minitron.workflows.pipeline.state import FILE, State
+from nemo_minitron.workflows.pipeline.steps import Step, key_of, steps_of
+
+ROOT = Path(__file__).resolve().parents[2]
+RUN = Path("/runs/x")
+
+
+def preset(name: str = "width") -> dict[str, StepConfig]:
+    loaded = OmegaConf.load(ROOT / "conf" / "pipeline" / f"minitron_{name}.yaml")
+    return {
+        step: OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(StepConfig), settings))  # type: ignore[misc]
+        for step, settings in loaded.steps.items()
+    }
+
+
+def made(steps: dict[str, StepConfig], *shared: str) -> dict[str, Step]:
+    return {step.name: step for step in steps_of(steps, "/t", RUN, list(shared))}
+
+
+def test_each_step_reads_what_the_one_before_made() -> None:
+    steps = made(preset(), "data=files", "data.train=x")
+    assert steps["distill"].overrides == (
+        *("data=files", "data.train=x", "+conf=width"),
+        *("student=/runs/x/prune", "teacher=/runs/x/correct", "run_dir=/runs/x/distill"),
+    )
+    assert {name: step.needs for name, step in steps.items()} == {
+        "correct": (),
+        "prune": ("correct",),
+        "distill": ("prune", "correct"),
+        "sft": ("distill",),
+        "preference": ("sft",),
+        **dict.fromkeys(("answers", "evaluate", "export", "gguf"), ("preference",)),
+        "report": ("preference", "answers", "evaluate"),
+    }
+
+
+def test_a_step_that_is_off_is_passed_over() -> None:
+    steps = preset("depth")
+    for name in ("correct", "sft", "preference", "answers"):
+        steps[name].on = False
+    found = made(steps)
+    assert list(found) == ["prune", "distill", "evaluate", "export", "gguf", "report"]
+    assert "source=/t" in found["prune"].overrides
+    assert found["export"].needs == ("distill",)
+    assert "report.runs=[/runs/x/evaluate]" in found["report"].overrides
+
+
+def test_values_are_typed_as_a_user_would() -> None:
+    settings = {"a": {"b": None, "c": True}, "d": [1, "x"], "e": "@source/weights", "f": 0.5}
+    (step,) = made({"one": StepConfig("prune", choose={"prune": "depth"}, set=settings)}).values()
+    assert step.overrides[:-1] == ("prune=depth", "a.b=null", "a.c=true", "d=[1,x]", "e=/t/weights", "f=0.5")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"distill": {"student": "@sft"}}, "pipeline.steps.distill.set.student=@sft: sft is off before it"),
+        ({"distill": {"student": "@nobody"}}, "there is no step nobody"),
+        ({"distill": {"student": "@prune|source"}}, "@STEP, @source or @STEP|@OTHER is legal"),
+        ({"a/../b": {"x": 1}}, "is no name for a step"),
+        ({"source": {"x": 1}}, "is no name for a step"),
+        (None, "nothing is on"),
+    ],
+)
+def test_what_cannot_be_is_named(change: dict[str, Any] | None, said: str) -> None:
+    steps = preset() if change else {}
+    for name, settings in (change or {}).items():
+        steps.setdefault(name, StepConfig("prune")).set |= settings
+    with pytest.raises(InputError, match=said.replace("|", r"\|").replace(".", r"\.")):
+        made(steps)
+
+
+def test_a_key_is_of_settings_files_source_and_earlier_steps(tmp_path: Path) -> None:
+    text = tmp_path / "a.txt"
+    text.write_text("one")
+    step = Step("distill", "distill", (), tmp_path / "run" / "distill", ("prune",))
+    config = {"data": {"train": f"{tmp_path}/*.txt", "cache_dir": str(tmp_path)}, "run_dir": "r", "seed": 1}
+
+    def key(source: str = "s", before: str = "p", **more: Any) -> str:
+        return key_of(step, config | more, source, {"prune": before})
+
+    first = key()
+    assert key(run_dir="elsewhere", overwrite=True) == first
+    moved = Step("distill", "distill", (), tmp_path / "moved" / "distill", ("prune",))
+    keys = {
+        s: key_of(s, {"student": f"{s.directory.parent}/prune"}, "s", {"prune": "p"}) for s in (step, moved)
+    }
+    assert keys[step] == keys[moved] != first
+    assert len({first, key(seed=2), key(source="other"), key(before="other")}) == 4
+    text.write_text("two")
+    assert key() != first
+
+
+def test_what_was_made_of_something_else_goes(tmp_path: Path) -> None:
+    state = State(tmp_path)
+    state.begin("prune", "k1", "source")
+    (tmp_path / "prune").mkdir()
+    (tmp_path / "prune" / RESULT).write_text("{}")
+    state.end("prune", "prune: done", 2.0)
+    again = State(tmp_path)
+    assert again.is_done("prune", "k1")
+    assert not again.is_done("prune", "k2")
+    again.check_source("/t", "source", overwrite=False)
+    with pytest.raises(InputError, match="source=/t: is not what prune in"):
+        again.check_source("/t", "other", overwrite=False)
+    again.check_source("/t", "other", overwrite=True)
+    again.begin("prune", "k1", "source")  # killed and started again: it stays
+    assert (tmp_path / "prune").exists()
+    again.begin("prune", "k2", "source")
+    assert not (tmp_path / "prune").exists()
+    assert "seconds" not in json.loads((tmp_path / FILE).read_text())["steps"]["prune"]
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"steps": 3}', "{"])
+def test_a_damaged_record_is_none(text: str, tmp_path: Path) -> None:
+    (tmp_path / FILE).write_text(text)
+    assert not State(tmp_path).is_done("prune", "k")
