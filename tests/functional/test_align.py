@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from nemo_minitron.data.chat.template import CHAT_TEMPLATE
+from nemo_minitron.files import read_steps
 from tests.functional.conftest import Teacher
 from tests.support import conversations, ranks, sessions
 from tests.support.commands import ROOT, Commands, Ended
@@ -21,8 +22,6 @@ SAMPLES = [f"align.samples={VALID}", f"align.samples_max_new_tokens={LONGEST}"]
 
 @dataclass(frozen=True)
 class Aligned:
-    """What a recipe left."""
-
     run_dir: Path
     ended: Ended
 
@@ -31,20 +30,17 @@ class Aligned:
         return self.ended.result()
 
     def losses(self, split: str) -> dict[int, float]:
-        lines = map(json.loads, (self.run_dir / "steps.jsonl").read_text().splitlines())
-        return {line["step"]: line["loss"] for line in lines if line["split"] == split}
+        steps = read_steps(self.run_dir / "steps.jsonl")
+        return {line["step"]: line["loss"] for line in steps if line["split"] == split}
 
     def samples(self, step: int) -> list[dict[str, str]]:
         """Prompts, answers and references of the validation after so many steps."""
-        lines = map(json.loads, (self.run_dir / "samples.jsonl").read_text().splitlines())
-        return [line for line in lines if line.pop("step") == step]
+        return [line for line in read_steps(self.run_dir / "samples.jsonl") if line.pop("step") == step]
 
     def exported(self) -> Path:
         """The result as a Hugging Face directory."""
-        output = self.run_dir / "hf"
-        ranks.run_on_ranks(
-            1, sessions.exported, str(self.run_dir / "checkpoint"), str(output), timeout=PATIENCE_S
-        )
+        checkpoint, output = str(self.run_dir / "checkpoint"), self.run_dir / "hf"
+        ranks.run_on_ranks(1, sessions.exported, checkpoint, str(output), timeout=PATIENCE_S)
         return output
 
 
