@@ -5,10 +5,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nemo_minitron.data.bad_records import REFUSE
 from nemo_minitron.data.chat.conversations import Preference
 from nemo_minitron.data.chat.encoded import EncodedSplit, described, fitting, write_rows
 from nemo_minitron.data.chat.fitting import fit_preferences
-from nemo_minitron.data.chat.refusals import REFUSE
 from nemo_minitron.data.rendering import render
 from nemo_minitron.errors import InputError
 

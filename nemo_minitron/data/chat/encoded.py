@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nemo_minitron.data.bad_records import REFUSE
 from nemo_minitron.data.chat.conversations import Conversation
 from nemo_minitron.data.chat.encoding import Encoded
 from nemo_minitron.data.chat.fitting import Fitted, fit_conversations
-from nemo_minitron.data.chat.refusals import REFUSE
 from nemo_minitron.errors import InputError
 from nemo_minitron.files import put
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Generic, TypeVar
 
+from nemo_minitron.data.bad_records import REFUSE, BadRecords
 from nemo_minitron.data.chat.conversations import Conversation, Message, Preference, clean
 from nemo_minitron.data.chat.encoding import (
     Encoded,
@@ -12,7 +13,6 @@ from nemo_minitron.data.chat.encoding import (
     render_prompt,
     token_ids,
 )
-from nemo_minitron.data.chat.refusals import REFUSE, Refusals
 from nemo_minitron.errors import InputError
 
 if TYPE_CHECKING:
@@ -121,14 +121,14 @@ def _fit(
     if overlong not in OVERLONG:
         raise InputError(f"overlong={overlong}: must be one of {', '.join(OVERLONG)}")
     kept: list[Fit[SampleT]] = []
-    refusals = Refusals(bad_records)
-    count = dropped = shortened = longest = 0
+    bad = BadRecords(bad_records, what)
+    dropped = shortened = longest = 0
     for sample in samples:
-        count += 1
+        bad.read += 1
         try:
             encoded = encode(sample)
         except InputError as error:
-            refusals.add(sample.where, error)
+            bad.add(sample.where.replace(", line ", ":"), error)
             continue
         length = max(len(each.tokens) for each in encoded)
         longest = max(longest, length)
@@ -141,8 +141,8 @@ def _fit(
             shorter = cut(sample)
             kept.append(Fit(shorter, encode(shorter)))
             shortened += 1
-    refusals.end(count, what)
-    fitted = Fitted(count, dropped, shortened, longest, refusals.count)
+    bad.finish()
+    fitted = Fitted(bad.read, dropped, shortened, longest, bad.bad)
     if not kept:
         raise InputError(f"nothing is left to learn of the {what}: {fitted.line(max_tokens)}")
     return kept, fitted
