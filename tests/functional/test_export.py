@@ -1,6 +1,7 @@
 """recipes/export.py: what plain transformers makes of a pruned student, and what is refused."""
 
 import json
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,11 +128,13 @@ def test_half_precision_of_a_hugging_face_source(
         assert torch.equal(model.state_dict()[name].float(), weight.bfloat16().float()), name
 
 
-def test_a_full_disk_leaves_nothing(commands: Commands, pruned: Pruned, tmp_path: Path) -> None:
+@pytest.mark.parametrize("format", ["hf", "gguf"])
+def test_a_full_disk_leaves_nothing(format: str, commands: Commands, pruned: Pruned, tmp_path: Path) -> None:
     target, run_dir = tmp_path / "target", tmp_path / "run"
     ended = commands.run(
         "export",
         "license=none",
+        f"format={format}",
         f"source={pruned.run_dir}",
         f"to={target}",
         f"run_dir={run_dir}",
@@ -148,6 +151,15 @@ def test_a_full_disk_leaves_nothing(commands: Commands, pruned: Pruned, tmp_path
 def interrupted(home: Path, pruned: Pruned) -> Path:
     bad = home / "bad-export" / "killed"
     shutil.copytree(pruned.run_dir / "checkpoint", bad / "checkpoint")
+    return bad
+
+
+def plain(home: Path, pruned: Pruned) -> Path:
+    """A GPTModel of no family."""
+    bad = home / "bad-export" / "plain"
+    shutil.copytree(pruned.run_dir / "checkpoint", bad)
+    settings = bad / "context" / "model.yaml"
+    settings.write_text(re.sub(r"llama\.Llama(Model|Config)", r"base.GPT\1", settings.read_text()))
     return bad
 
 
@@ -182,6 +194,14 @@ def test_refused(commands: Commands, teacher: Teacher, pruned: Pruned) -> None:
         "there": ([f"to={teacher.huggingface}"], ["there already", "overwrite=true"]),
         "below a file": ([f"to={source}/../teacher/result.json/x"], ["no directory"]),
         "killed": ([f"source={interrupted(home, pruned)}"], ["did not finish"]),
+        "no family": (
+            [f"source={(gpt := plain(home, pruned))}"],
+            ["a plain GPTModel", "format=hf has llama"],
+        ),
+        "no family for llama.cpp": (
+            [f"source={gpt}", "format=gguf"],
+            ["a plain GPTModel", "format=gguf has"],
+        ),
         "an id": ([f"source={with_ids(home, teacher)}"], [f"eos_token_id={VOCAB_SIZE}", "rows"]),
     }
     common = [
