@@ -1,11 +1,10 @@
 """The schema of `recipes/pipeline.py`; `config.parse` checks it."""
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from omegaconf import MISSING
 
-from nemo_minitron.config.ranges import PathName
+from nemo_minitron.config.ranges import NamedValues, PathName
 from nemo_minitron.config.recipes import CommonConfig
 
 
@@ -23,7 +22,7 @@ class StepConfig:
     recipe: str = MISSING
     preset: str | None = None
     choose: dict[str, str] = field(default_factory=dict)
-    set: dict[str, Any] = field(default_factory=dict)
+    set: NamedValues = field(default_factory=dict)
     on: bool = True
 
 

@@ -173,19 +173,20 @@ def check_shape(schema: type, plain: dict[Any, Any], where: str = "") -> None:
                 check_shape(kind, value, f"{key}.")
             elif list in (kind, typing.get_origin(kind)):
                 _expect(isinstance(value, list), key, value, "a list")
-                _check_groups(kind, value, key)
+                _check_groups(kind, {f"{key}[{number}]": item for number, item in enumerate(value)})
                 _expect(_flat(kind, value), key, value, "a list of single values")
             elif dict in (kind, typing.get_origin(kind)):
                 _expect(isinstance(value, dict), key, value, "values by name, such as {a: b}")
                 _expect(_flat(kind, value.values()), key, value, "single values by name, such as {a: b}")
+                _check_groups(kind, {f"{key}.{name}": item for name, item in value.items()})
 
 
-def _check_groups(kind: Any, items: list[Any], key: str) -> None:
-    """`check_shape` of each item, where they are groups of settings."""
-    for schema in typing.get_args(kind):
-        for number, item in enumerate(items if is_dataclass(schema) else ()):
-            _expect(isinstance(item, dict), f"{key}[{number}]", item, "a group of settings")
-            check_shape(schema, item, f"{key}[{number}].")  # type: ignore[arg-type]
+def _check_groups(kind: Any, items: dict[str, Any]) -> None:
+    """`check_shape` of each item by its key, where they are groups of settings."""
+    for schema in filter(is_dataclass, typing.get_args(kind)):
+        for key, item in items.items():
+            _expect(isinstance(item, dict), key, item, "a group of settings")
+            check_shape(schema, item, f"{key}.")  # type: ignore[arg-type]
 
 
 def _flat(kind: Any, items: Iterable[Any]) -> bool:
@@ -217,6 +218,9 @@ def check_ranges(config: Any, where: str = "") -> None:
         elif isinstance(value, list) and value and all(map(is_dataclass, value)):
             for number, item in enumerate(value):
                 check_ranges(item, f"{key}[{number}].")
+        elif isinstance(value, dict) and value and all(map(is_dataclass, value.values())):
+            for name, item in value.items():
+                check_ranges(item, f"{key}.{name}.")
         elif value is not None:
             _check(key, value, hints[field.name])
 
