@@ -77,8 +77,10 @@ def check_keys(name: str, cfg: Mapping[str, Any]) -> None:
     """Refuse what belongs to another corpus: files that were named but not read would go unnoticed.
 
     Raises:
-        InputError: names the key and the corpus.
+        InputError: names the key and the corpus; or no such corpus.
     """
+    if name not in _KEYS:
+        raise InputError(f"data.name={name}: no such corpus; known: {', '.join(sorted(_KEYS))}")
     for owner, keys in _KEYS.items():
         for key in keys:
             if cfg.get(key) is not None and key not in _KEYS[name]:
