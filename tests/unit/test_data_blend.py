@@ -1,7 +1,6 @@
 """Blends: Megatron's own dealing out, held to weights by numpy; what a part is, and what is refused."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +23,6 @@ from nemo_minitron.workflows.preflight import say_repeats
 
 TEACHER = str(Path(__file__).resolve().parents[2] / "assets" / "demo-teacher")
 SEQ_LENGTH, EOD = 8, 100_000
-
-
-@pytest.fixture
-def one_process(tmp_path: Path) -> Iterator[None]:
-    """BlendedDataset asks torch.distributed for its rank."""
-    torch.distributed.init_process_group(
-        "gloo", store=torch.distributed.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
-    )
-    yield
-    torch.distributed.destroy_process_group()
 
 
 def indexed(prefix: Path, first: int, tokens: int) -> str:
@@ -60,7 +49,7 @@ def dealt_out(weights: list[float], size: int) -> list[int]:
     ("weights", "samples"), [([0.7, 0.3], 60), ([1.0, 1.0], None), ([5.0, 3.0, 2.0], None), ([0.9, 0.1], 200)]
 )
 def test_sequences_are_dealt_out_by_weights(
-    weights: list[float], samples: int | None, tmp_path: Path, one_process: None
+    weights: list[float], samples: int | None, tmp_path: Path, megatron: None
 ) -> None:
     lengths = [700, 350, 497][: len(weights)]
     prefixes = [indexed(tmp_path / f"p{n}", 10_000 * n, tokens) for n, tokens in enumerate(lengths)]
