@@ -46,7 +46,6 @@ def _rounded(f: dict[str, Any]) -> Iterator[str]:
 
 def _work(f: dict[str, Any]) -> Iterator[str]:
     shown: list[tuple[str, Callable[[Any], str]]] = [
-        ("runs", lambda v: f"{len(v)} runs, {sum(row['kept'] for row in v)} of them kept"),
         ("steps", lambda v: f"{v:,} steps"),
         ("candidates_tried", lambda v: f"{v:,} candidates tried"),
         ("best", lambda v: f"best {v}"),
@@ -62,6 +61,8 @@ def _work(f: dict[str, Any]) -> Iterator[str]:
 
 
 def _scores(f: dict[str, Any]) -> Iterator[str]:
+    if f.get("recipe") == "pipeline":
+        yield f"{len(f['runs'])} runs, {sum(run['kept'] for run in f['runs'])} of them kept"
     if f.get("perplexity") is not None:  # pretraining has bits a byte alone
         yield f"perplexity {f['perplexity']:.2f}"
         if f.get("perplexity_f16") is not None:  # of a quantised export

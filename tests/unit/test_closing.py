@@ -24,6 +24,8 @@ LINES = {
         "kept": {"hidden_size": [448, 576]},
         "rounded_from": {"hidden_size": 432.0},
     },
+    "pipeline: 2 runs, 1 of them kept": {"recipe": "pipeline", "runs": [{"kept": True}, {"kept": False}]},
+    "report: done": {"recipe": "report", "runs": ["a"]},
     "pretrain: LM loss 2.730 nats, 3.64M parameters, 100 steps": {
         "recipe": "pretrain",
         "lm_loss_nats": 2.73,
