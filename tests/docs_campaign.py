@@ -1,8 +1,8 @@
 """Runs the recipes' commands of README.md and docs/ one after the other, each page from an empty directory, shortened:
 
-    python -m tests.docs_campaign --home DIR [--only TEXT] [--real-model FILE.gguf]    # from the repository's root
+    python -m tests.docs_campaign --home DIR [--page docs/] [--only TEXT] [--real-model FILE.gguf]
 
-`SHORTER` is what makes them end in seconds; the words in capitals stand for what `inputs` makes first. A command has to
+From the repository's root. `SHORTER` is what makes them end in seconds; the words in capitals stand for what `inputs` makes first. A command has to
 end with exit code 0. What is not run is printed with its reason.
 """
 
@@ -184,6 +184,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--home", type=Path, required=True, help="a directory of the campaign's own")
     parser.add_argument("--only", default="", help="those with this in them")
+    parser.add_argument("--page", default="", help="of pages with this in their path, such as docs/")
     parser.add_argument("--real-model")
     options = parser.parse_args()
     home = options.home.resolve()
@@ -194,8 +195,10 @@ def main() -> int:
     }
     words, seen, failed, ran = inputs(home, environment), set(), [], 0
     for page in PAGES:
-        where = home / page.name
-        where.mkdir()
+        where = home / page.relative_to(ROOT).with_suffix("")  # two pages are called README
+        if options.page not in str(where.relative_to(home)):
+            continue
+        where.mkdir(parents=True)
         for number, command in enumerate(commands_of(page)):
             if command.text in seen or options.only not in command.text:
                 continue
