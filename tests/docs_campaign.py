@@ -2,8 +2,8 @@
 
     python -m tests.docs_campaign --home DIR [--page docs/] [--only TEXT] [--real-model FILE.gguf]
 
-From the repository's root. `SHORTER` is what makes them end in seconds; the words in capitals stand for what `inputs` makes first. A command has to
-end with exit code 0. What is not run is printed with its reason.
+From the repository's root. `SHORTER` is what makes them end in seconds; the words in capitals stand for what `inputs`
+makes first. A command has to end with exit code 0. What is not run is printed with its reason.
 """
 
 import argparse
