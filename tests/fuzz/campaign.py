@@ -32,6 +32,9 @@ from nemo_minitron.run.registry import RECIPES
 from tests.fuzz import files, overrides
 from tests.fuzz.places import Places, make_places
 
+# A pipeline's check starts the recipes of its steps, to compose them: programs are what is watched for here.
+TRIED = [name for name in RECIPES if name != "pipeline"]
+
 # CPU, since others may use the machine too; what waits, for a pipe say, waits for so many times as long.
 SECONDS, WAITING, BYTES, LONGEST_LINE = 60, 4, 2 << 30, 1500
 _STARTS = {
@@ -117,9 +120,9 @@ class Checks:
         self.places, self.schemas = places, SCHEMAS
         assert set(RECIPES) == set(SCHEMAS)
         self.modules = {
-            name: importlib.import_module(f"nemo_minitron.workflows.{name}.check") for name in RECIPES
+            name: importlib.import_module(f"nemo_minitron.workflows.{name}.check") for name in TRIED
         }
-        self.keys = {name: sorted(set(overrides.keys(SCHEMAS[name]))) for name in RECIPES}
+        self.keys = {name: sorted(set(overrides.keys(SCHEMAS[name]))) for name in TRIED}
         self.watch = Watch(places.home.parent)
         initialize_config_dir(version_base="1.3", config_dir=str(CONF)).__enter__()
 
@@ -200,7 +203,7 @@ Case = tuple[str, list[str], list[str], str]
 
 def override_case(checks: Checks, rng: random.Random) -> Case:
     """Recipe, all overrides, those that are odd, what was done."""
-    recipe = rng.choice(sorted(RECIPES))
+    recipe = rng.choice(sorted(TRIED))
     given = overrides.draw(rng, checks.keys[recipe], checks.places.odd_paths())
     return recipe, [*checks.places.base(recipe), *given], given, " ".join(given)[:300]
 
@@ -263,7 +266,7 @@ def main() -> int:
     begin = time.monotonic()
     checks = Checks(make_places(home / "places"))
     os.chdir(home / "user")
-    for name in RECIPES:
+    for name in TRIED:
         # Not watched: libraries look at the machine when they are first imported.
         code, said = checks.answer(name, checks.places.base(name))
         assert code == 0, (name, said)

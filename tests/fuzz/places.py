@@ -89,6 +89,7 @@ class Places:
             "sft": [line.format("conversations") for line in align],
             "preference": [line.format("preferences") for line in align],
             "export": [f"source={model}", "license=none"],
+            "report": [f"source={self.home}/reported"],
             "evaluate_instruct": [f"source={model}", f"instruct.file={self.home}/instruct.jsonl"],
             "instruct_data": [f"instruct_data.input={self.home}/conversations.jsonl"],
             "pretrain": [
@@ -196,6 +197,14 @@ def _run(home: Path) -> None:
     PrunePlan(source.sha256(), a, a.replace(num_layers=1), {}, Kept(layers=[0])).save(
         home / "run" / "plan.json"
     )
+    (home / "reported").mkdir()
+    finished = {
+        "recipe": "prune",
+        "source": str(home / "hf"),
+        "lm_loss_nats_before": 2.0,
+        "lm_loss_nats_after": 3.0,
+    }
+    (home / "reported" / "result.json").write_text(json.dumps(finished))
     (home / "sdg" / "text").mkdir(parents=True)
     shutil.copy(home / "corpus.jsonl", home / "sdg" / "text" / "train.jsonl")
     for run in ("sdg", "run", "cached"):
