@@ -7,7 +7,7 @@ with one line; `layout` has the trainer's part. What needs the model's sizes (ta
 
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -352,7 +352,7 @@ def parse(schema: type[SchemaT], config: DictConfig) -> SchemaT:
         raise InputError("prepared: is what a launcher hands to its ranks; leave it out")
     check_ranges(result)
     settle_tokens(result)
-    check_trainer(result.trainer)
+    check_trainer(result.trainer, is_pipeline=is_dataclass(result.pipeline))
     if isinstance(result.logger, LoggerConfig):
         check_logger(result.logger)
     if result.cluster is not None:

@@ -121,8 +121,11 @@ def common_divisors(sizes: Iterable[int]) -> str:
     return ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
 
 
-def check_trainer(t: TrainerConfig) -> None:
+def check_trainer(t: TrainerConfig, *, is_pipeline: bool = False) -> None:
     """Refuse an impossible layout or batch, a feature that is not here, or another number of ranks than were started.
+
+    Args:
+        is_pipeline: the layout is that of steps, each of which starts its own ranks.
 
     Raises:
         InputError: names the key and what would be legal.
@@ -138,12 +141,16 @@ def check_trainer(t: TrainerConfig) -> None:
         raise InputError(
             f"trainer.context_parallel_size={t.context_parallel_size}: needs Transformer Engine, which is not here"
         )
-    _check_ranks(t)
+    _check_ranks(t, is_pipeline)
 
 
-def _check_ranks(t: TrainerConfig) -> None:
+def _check_ranks(t: TrainerConfig, is_pipeline: bool) -> None:
     world = int(os.environ.get(NPROC) or os.environ.get("WORLD_SIZE") or 1)
-    if os.environ.get(COMPOSE):  # a launcher will start as many as the layout asks for
+    if is_pipeline and world > 1:
+        raise InputError(
+            f"{world} ranks were started, but a pipeline is one process, whose steps start their own"
+        )
+    if is_pipeline or os.environ.get(COMPOSE):  # a launcher will start as many as the layout asks for
         world = t.ranks
     if world != t.ranks:
         raise InputError(

@@ -88,14 +88,15 @@ def test_a_key_is_of_settings_files_source_and_earlier_steps(tmp_path: Path) -> 
     step = Step("distill", "distill", (), tmp_path / "run" / "distill", ("prune",))
     config = {"data": {"train": f"{tmp_path}/*.txt", "cache_dir": str(tmp_path)}, "run_dir": "r", "seed": 1}
 
-    def key(source: str = "s", before: str = "p", **more: Any) -> str:
-        return key_of(step, config | more, source, {"prune": before})
+    def key(source: str = "s", before: str = "p", at: str = "/t", **more: Any) -> str:
+        return key_of(step, config | {"source": at} | more, Path(at), source, {"prune": before})
 
     first = key()
-    assert key(run_dir="elsewhere", overwrite=True) == first
+    assert key(run_dir="elsewhere", overwrite=True) == key(at="/moved/t") == first
     moved = Step("distill", "distill", (), tmp_path / "moved" / "distill", ("prune",))
     keys = {
-        s: key_of(s, {"student": f"{s.directory.parent}/prune"}, "s", {"prune": "p"}) for s in (step, moved)
+        s: key_of(s, {"student": f"{s.directory.parent}/prune"}, Path("/t"), "s", {"prune": "p"})
+        for s in (step, moved)
     }
     assert keys[step] == keys[moved] != first
     assert len({first, key(seed=2), key(source="other"), key(before="other")}) == 4

@@ -54,7 +54,7 @@ def check(r: PipelineRecipe) -> Prepared:
         composed = list(pool.map(compose, steps))
     keys: dict[str, str] = {}
     for step, line in zip(steps, composed, strict=True):
-        keys[step.name] = key_of(step, line["config"], source_sha256, keys)
+        keys[step.name] = key_of(step, line["config"], source, source_sha256, keys)
     State(run_dir).check_source(r.source, source_sha256, overwrite=r.overwrite)
     return Prepared(
         steps, keys, {s.name: c["ranks"] for s, c in zip(steps, composed, strict=True)}, source_sha256

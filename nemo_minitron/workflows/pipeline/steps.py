@@ -124,12 +124,15 @@ def _typed(value: Any) -> str:
     return str(value)
 
 
-def key_of(step: Step, config: Mapping[str, Any], source_sha256: str, keys: Mapping[str, str]) -> str:
+def key_of(
+    step: Step, config: Mapping[str, Any], source: Path, source_sha256: str, keys: Mapping[str, str]
+) -> str:
     """Hex sha256 of all that a step's result comes from: its configuration, the files that names, the steps it needs.
 
     Args:
         config: composed and resolved.
-        source_sha256: of the pipeline's source.
+        source: of the pipeline, as it stands in `config`.
+        source_sha256: of its content.
         keys: of the steps before.
     """
     plain = {name: value for name, value in config.items() if name not in _NO_INPUTS}
@@ -141,8 +144,10 @@ def key_of(step: Step, config: Mapping[str, Any], source_sha256: str, keys: Mapp
         "files": dict(_files(plain, step.directory.parent)),
     }
     text = json.dumps(inputs, sort_keys=True, default=str)
-    # Where the pipeline lies is no input: a directory that was moved is not made again.
-    return hashlib.sha256(text.replace(str(step.directory.parent), "@").encode()).hexdigest()
+    # Where the pipeline and its source lie is no input: a directory that was moved is not made again.
+    for place, name in ((step.directory.parent, "@"), (source, "@source")):
+        text = re.sub(rf'"{re.escape(json.dumps(str(place))[1:-1])}(?=[/"])', f'"{name}', text)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _files(config: Any, run_dir: Path) -> Iterator[tuple[str, str]]:
