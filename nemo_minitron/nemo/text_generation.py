@@ -16,7 +16,7 @@ from nemo.collections.llm.inference.base import MCoreTokenizerWrappper
 from nemo_minitron import parallel
 from nemo_minitron.checkpoints.source import Source
 from nemo_minitron.config.recipes import SynthesizeRecipe
-from nemo_minitron.nemo.session import Session, nemo_tokenizer
+from nemo_minitron.nemo.session import Session
 from nemo_minitron.padding import padded_rows
 
 
@@ -45,7 +45,7 @@ def _controller(
         inference_max_seq_length=length,
     )
     wrapped = gpt.GPTInferenceWrapper(model, sizes, StaticInferenceContext.from_config(sizes))
-    tokenizer = MCoreTokenizerWrappper(nemo_tokenizer(session.source.tokenizer), vocab_size)
+    tokenizer = MCoreTokenizerWrappper(session.model.tokenizer, vocab_size)
     controller = kind(inference_wrapped_model=wrapped, tokenizer=tokenizer)
     controller.columns = vocab_size
     return controller

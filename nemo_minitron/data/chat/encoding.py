@@ -220,9 +220,9 @@ def _refuse_control_tokens(
 ) -> None:
     """A special token inside a text would open or close turns."""
     # `all_special_tokens` alone lacks those that have no name, such as Llama 3's turn marks.
-    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    special = sorted({str(token) for token in tokenizer.added_tokens_decoder.values() if token.special})
     for number, message in enumerate(messages, start=1):
-        for token in sorted(special):
+        for token in special:
             if token in message["content"]:
                 raise InputError(
                     f"{where}, message {number}: holds {token}, a control token of the tokenizer; texts must not"
