@@ -28,6 +28,11 @@ def of_setting(key: str) -> Iterator[None]:
         raise InputError(f"{key}: {error}") from None
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what a library says, or else the kind of its exception."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 class FailedRun(RuntimeError):
     """The run must not go on: one line that names what was found and what was expected.
 

@@ -41,7 +41,7 @@ from nemo_minitron.config.ranges import (
 from nemo_minitron.config.search import SearchConfig
 from nemo_minitron.config.synthesize import SynthesizeConfig
 from nemo_minitron.config.trainer import TrainerConfig, check_trainer
-from nemo_minitron.errors import InputError
+from nemo_minitron.errors import InputError, first_line
 from nemo_minitron.files import obstacle
 
 SchemaT = TypeVar("SchemaT")
@@ -346,7 +346,7 @@ def parse(schema: type[SchemaT], config: DictConfig) -> SchemaT:
             raise
         told = re.search(r"full_key: (\S+)", str(error))
         key = getattr(error, "full_key", None) or (told and told[1])
-        reason = brief((str(error).splitlines() or [type(error).__name__])[0])
+        reason = brief(first_line(error))
         raise InputError(f"{key}: {reason}" if key and key not in reason else reason) from None
     if result.prepared is not None and not {"RANK", "SLURM_PROCID"} & os.environ.keys():
         raise InputError("prepared: is what a launcher hands to its ranks; leave it out")

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from nemo_minitron.errors import first_line
 from nemo_minitron.files import open_regular
 
 SUFFIXES = (".gz", ".zst", ".zstd", ".bz2", ".xz")
@@ -80,7 +81,9 @@ class _Bounded(io.RawIOBase):
             found = self._unpacked.read(len(buffer))
         except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
             raise OSError(
-                errno.EIO, f"its compressed data is damaged or cut short: {_line(error)}", self._name
+                errno.EIO,
+                f"its compressed data is damaged or cut short: {first_line(error)[:200]}",
+                self._name,
             ) from error
         self._read += len(found)
         if self._read > self._most:
@@ -91,7 +94,3 @@ class _Bounded(io.RawIOBase):
             )
         buffer[: len(found)] = found
         return len(found)
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

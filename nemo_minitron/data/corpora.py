@@ -14,7 +14,7 @@ from nemo_minitron.data.corpus import SPLITS, Corpus, Document, Stream
 from nemo_minitron.data.held_out import refuse_shared
 from nemo_minitron.data.records import Record, kind_of, read_document, read_records
 from nemo_minitron.data.stdlib import stdlib_corpus
-from nemo_minitron.errors import InputError
+from nemo_minitron.errors import InputError, first_line
 
 DEFAULT_VALID_FRACTION = 0.05
 
@@ -259,9 +259,8 @@ def _hf_split(cfg: Mapping[str, Any], path: str, split: str, text_key: str) -> S
             path, cfg.get("config"), split=split, revision=cfg.get("revision"), trust_remote_code=False
         )
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(
-            f"data.path={path}, split {split}: cannot be loaded ({reason}){_download(path)}"
+            f"data.path={path}, split {split}: cannot be loaded ({first_line(error)}){_download(path)}"
         ) from error
     if text_key not in rows.column_names:
         raise InputError(

@@ -20,11 +20,11 @@ from typing import Any, BinaryIO
 from nemo_minitron.checkpoints.untrusted import check_no_pointer
 from nemo_minitron.data.compressed import SUFFIXES, decompressed
 from nemo_minitron.data.json_stream import objects_of_array
-from nemo_minitron.errors import InputError
+from nemo_minitron.errors import InputError, first_line
 from nemo_minitron.files import LONGEST_LINE, lines_of
 
 _BOM = b"\xef\xbb\xbf"
-_LINES, _JSON, _PARQUET, _TEXT = "lines", "json", "parquet", "text"
+_LINES, _JSON, _PARQUET, TEXT = "lines", "json", "parquet", "text"
 _KINDS = {
     ".jsonl": _LINES,
     ".ndjson": _LINES,
@@ -69,7 +69,7 @@ def kind_of(path: str | Path) -> str:
     suffix = Path(name).suffix
     if suffix in _REFUSED:
         raise InputError(f"{path}: {suffix} files are not read; {_LEGAL}")
-    return _KINDS.get(suffix, _TEXT)
+    return _KINDS.get(suffix, TEXT)
 
 
 def read_records(path: str | Path, columns: Sequence[str] | None = None) -> Iterator[Record]:
@@ -248,8 +248,7 @@ def _rows(path: str | Path, columns: Sequence[str] | None) -> Iterator[Record]:
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         if isinstance(error, InputError):
             raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise InputError(f"{path}: cannot be read as Parquet ({reason})") from None
+        raise InputError(f"{path}: cannot be read as Parquet ({first_line(error)[:200]})") from None
 
 
 def _seekable(file: BinaryIO) -> BinaryIO:

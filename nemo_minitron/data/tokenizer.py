@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.checkpoints.untrusted import check_no_pointer, check_regular, read_json
-from nemo_minitron.errors import InputError
+from nemo_minitron.errors import InputError, first_line
 from nemo_minitron.files import check_tokenizer_files
 
 if TYPE_CHECKING:
@@ -105,13 +105,14 @@ def load_tokenizer(path_or_id: str | Path) -> "PreTrainedTokenizerBase":
     except InputError:
         raise
     except Exception as error:  # `tokenizers` raises no narrower one for a broken file
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         fetch = (
             ""
             if is_directory
             else f"; `huggingface-cli download {name} --local-dir DIR` where the hub is reachable"
         )
-        raise InputError(f"data.tokenizer={name}: cannot be loaded ({reason[:200]}){fetch}") from error
+        raise InputError(
+            f"data.tokenizer={name}: cannot be loaded ({first_line(error)[:200]}){fetch}"
+        ) from error
     if tokenizer.eos_token_id is None:
         raise InputError(
             f"data.tokenizer={name}: has no end-of-text token (eos_token), which ends each document"

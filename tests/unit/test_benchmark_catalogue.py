@@ -36,6 +36,11 @@ def test_names_may_carry_a_number_of_examples() -> None:
             parse_names(names)
 
 
+@pytest.mark.parametrize("name", ["a/q.jsonl", "q.JSONL", "q.ndjson", "q.json", "q.parquet", "q.jsonl.xz"])
+def test_a_file_is_what_the_reader_of_records_takes(name: str) -> None:
+    assert [one.is_file for one in parse_names([name, "hellaswag_100", "arc_easy"])] == [True, False, False]
+
+
 def test_data_that_was_not_fetched_is_named(data: DataConfig) -> None:
     for name in LOCAL:
         if name == "mmlu_dev_281":  # the harness itself has it

@@ -14,7 +14,8 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from nemo_minitron.config.recipes import DataConfig
-from nemo_minitron.errors import InputError
+from nemo_minitron.data.records import TEXT, kind_of
+from nemo_minitron.errors import InputError, first_line
 from nemo_minitron.evaluation.benchmarks import judged
 from nemo_minitron.evaluation.benchmarks.items import tasks_of_harness
 from nemo_minitron.evaluation.benchmarks.local import ACC_NORM, LOCAL, multiple_choice
@@ -31,9 +32,6 @@ _DIRECTORIES = {
     "truthfulqa_mc2": "truthfulqa",
     "winogrande": "winogrande",
 }
-_FILES = (".jsonl", ".json", ".parquet", ".gz", ".zst")
-
-
 _PATIENCE_S = 5
 
 
@@ -57,7 +55,12 @@ class Wanted:
     @property
     def label(self) -> str:
         """What its row and its file of items are called."""
-        return Path(self.name).stem if self.name.endswith(_FILES) else self.name
+        return Path(self.name).stem if self.is_file else self.name
+
+    @property
+    def is_file(self) -> bool:
+        """Whether it is a user's file of questions."""
+        return kind_of(self.name) != TEXT
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,7 @@ def load(wanted: Sequence[Wanted], data: DataConfig) -> list[Benchmark]:
 def _task(wanted: Wanted, data: DataConfig) -> Any:
     if wanted.judged:
         return judged.questions(data)
-    if wanted.name.endswith(_FILES):
+    if wanted.is_file:
         return _configured(wanted.label, _of_file(wanted.name))
     if wanted.name in LOCAL:
         return _configured(wanted.name, LOCAL[wanted.name].config(data))
@@ -147,9 +150,8 @@ def _of_harness(name: str) -> Any:
 
 
 def _hub_failure(name: str, error: Exception) -> str:
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
     return (
-        f"eval.tasks={name}: its data is neither in the cache nor to be had from the hub ({reason}); "
+        f"eval.tasks={name}: its data is neither in the cache nor to be had from the hub ({first_line(error)}); "
         "eval=local needs no hub"
     )
 
