@@ -36,7 +36,7 @@ from typing import Any, NoReturn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from nemo_minitron.environment import GRACE_S, INTERRUPTED, NPROC, PREPARE  # noqa: E402
+from nemo_minitron.environment import GRACE_S, INTERRUPTED, NPROC, PREPARE, with_package  # noqa: E402
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 TAIL_LINES = 30
@@ -190,10 +190,9 @@ class Launcher:
             "MASTER_ADDR",
             "MASTER_PORT",
         }
-        env = {name: value for name, value in os.environ.items() if name not in foreign}
+        env = {name: value for name, value in with_package().items() if name not in foreign}
         env.pop(PREPARE, None)
         env[NPROC] = str(self.options.nproc * self.options.nnodes)
-        env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         return env
 
     def run_ranks(self, run: Path, state: Path) -> int:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -33,7 +32,7 @@ sys.path.insert(0, str(ROOT))
 
 from launchers import sbatch  # noqa: E402
 from launchers.sbatch import Job  # noqa: E402
-from nemo_minitron.environment import CHAIN, COMPOSE, RESULT  # noqa: E402
+from nemo_minitron.environment import CHAIN, COMPOSE, RESULT, with_package  # noqa: E402
 from nemo_minitron.run.job_spec import HYDRA_WRITES_NOTHING  # noqa: E402
 
 SWEEP = ("-m", "--multirun")
@@ -125,7 +124,7 @@ def chain_of(step: list[str]) -> list[list[str]]:
         file = Path(scratch, "chain.jsonl")
         own = [text for text in overrides if text not in cluster]
         code = subprocess.call(
-            [sys.executable, recipe, *own], env={**os.environ, CHAIN: str(file)}, stdout=sys.stderr
+            [sys.executable, recipe, *own], env=with_package(**{CHAIN: str(file)}), stdout=sys.stderr
         )
         if code:
             sys.exit(code)
@@ -151,9 +150,7 @@ def compose(recipe: Path, overrides: list[str], before: Job | None) -> Job:
         if not any(re.match(r"\+?cluster[=@]", override) for override in overrides):
             own.append("+cluster=slurm")
         command = [sys.executable, str(recipe), *(with_directory(text, before) for text in overrides), *own]
-        env = {**os.environ, COMPOSE: str(composed)}
-        env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        code = subprocess.call(command, env=env, stdout=sys.stderr)
+        code = subprocess.call(command, env=with_package(**{COMPOSE: str(composed)}), stdout=sys.stderr)
         if code:
             sys.exit(code)
         if not composed.exists():

@@ -30,6 +30,13 @@ def rank() -> int:
     return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
 
 
+def with_package(**more: str) -> dict[str, str]:
+    """This environment for a child process, which finds the package where this one did."""
+    package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": path, **more}
+
+
 def verbose() -> bool:
     """Whether NEMO_MINITRON_VERBOSE=1 asks for all that libraries say."""
     return os.environ.get(VERBOSE) == "1"

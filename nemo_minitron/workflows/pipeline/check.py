@@ -1,7 +1,6 @@
 """What can be refused of a pipeline before any of its steps runs: every step's configuration is composed."""
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -14,7 +13,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 
 from nemo_minitron.config.pipeline import PipelineRecipe
-from nemo_minitron.environment import COMPOSE
+from nemo_minitron.environment import COMPOSE, with_package
 from nemo_minitron.errors import InputError
 from nemo_minitron.workflows.pipeline.state import State
 from nemo_minitron.workflows.pipeline.steps import Step, content_of, key_of, steps_of
@@ -72,13 +71,6 @@ def command(step: Step) -> list[str]:
     return [sys.executable, "-m", "nemo_minitron", step.recipe, *step.overrides]
 
 
-def environment(**more: str) -> dict[str, str]:
-    """Of a step: this one's, with the package where it was found."""
-    package = str(Path(__file__).resolve().parents[3])
-    path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
-    return {**os.environ, "PYTHONPATH": path, **more}
-
-
 def compose(step: Step) -> Mapping[str, Any]:
     """A step's configuration as its recipe composes and checks it: `config`, `ranks`, `missing`.
 
@@ -90,7 +82,7 @@ def compose(step: Step) -> Mapping[str, Any]:
         # What is there already is the pipeline's affair.
         done = subprocess.run(
             [*command(step), "overwrite=true"],
-            env=environment(**{COMPOSE: str(file)}),
+            env=with_package(**{COMPOSE: str(file)}),
             capture_output=True,
             text=True,
         )

@@ -12,10 +12,10 @@ from types import FrameType
 from typing import Any
 
 from nemo_minitron.config.pipeline import PipelineRecipe
-from nemo_minitron.environment import BAD_INPUT, CHAIN, INTERRUPTED, INTERRUPTED_BY_USER, RESULT
+from nemo_minitron.environment import BAD_INPUT, CHAIN, INTERRUPTED, INTERRUPTED_BY_USER, RESULT, with_package
 from nemo_minitron.errors import FailedRun, InterruptedRun
 from nemo_minitron.files import read_text, write_text
-from nemo_minitron.workflows.pipeline.check import Prepared, command, environment
+from nemo_minitron.workflows.pipeline.check import Prepared, command
 from nemo_minitron.workflows.pipeline.state import State
 from nemo_minitron.workflows.pipeline.steps import Step
 
@@ -116,7 +116,7 @@ def _started(step: Step, ranks: int) -> tuple[int, str]:
     before = {number: signal.getsignal(number) for number in _PASSED_ON}
     process = subprocess.Popen(
         line,
-        env=environment(),
+        env=with_package(),
         stdout=subprocess.PIPE,
         text=True,
         preexec_fn=lambda: _die_with_parent(dies_of),

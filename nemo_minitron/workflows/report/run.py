@@ -7,16 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.config.recipes import cache_dir
 from nemo_minitron.config.report import ReportRecipe
-from nemo_minitron.environment import peak_rss_gib
+from nemo_minitron.environment import peak_rss_gib, with_package
 from nemo_minitron.errors import FailedRun
 from nemo_minitron.files import write_text
 from nemo_minitron.report.page import write_page
 from nemo_minitron.workflows.report.check import Prepared
 
 PAGE = "report.html"
-_ROOT = Path(__file__).resolve().parents[3]
 
 
 def run(r: ReportRecipe, prepared: Prepared, directory: Path) -> dict[str, Any]:
@@ -51,12 +49,12 @@ def _answers(r: ReportRecipe, checkpoint: str, prompts: Sequence[str]) -> list[s
         "checkpoint": checkpoint,
         "prompts": list(prompts),
         "max_new_tokens": r.report.max_new_tokens,
-        "cache": str(cache_dir(r.data, "exports")),
+        "cache_dir": r.data.cache_dir,
     }
     done = subprocess.run(
         [sys.executable, "-m", "nemo_minitron.workflows.report.answering"],
         input=json.dumps(asked),
-        cwd=_ROOT,
+        env=with_package(),
         stdout=subprocess.PIPE,
         text=True,
     )
