@@ -46,6 +46,16 @@ def end_if_asked() -> None:
         raise KeyboardInterrupt
 
 
+def open_bar(label: str, total: int, unit: str) -> Any:
+    """tqdm's bar on stderr, renewed in place on a terminal, now and then elsewhere; `unit`: "B" for bytes."""
+    from tqdm import tqdm
+
+    every = 1.0 if sys.stderr.isatty() else 10.0
+    return tqdm(
+        total=total, desc=label, unit=unit, unit_scale=unit == "B", file=sys.stderr, mininterval=every
+    )
+
+
 def progress_bar(label: str, total: int, *, unit: str = "seq", tokens: int = 0) -> Callable[[int], None]:
     """A line on rank 0's stderr, renewed in place on a terminal, now and then elsewhere.
 
@@ -60,10 +70,7 @@ def progress_bar(label: str, total: int, *, unit: str = "seq", tokens: int = 0) 
     """
     if rank() != 0:
         return lambda _done: end_if_asked()
-    from tqdm import tqdm
-
-    every = 1.0 if sys.stderr.isatty() else 10.0
-    bar = tqdm(total=total, desc=label, unit=unit, unit_scale=unit == "B", file=sys.stderr, mininterval=every)
+    bar = open_bar(label, total, unit)
     begin = time.monotonic()
 
     def show(done: int) -> None:

@@ -9,13 +9,9 @@ from nemo_minitron.config.ranges import Beginning, Choice, Files, NotNegative, P
 
 
 @dataclass
-class BlendPart:
-    """One corpus of a blend: `weight`, its share of the sequences in proportion to the other parts' (0: it is not
-    read), and the keys of the corpus `name` ("files", "hf" or "stdlib"), as in `data`.
-    """
+class CorpusConfig:
+    """The keys of a corpus; `DataConfig` says what they mean."""
 
-    weight: NotNegative = MISSING
-    name: str = "files"
     train: Files = None
     valid: Files = None
     text_key: str | None = None
@@ -28,7 +24,17 @@ class BlendPart:
 
 
 @dataclass
-class DataConfig:
+class BlendPart(CorpusConfig):
+    """One corpus of a blend: `weight`, its share of the sequences in proportion to the other parts' (0: it is not
+    read), and the keys of the corpus `name` ("files", "hf" or "stdlib"), as in `data`.
+    """
+
+    weight: NotNegative = MISSING
+    name: str = "files"
+
+
+@dataclass
+class DataConfig(CorpusConfig):
     """A corpus, its tokenizer, and how it is packed.
 
     `name`: "stdlib", the source of Python's standard library; "files"; "hf", a dataset of the hub; "blend".
@@ -65,14 +71,5 @@ class DataConfig:
     reset_attention_mask: bool = False
     reset_position_ids: bool = False
     seed: Seed = 1234
-    train: Files = None
-    valid: Files = None
-    text_key: str | None = None
-    valid_fraction: Annotated[float, Range(above=0, below=1)] | None = None
-    path: PathName | None = None
-    config: str | None = None
-    revision: str | None = None
-    train_split: str | None = None
-    valid_split: str | None = None
     blend: list[BlendPart] | None = None
     tokens: Annotated[int, Range(least=1, most=10**15)] | None = None

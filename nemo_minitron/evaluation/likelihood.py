@@ -8,7 +8,7 @@ from torch import Tensor
 
 from nemo_minitron import parallel
 from nemo_minitron.evaluation.lm_loss import evaluating
-from nemo_minitron.evaluation.multiple_choice import Request
+from nemo_minitron.evaluation.multiple_choice import Request, right_padded
 from nemo_minitron.evaluation.token_scores import Head, token_scores
 from nemo_minitron.megatron_gpt import final_hidden_states, gpt_model, output_weight
 
@@ -81,7 +81,8 @@ def _score(
         picked: (row, number, request) of those that are scored in it.
     """
     device = totals.device
-    hidden = final_hidden_states(chunks, _padded(batch, device))
+    padded = {name: tensor.to(device) for name, tensor in right_padded(batch).items()}
+    hidden = final_hidden_states(chunks, padded)
     if head is None:
         return
     assert hidden is not None
@@ -94,14 +95,3 @@ def _score(
     found = token_scores(hidden[position, row], head, label)
     totals[0].index_add_(0, number, found.log_probs.double())
     totals[1].index_add_(0, number, (found.best != label).double())
-
-
-def _padded(batch: list[tuple[int, ...]], device: torch.device) -> dict[str, Tensor]:
-    """Right-padded rows, which causal attention does not see."""
-    ranks = parallel.tp_size()  # sequence parallelism shares the positions
-    length = -(-max(map(len, batch)) // ranks) * ranks
-    tokens = torch.zeros(len(batch), length, dtype=torch.int64)
-    for row, ids in enumerate(batch):
-        tokens[row, : len(ids)] = torch.tensor(ids)
-    positions = torch.arange(length).expand(len(batch), length).contiguous()
-    return {"tokens": tokens.to(device), "position_ids": positions.to(device)}

@@ -183,24 +183,26 @@ def choice_losses(
     return losses / lengths if normalize else losses
 
 
-def _batch(requests: list[Request]) -> dict[str, Tensor]:
-    """Right-padded, which causal attention does not see; the mask is on the choices' tokens."""
-    longest = max(len(request.tokens) for request in requests) - 1
+def right_padded(rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+    """`tokens` and `position_ids`, int64 [b, s], of rows of token ids; causal attention does not see the padding."""
     ranks = parallel.tp_size()  # sequence parallelism shares the positions
-    length = -(-longest // ranks) * ranks
-    tokens = torch.zeros(len(requests), length + 1, dtype=torch.int64)
-    mask = torch.zeros(len(requests), length)
+    length = -(-max(map(len, rows)) // ranks) * ranks
+    tokens = torch.zeros(len(rows), length, dtype=torch.int64)
+    for row, ids in enumerate(rows):
+        tokens[row, : len(ids)] = torch.tensor(ids)
+    positions = torch.arange(length).expand(len(rows), length)
+    return {"tokens": tokens, "position_ids": positions.contiguous()}
+
+
+def _batch(requests: list[Request]) -> dict[str, Tensor]:
+    """What is read of each request, and what is to come; the mask is on the choices' tokens."""
+    batch = right_padded([request.tokens[:-1] for request in requests])
+    labels, mask = torch.zeros_like(batch["tokens"]), torch.zeros(batch["tokens"].shape)
     for row, request in enumerate(requests):
-        end = len(request.tokens)
-        tokens[row, :end] = torch.tensor(request.tokens)
-        mask[row, end - 1 - request.scored : end - 1] = 1
-    positions = torch.arange(length).expand(len(requests), length)
-    return {
-        "tokens": tokens[:, :-1].contiguous(),
-        "labels": tokens[:, 1:].contiguous(),
-        "position_ids": positions.contiguous(),
-        "loss_mask": mask,
-    }
+        end = len(request.tokens) - 1
+        labels[row, :end] = torch.tensor(request.tokens[1:])
+        mask[row, end - request.scored : end] = 1
+    return {**batch, "labels": labels, "loss_mask": mask}
 
 
 def accuracy_and_margin(losses: Tensor, task: Task) -> tuple[Tensor, Tensor]:

@@ -127,7 +127,7 @@ def shown(value: float) -> str:
 
 
 def count(number: float) -> str:
-    """2.07M, 134.5M, 1.24B."""
+    """Three digits at most, for a page: 3M, 2.07M, 1.24B."""
     for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if number >= size:
             return f"{number / size:.3g}{unit}"

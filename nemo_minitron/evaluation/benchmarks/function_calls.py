@@ -20,7 +20,7 @@ from types import ModuleType
 from typing import Any
 
 from nemo_minitron.config.recipes import DataConfig
-from nemo_minitron.evaluation.benchmarks.items import dataset, rows
+from nemo_minitron.evaluation.benchmarks.items import rows, written
 from nemo_minitron.evaluation.benchmarks.packages import FUNCTION_CALLS, opened
 
 _NAME = "minitron"
@@ -67,18 +67,12 @@ def config(category: str, data: DataConfig) -> dict[str, Any]:
     check = checker(root, category)
     # As text: a table of all items would give each the others' keys.
     items = [{"prompt": check.prompt(item), "item": json.dumps(item)} for item in found]
-    return {
-        "custom_dataset": dataset(items),
-        "test_split": "test",
-        "output_type": "generate_until",
-        "doc_to_text": "prompt",
-        "doc_to_target": "",
-        "generation_kwargs": {"until": [], "do_sample": False, "max_gen_toks": 256},
-        "process_results": lambda row, answers: {
-            "calls_right": float(check.valid(json.loads(row["item"]), answers[0]))
-        },
-        "metric_list": [{"metric": "calls_right", "aggregation": "mean", "higher_is_better": True}],
-    }
+    return written(
+        items,
+        256,
+        lambda row, answer: {"calls_right": float(check.valid(json.loads(row["item"]), answer))},
+        [{"metric": "calls_right", "aggregation": "mean", "higher_is_better": True}],
+    )
 
 
 def checker(root: Path, category: str) -> Checker:

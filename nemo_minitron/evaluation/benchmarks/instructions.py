@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.config.recipes import DataConfig
-from nemo_minitron.evaluation.benchmarks.items import dataset, rows
+from nemo_minitron.evaluation.benchmarks.items import rows, written
 from nemo_minitron.evaluation.benchmarks.packages import CHECKERS, INSTRUCTIONS, SENTENCES, opened
 
 _FILES = {"ifeval": "ifeval/data/input_data.jsonl", "ifbench": "ifbench/data/IFBench_test.jsonl"}
@@ -50,21 +50,12 @@ def config(benchmark: str, data: DataConfig) -> dict[str, Any]:
         for row in rows(file, "key", "prompt", "instruction_id_list", "kwargs")
         if _NEEDS_TAGGER not in row["instruction_id_list"]
     ]
-    check = checker(benchmark, data)
-    return {
-        "custom_dataset": dataset(items),
-        "test_split": "test",
-        "output_type": "generate_until",
-        "doc_to_text": "prompt",
-        "doc_to_target": "",
-        "generation_kwargs": {"until": [], "do_sample": False, "max_gen_toks": 1280},
-        "process_results": lambda item, answers: check(item, answers[0]),
-        "metric_list": [
-            {"metric": f"{level}_level_{mode}_acc", "aggregation": how, "higher_is_better": True}
-            for level, how in (("prompt", "mean"), ("inst", _over_instructions))
-            for mode in _MODES
-        ],
-    }
+    metrics = [
+        {"metric": f"{level}_level_{mode}_acc", "aggregation": how, "higher_is_better": True}
+        for level, how in (("prompt", "mean"), ("inst", _over_instructions))
+        for mode in _MODES
+    ]
+    return written(items, 1280, checker(benchmark, data), metrics)
 
 
 def _over_instructions(answers: list[list[bool]]) -> float:

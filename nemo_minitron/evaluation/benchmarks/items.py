@@ -43,6 +43,25 @@ def dataset(items: list[dict[str, Any]]) -> Callable[..., Any]:
     return made
 
 
+def written(
+    items: list[dict[str, Any]],
+    max_new_tokens: int,
+    score: Callable[[dict[str, Any], str], dict[str, Any]],
+    metrics: list[dict[str, Any]],
+) -> dict[str, Any]:
+    """The harness's task of items with a `prompt` that is answered in words; `score`: of an item and its answer."""
+    return {
+        "custom_dataset": dataset(items),
+        "test_split": "test",
+        "output_type": "generate_until",
+        "doc_to_text": "prompt",
+        "doc_to_target": "",
+        "generation_kwargs": {"until": [], "do_sample": False, "max_gen_toks": max_new_tokens},
+        "process_results": lambda item, answers: score(item, answers[0]),
+        "metric_list": metrics,
+    }
+
+
 def tasks_of_harness() -> Path:
     """The harness's directory of tasks; to import the harness for it would take seconds."""
     spec = find_spec("lm_eval")

@@ -7,8 +7,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from nemo_minitron.config.evaluate import EvaluateRecipe
 from nemo_minitron.config.recipes import cache_dir
 from nemo_minitron.evaluation.benchmarks import harness, judged
@@ -17,6 +15,7 @@ from nemo_minitron.evaluation.benchmarks.answers import Answers
 from nemo_minitron.evaluation.benchmarks.catalogue import Benchmark
 from nemo_minitron.evaluation.benchmarks.harness import Row
 from nemo_minitron.files import write_text
+from nemo_minitron.progress import end_if_asked, open_bar
 from nemo_minitron.workflows.evaluate.check import Prepared, chat_of
 from nemo_minitron.workflows.evaluate.model import ShardedModel
 
@@ -32,16 +31,18 @@ class Asking:
         # Of these weights in this precision.
         name = f"{prepared.source_sha256[:32]}-{r.trainer.precision}.jsonl"
         self.answers = Answers(cache_dir(r.data, "answers") / name if r.eval.cache else None)
-        self.bar = tqdm(
-            total=0, unit="request", file=sys.stderr, mininterval=1.0 if sys.stderr.isatty() else 10.0
-        )
-        self.lm = ShardedLM(model, prepared.tokenizer, self.answers, self._more, self.bar.update)
+        self.bar = open_bar("", 0, "request")
+        self.lm = ShardedLM(model, prepared.tokenizer, self.answers, self._more, self._answered)
         self.rows: list[Row] = []
         self.judged: tuple[list[judged.Question], dict[int, list[str]]] | None = None
 
     def _more(self, count: int) -> None:
         self.bar.total += count
         self.bar.refresh()
+
+    def _answered(self, count: int) -> None:
+        end_if_asked()
+        self.bar.update(count)
 
     def ask(self, benchmark: Benchmark) -> None:
         """All of its items, or the first ones."""
