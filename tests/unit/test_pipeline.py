@@ -11,7 +11,7 @@ from nemo_minitron.config.pipeline import StepConfig
 from nemo_minitron.environment import RESULT
 from nemo_minitron.errors import InputError
 from nemo_minitron.workflows.pipeline.state import FILE, State
-from nemo_minitron.workflows.pipeline.steps import Step, key_of, steps_of
+from nemo_minitron.workflows.pipeline.steps import Step, content_of, key_of, steps_of
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = Path("/runs/x")
@@ -82,26 +82,31 @@ def test_what_cannot_be_is_named(change: dict[str, Any] | None, said: str) -> No
         made(steps)
 
 
-def test_a_key_is_of_settings_files_source_and_earlier_steps(tmp_path: Path) -> None:
+def test_a_key_is_of_settings_files_source_and_earlier_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     text = tmp_path / "a.txt"
     text.write_text("one")
     step = Step("distill", "distill", (), tmp_path / "run" / "distill", ("prune",))
     config = {"data": {"train": f"{tmp_path}/*.txt", "cache_dir": str(tmp_path)}, "run_dir": "r", "seed": 1}
 
-    def key(source: str = "s", before: str = "p", at: str = "/t", **more: Any) -> str:
-        return key_of(step, config | {"source": at} | more, Path(at), source, {"prune": before})
+    def key(source: str = "s", before: str = "p", at: str = "/t", of: Step = step, **more: Any) -> str:
+        def content(path: Path) -> str | None:
+            return source if path == Path(at) else content_of(path)
+
+        return key_of(of, config | {"source": at} | more, Path(at), {"prune": before}, content)
 
     first = key()
     assert key(run_dir="elsewhere", overwrite=True) == key(at="/moved/t") == first
     moved = Step("distill", "distill", (), tmp_path / "moved" / "distill", ("prune",))
-    keys = {
-        s: key_of(s, {"student": f"{s.directory.parent}/prune"}, Path("/t"), "s", {"prune": "p"})
-        for s in (step, moved)
-    }
+    keys = {s: key(of=s, student=f"{s.directory.parent}/prune") for s in (step, moved)}
     assert keys[step] == keys[moved] != first
     assert len({first, key(seed=2), key(source="other"), key(before="other")}) == 4
+    monkeypatch.chdir(tmp_path)
+    here = key(data={"train": "a.txt"})  # as one types it in the directory of the file
     text.write_text("two")
     assert key() != first
+    assert key(data={"train": "a.txt"}) != here
 
 
 def test_what_was_made_of_something_else_goes(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What can be refused of a pipeline before any of its steps runs: every step's configuration is composed."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -44,7 +45,8 @@ def check(r: PipelineRecipe) -> Prepared:
             steps.
     """
     source = Path(r.source).expanduser().absolute()
-    source_sha256 = content_of(source)
+    content = functools.cache(content_of)  # several steps name the same teacher and corpus
+    source_sha256 = content(source)
     if source_sha256 is None:
         raise InputError(f"source={r.source}: is no checkpoint and no file")
     run_dir = Path(r.run_dir).absolute()
@@ -53,7 +55,7 @@ def check(r: PipelineRecipe) -> Prepared:
         composed = list(pool.map(compose, steps))
     keys: dict[str, str] = {}
     for step, line in zip(steps, composed, strict=True):
-        keys[step.name] = key_of(step, line["config"], source, source_sha256, keys)
+        keys[step.name] = key_of(step, line["config"], source, keys, content)
     State(run_dir).check_source(r.source, source_sha256, overwrite=r.overwrite)
     return Prepared(
         steps, keys, {s.name: c["ranks"] for s, c in zip(steps, composed, strict=True)}, source_sha256

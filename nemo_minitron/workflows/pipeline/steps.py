@@ -2,9 +2,8 @@
 
 import hashlib
 import json
-import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from glob import glob
 from pathlib import Path
@@ -125,23 +124,27 @@ def _typed(value: Any) -> str:
 
 
 def key_of(
-    step: Step, config: Mapping[str, Any], source: Path, source_sha256: str, keys: Mapping[str, str]
+    step: Step,
+    config: Mapping[str, Any],
+    source: Path,
+    keys: Mapping[str, str],
+    content: Callable[[Path], str | None],
 ) -> str:
     """Hex sha256 of all that a step's result comes from: its configuration, the files that names, the steps it needs.
 
     Args:
         config: composed and resolved.
         source: of the pipeline, as it stands in `config`.
-        source_sha256: of its content.
         keys: of the steps before.
+        content: `content_of`, perhaps with a memory.
     """
     plain = {name: value for name, value in config.items() if name not in _NO_INPUTS}
     inputs = {
         "recipe": step.recipe,
         "config": plain,
-        "source": source_sha256,
+        "source": content(source),
         "needs": {name: keys[name] for name in step.needs},
-        "files": dict(_files(plain, step.directory.parent)),
+        "files": dict(_files(plain, step.directory.parent, content)),
     }
     text = json.dumps(inputs, sort_keys=True, default=str)
     # Where the pipeline and its source lie is no input: a directory that was moved is not made again.
@@ -150,18 +153,18 @@ def key_of(
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _files(config: Any, run_dir: Path) -> Iterator[tuple[str, str]]:
+def _files(config: Any, run_dir: Path, content: Callable[[Path], str | None]) -> Iterator[tuple[str, str]]:
     """(path, hash) of what a configuration names outside of the pipeline's own directory."""
     if isinstance(config, Mapping):
         for name, value in config.items():
             if name != "cache_dir":
-                yield from _files(value, run_dir)
+                yield from _files(value, run_dir, content)
     elif isinstance(config, list):
         for value in config:
-            yield from _files(value, run_dir)
-    elif isinstance(config, str) and os.sep in config and not Path(config).is_relative_to(run_dir):
+            yield from _files(value, run_dir, content)
+    elif isinstance(config, str) and config and not Path(config).is_relative_to(run_dir):
         for path in sorted(glob(config, recursive=True)) or [config]:
-            if (found := content_of(Path(path))) is not None:
+            if (found := content(Path(path))) is not None:
                 yield path, found
 
 
