@@ -4,7 +4,8 @@ Both sides train the same student on the same teacher and packed text, through N
 optimizer in one process; forward, loss, backward and update are all in the step.
 
 * ours: `DistillTransform` of `nemo_minitron.nemo.distill_transform`;
-* nemo: `nemo.collections.llm.distill`, that is ModelOpt's `DistillationModel` and NeMo's `LogitsKLLoss`.
+* nemo: `nemo.collections.llm.distill`, that is ModelOpt's `DistillationModel` and NeMo's `LogitsKLLoss`; with our
+  products and attention, or with --plain on torch's products and Megatron-core's attention, as they are without us.
 
 The models are Llamas of random weights, made once in a temporary directory; the text is Python's standard library.
 Sides take turns, each run in a process of its own; a run's figures are the median step after the first two, and the
@@ -89,7 +90,9 @@ def clock() -> Any:
 def run_side(a: argparse.Namespace, directory: Path) -> dict[str, float]:
     """Train for the steps in this process."""
     from nemo_minitron import cpu_compat
+    from nemo_minitron.cpu_compat import product_choice
 
+    cpu_compat.take_products(product_choice.choose())
     cpu_compat.prepare_nemo()
     import nemo.lightning as nl
     from nemo.collections import llm
@@ -137,13 +140,16 @@ def ours(
 
 def in_turn(a: argparse.Namespace, directory: Path) -> dict[str, list[dict[str, float]]]:
     """Each side in processes of its own, one after the other."""
+    from nemo_minitron.cpu_compat import attention, product_choice
+
     found: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
     # Making the models, Lightning took a port and said so in the environment.
     environment = {key: value for key, value in os.environ.items() if not key.startswith("MASTER_")}
+    plain = {attention.SWITCH: "megatron", product_choice.SWITCH: "mkl"} if a.plain else {}
     for _ in range(a.runs):
-        for side in SIDES:
+        for side, own in (("ours", {}), ("nemo", plain)):
             command = [sys.executable, __file__, *sys.argv[1:], "--side", side, "--directory", str(directory)]
-            ended = subprocess.run(command, capture_output=True, text=True, env=environment)
+            ended = subprocess.run(command, capture_output=True, text=True, env=environment | own)
             if ended.returncode:
                 sys.exit(f"{side} failed:\n{ended.stderr[-3000:]}")
             found[side].append(json.loads(ended.stdout.splitlines()[-1]))
@@ -167,6 +173,7 @@ def arguments() -> argparse.ArgumentParser:
         steps=8,
         runs=3,
     )
+    parser.add_argument("--plain", action="store_true", help="NeMo's side without our products and attention")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
     return parser

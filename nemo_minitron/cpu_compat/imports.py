@@ -88,8 +88,10 @@ class _Finder:
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         """As `importlib.abc.MetaPathFinder.find_spec`."""
         if not (name in AFTER or name in _WHOLE or _below(name, _GATHERERS)):
+            was_there = name in sys.modules  # a reload
             _run_the_whole_above(name)
-            return None
+            # What ran may have imported this very module. Made again, it would lack its submodules.
+            return _spec_of_loaded(sys.modules[name]) if name in sys.modules and not was_there else None
         spec = importlib.machinery.PathFinder.find_spec(name, path, target)
         if spec is None or type(spec.loader) is not importlib.machinery.SourceFileLoader:
             return spec
@@ -98,6 +100,29 @@ class _Finder:
         elif name in _WHOLE or spec.submodule_search_locations is not None:
             spec.loader = _Loader(name, spec.loader.path)
         return spec
+
+
+class _LoadedLoader:
+    """Gives the import system a module that is there already."""
+
+    def __init__(self, module: types.ModuleType) -> None:
+        self.module, self.spec = module, module.__spec__
+
+    def create_module(self, spec: Any) -> types.ModuleType:
+        """The module as it is."""
+        return self.module
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        """It has run; only its own spec was replaced."""
+        module.__spec__ = self.spec
+
+
+def _spec_of_loaded(module: types.ModuleType) -> Any:
+    """A spec that leads to `module`. The module gets it until then: where a module appeared during the search, the
+    import system goes by that module's own spec, which would execute it again (`importlib._bootstrap._find_spec`)."""
+    spec = importlib.machinery.ModuleSpec(module.__name__, _LoadedLoader(module))  # type: ignore[arg-type]
+    module.__spec__ = spec
+    return spec
 
 
 class _ChangingLoader(importlib.machinery.SourceFileLoader):

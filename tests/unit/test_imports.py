@@ -103,16 +103,21 @@ def test_names_are_imported_from_a_deferred_module(write: Write) -> None:
         exec("from whole_a import missing")
 
 
-def test_a_module_below_counts_on_the_package_above(write: Write) -> None:
+def test_the_package_above_runs_first_and_what_it_imported_is_not_made_again(write: Write) -> None:
     write(
-        {"whole_a/__init__.py": SAYS + "setting = 5\n", "whole_a/below.py": "from whole_a import setting\n"}
+        {
+            "whole_a/__init__.py": SAYS + "setting = 5\nfrom .below import *\n",
+            "whole_a/below/__init__.py": SAYS + "from .leaf import *\n",
+            "whole_a/below/leaf.py": SAYS + "from whole_a import setting\nvalue = setting + 2\n",
+        }
     )
-    import whole_a
+    import whole_a.below as below
 
-    assert ran() == []
-    import whole_a.below
-
-    assert (ran(), whole_a.below.setting) == (["whole_a"], 5)
+    assert ran() == ["whole_a", "whole_a.below", "whole_a.below.leaf"]
+    assert (below.leaf.value, below.value) == (7, 7)
+    assert below is sys.modules["whole_a"].below is sys.modules["whole_a.below"]
+    assert importlib.reload(below) is below
+    assert ran()[3:] == ["whole_a.below"]
 
 
 def test_a_deferred_package_may_import_its_deferred_parts(
