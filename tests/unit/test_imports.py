@@ -103,12 +103,24 @@ def test_names_are_imported_from_a_deferred_module(write: Write) -> None:
         exec("from whole_a import missing")
 
 
-def test_the_package_above_runs_first_and_what_it_imported_is_not_made_again(write: Write) -> None:
+def test_a_module_below_counts_on_the_package_above(write: Write) -> None:
+    write(
+        {"whole_a/__init__.py": SAYS + "setting = 5\n", "whole_a/below.py": "from whole_a import setting\n"}
+    )
+    import whole_a
+
+    assert ran() == []
+    import whole_a.below
+
+    assert (ran(), whole_a.below.setting) == (["whole_a"], 5)
+
+
+def test_what_the_package_above_has_imported_is_not_made_again(write: Write) -> None:
     write(
         {
-            "whole_a/__init__.py": SAYS + "setting = 5\nfrom .below import *\n",
+            "whole_a/__init__.py": SAYS + "from .below import *\n",
             "whole_a/below/__init__.py": SAYS + "from .leaf import *\n",
-            "whole_a/below/leaf.py": SAYS + "from whole_a import setting\nvalue = setting + 2\n",
+            "whole_a/below/leaf.py": SAYS + "value = 7\n",
         }
     )
     import whole_a.below as below
@@ -245,33 +257,6 @@ def test_a_fuser_compiles_at_the_first_call(write: Write, monkeypatch: pytest.Mo
     assert compiled == [double.__wrapped__]
 
 
-@pytest.mark.parametrize("has_run", [False, True])
-@pytest.mark.parametrize("has_state", [False, True])
-@pytest.mark.parametrize("given", ["path", "trainer"])
-def test_modelopt_is_asked_of_its_own(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, has_run: bool, has_state: bool, given: str
-) -> None:
-    """Restoring: of a process in which it ran, and of a checkpoint that it wrote. Saving: of the former."""
-    asked: list[Any] = []
-    module = types.ModuleType("model_utils")
-    module.restore_modelopt_state = lambda model, path, trainer: asked.append(("restore", model, str(path)))  # type: ignore[attr-defined]
-    module.save_modelopt_state = lambda model, path, io: asked.append(("save", model, str(path)))  # type: ignore[attr-defined]
-    monkeypatch.setattr(after_import, "modelopt_has_run", lambda: has_run)
-    monkeypatch.setattr(
-        after_import, "has_modelopt_state", lambda path: Path(path, "modelopt_state").exists()
-    )
-    if has_state:
-        (tmp_path / "modelopt_state").mkdir()
-    after_import.only_converted_models_need_modelopt(module)
-
-    settings = types.SimpleNamespace(restore_config=types.SimpleNamespace(path=tmp_path))
-    trainer = types.SimpleNamespace(strategy=settings, ckpt_path=None)
-    module.restore_modelopt_state("m", *((tmp_path,) if given == "path" else (None, trainer)))
-    module.save_modelopt_state("m", tmp_path, None)
-    restored = [("restore", "m", str(tmp_path))] if has_run or has_state else []
-    assert asked == restored + ([("save", "m", str(tmp_path))] if has_run else [])
-
-
 # ---- NeMo's ------------------------------------------------------------------------------------------------------
 
 NEMO = """
@@ -384,8 +369,9 @@ print(json.dumps(answers))
 
 @pytest.mark.slow
 def test_every_name_is_what_it_is_without_deferring() -> None:
-    """Each public name of the gathering packages that NeMo's users import from, asked for one by one."""
-    packages = ("nemo.collections.llm", "nemo.collections.llm.gpt.model", "nemo.collections.llm.gpt.data")
+    """Each public name of packages below deferred ones, and of the gathering ones that NeMo's users import from."""
+    packages = ("modelopt.torch.distill", "pandas.core")
+    packages += ("nemo.collections.llm", "nemo.collections.llm.gpt.model", "nemo.collections.llm.gpt.data")
     packages += ("nemo.collections.llm.peft", "nemo.collections.common.tokenizers", "torchmetrics")
     packages += ("torchmetrics.functional", "nemo.collections.nlp", "nemo.collections.nlp.modules.common")
     plain = run(NAMES.format(read=False, packages=packages), NEMO_MINITRON_EAGER_IMPORTS="1")
