@@ -145,11 +145,12 @@ def in_turn(a: argparse.Namespace, directory: Path) -> dict[str, list[dict[str, 
     found: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
     # Making the models, Lightning took a port and said so in the environment.
     environment = {key: value for key, value in os.environ.items() if not key.startswith("MASTER_")}
-    plain = {attention.SWITCH: "megatron", product_choice.SWITCH: "mkl"} if a.plain else {}
+    plain = {attention.SWITCH: "megatron", product_choice.SWITCH: "mkl"}
+    switches = {"ours": {}, "nemo": plain if a.plain else {}}
     for _ in range(a.runs):
-        for side, own in (("ours", {}), ("nemo", plain)):
+        for side in SIDES:
             command = [sys.executable, __file__, *sys.argv[1:], "--side", side, "--directory", str(directory)]
-            ended = subprocess.run(command, capture_output=True, text=True, env=environment | own)
+            ended = subprocess.run(command, capture_output=True, text=True, env=environment | switches[side])
             if ended.returncode:
                 sys.exit(f"{side} failed:\n{ended.stderr[-3000:]}")
             found[side].append(json.loads(ended.stdout.splitlines()[-1]))
