@@ -16,6 +16,8 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron.environment import LAUNCHED_BY
+
 RANK = Path(__file__).resolve().parent / "rank.sh"
 
 PATIENCE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
@@ -108,6 +110,7 @@ def main() -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    os.environ[LAUNCHED_BY] = str(os.getpid())
     ended = watch(Path(job["state"]), Path(job["logs"]))
     try:
         launch(job, str(RANK), job["logs"], job["state"], *job["command"])

@@ -9,8 +9,9 @@ Two phases, so that all ranks share one configuration and one run directory:
 
 Exit code: the preparation's, else that of the rank that failed first; 128 + N for one that died of signal N; 75 when
 training was told to end (SIGTERM, SIGUSR1) and has saved a checkpoint. SIGINT, SIGTERM and SIGUSR1 go to the ranks;
-NEMO_MINITRON_GRACE_S seconds (60) after the first two, or at the second of them, whatever still runs is killed. No
-process is left behind.
+NEMO_MINITRON_GRACE_S seconds (60) after the first two, or at the second of them, whatever still runs is killed. A rank
+that is stopped (SIGSTOP) while another runs is named and killed after NEMO_MINITRON_STOPPED_S seconds (30). No process
+is left behind.
 
 Several machines: `--prepare-only` on one, then on each `--prepared RUN --nnodes N --node-rank R
 --rdzv-endpoint HOST:PORT`, HOST being the first one's.
@@ -36,7 +37,15 @@ from typing import Any, NoReturn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from nemo_minitron.environment import GRACE_S, INTERRUPTED, NPROC, PREPARE, with_package  # noqa: E402
+from launchers.stopped import StoppedRanks  # noqa: E402
+from nemo_minitron.environment import (  # noqa: E402
+    GRACE_S,
+    INTERRUPTED,
+    LAUNCHED_BY,
+    NPROC,
+    PREPARE,
+    with_package,
+)
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 TAIL_LINES = 30
@@ -101,6 +110,7 @@ class Launcher:
         self.deadline: float | None = None
         self.process: subprocess.Popen[Any] | None = None
         self.state: Path | None = None
+        self.stopped = StoppedRanks(others=options.nnodes > 1)
 
     def run(self) -> int:
         """Both phases, or the one that was asked for; returns the exit code."""
@@ -136,7 +146,7 @@ class Launcher:
             self.deadline = time.monotonic() + (self.grace_s if self.deadline is None else 0)
         if self.process is None or self.process.returncode is not None:
             sys.exit(128 + number)
-        ranks = self.rank_pids()
+        ranks = self.ranks().values()
         if self.state is None:
             os.killpg(self.process.pid, number)
         elif len(ranks) < self.options.nproc:  # still starting: there is nothing to keep
@@ -145,9 +155,11 @@ class Launcher:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
 
-    def rank_pids(self) -> list[int]:
-        """The process ids of this machine's ranks that have started."""
-        return [int(file.read_text()) for file in self.state.glob("*.pid")] if self.state else []
+    def ranks(self) -> dict[int, int]:
+        """The process ids of this machine's ranks that have started, by rank."""
+        return (
+            {int(file.stem): int(file.read_text()) for file in self.state.glob("*.pid")} if self.state else {}
+        )
 
     def wait(self) -> int:
         """Waits for the current process, kills it after the deadline; its exit code as a shell gives it."""
@@ -156,6 +168,7 @@ class Launcher:
             if self.deadline is not None and time.monotonic() > self.deadline:
                 print("launchers/local.sh: killed what had not ended in time", file=sys.stderr)
                 self.process.kill()
+            self.stopped.look(self.ranks())
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(timeout=0.2)
         return shell_code(self.process.returncode)
@@ -167,7 +180,7 @@ class Launcher:
             its exit code and its last line on stdout; the lines before that go to stderr.
         """
         env = self.environment()
-        env[PREPARE] = "1"
+        env |= {PREPARE: "1", LAUNCHED_BY: str(os.getpid())}
         command = [sys.executable, str(self.options.recipe), *self.options.overrides]
         self.process = subprocess.Popen(
             command, env=env, stdout=subprocess.PIPE, text=True, start_new_session=True

@@ -21,6 +21,10 @@ import sys
 from pathlib import Path
 from typing import IO
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from launchers.stopped import StoppedRanks
+
 SIGNALS = {signal.SIGTERM, signal.SIGUSR1}
 
 
@@ -55,6 +59,15 @@ def output(run: Path, rank: str) -> tuple[IO[bytes] | None, IO[bytes] | None]:
     return open(logs / f"rank{rank}.stdout.log", "ab"), open(logs / f"rank{rank}.stderr.log", "ab")
 
 
+def wait(process: subprocess.Popen[bytes], rank: int) -> int:
+    """For the end of the command; its return code. SLURM suspends a job with this process in it."""
+    stopped = StoppedRanks(others=True)
+    while True:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return process.wait(timeout=1)
+        stopped.look({rank: process.pid})
+
+
 def main(run: Path, record: Path, command: list[str]) -> int:
     """Runs the command to its end; its exit code as a shell gives it."""
     env = environment()
@@ -64,7 +77,7 @@ def main(run: Path, record: Path, command: list[str]) -> int:
     for number in SIGNALS:
         signal.signal(number, lambda number, _frame: process.send_signal(number))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-    code = process.wait()
+    code = wait(process, int(env["RANK"]))
     code = 128 - code if code < 0 else code
     if code:
         with contextlib.suppress(FileExistsError), open(record, "x") as file:

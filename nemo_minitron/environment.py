@@ -7,13 +7,17 @@ import os
 
 # Set by launchers. COMPOSE: a file to write the composed configuration to, and nothing else is done. PREPARE: check and
 # prepare, write RUN/resolved.yaml, and start no rank. CHAIN: a file to which a pipeline writes the command lines of the
-# steps that it lacks, and runs none. NPROC: how many ranks there will be.
+# steps that it lacks, and runs none. NPROC: how many ranks there will be. LAUNCHED_BY: the launcher's process, with
+# which a recipe ends.
 COMPOSE = "NEMO_MINITRON_COMPOSE"
 CHAIN = "NEMO_MINITRON_CHAIN"
 PREPARE = "NEMO_MINITRON_PREPARE"
 NPROC = "NEMO_MINITRON_NPROC"
-# Set by users. GRACE_S: seconds that a launcher gives ranks to end. PYTHON: the interpreter of launchers/*.sh.
+LAUNCHED_BY = "NEMO_MINITRON_LAUNCHED_BY"
+# Set by users. GRACE_S: seconds that a launcher gives ranks to end. STOPPED_S: seconds that a rank may be
+# stopped. PYTHON: the interpreter of launchers/*.sh.
 GRACE_S = "NEMO_MINITRON_GRACE_S"
+STOPPED_S = "NEMO_MINITRON_STOPPED_S"
 PYTHON = "NEMO_MINITRON_PYTHON"
 VERBOSE = "NEMO_MINITRON_VERBOSE"
 

@@ -29,7 +29,7 @@ from nemo_minitron.cpu_compat import imports, product_choice
 from nemo_minitron.environment import COMPOSE, INTERRUPTED, INTERRUPTED_BY_USER, PREPARE, PYTHON, RESULT, rank
 from nemo_minitron.errors import FailedRun, InputError, InterruptedRun
 from nemo_minitron.files import write_text
-from nemo_minitron.run import job_spec, overrides, sweep, terminal
+from nemo_minitron.run import job_spec, orphans, overrides, sweep, terminal
 from nemo_minitron.run.closing import closing_line
 from nemo_minitron.run.help_text import help_text
 from nemo_minitron.run.lock import LOCK, check_writable, claim, make
@@ -78,6 +78,8 @@ def main(
     What `check` returns has a method `to_config`: plain values by which the launcher's ranks find it again.
     """
     started = False
+    orphans.end_with_launcher()
+    orphans.end_children_with_this_process()
     imports.defer()
     terminal.quiet()
     progress.take_interrupts()

@@ -170,6 +170,35 @@ def test_a_rank_that_dies_of_a_signal(tmp_path: Path) -> None:
     assert "rank 1 failed with exit code 137" in stderr
 
 
+def test_a_stopped_rank_is_named_and_ended(tmp_path: Path) -> None:
+    """Two ranks that are both stopped were suspended by somebody, and go on; one that is, keeps the other waiting."""
+    launch = Launch(
+        tmp_path,
+        """
+(run / f"pid.{rank}.part").write_text(str(os.getpid()))
+(run / f"pid.{rank}.part").rename(run / f"pid.{rank}")
+time.sleep(600)
+""",
+        NEMO_MINITRON_STOPPED_S="2",
+    )
+    launch.wait_for("pid.0", "pid.1")
+    pids = [int((launch.run / f"pid.{rank}").read_text()) for rank in (0, 1)]
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    time.sleep(5)
+    for pid in pids:
+        assert "State:\tT" in Path(f"/proc/{pid}/status").read_text()
+        os.kill(pid, signal.SIGCONT)
+    os.kill(pids[1], signal.SIGSTOP)
+    begin = time.monotonic()
+    code, _, stderr = launch.end()
+    # 2 s, a second between two looks, the 10 s of the others' SIGTERM; the rest is a loaded machine's.
+    assert time.monotonic() - begin < 60
+    assert code == 128 + signal.SIGKILL
+    assert f"rank 1 (process {pids[1]}) was stopped for" in stderr
+    assert "rank 1 failed with exit code 137" in stderr
+
+
 @pytest.mark.parametrize("code", [1, 2])
 def test_a_refused_configuration_starts_no_rank(tmp_path: Path, code: int) -> None:
     recipe = tmp_path / "recipe.py"

@@ -121,6 +121,7 @@ class Commands:
                 cwd=self.home,
                 stdout=output,
                 stderr=output,
+                start_new_session=True,
             )
         try:
             deadline = time.monotonic() + timeout
@@ -132,6 +133,7 @@ class Commands:
             process.kill()
             process.wait()
         assert process.returncode == -signal.SIGKILL
+        assert left_after(5, process.pid) == []
         return log.read_text(errors="replace")
 
     def ask(self, asked: list[dict[str, Any]], script: str = "refusals.py") -> list[dict[str, Any]]:
@@ -164,6 +166,25 @@ class Commands:
     def pretraining(self, run_dir: Path) -> list[str]:
         """The overrides of `pretrain`."""
         return [*self.data(), *self.sizes(), "optim.warmup_steps=2", f"run_dir={run_dir}"]
+
+
+def left_after(seconds: float, session: int) -> list[str]:
+    """Command lines of a session's processes that live when the last has ended, or after so many seconds."""
+    deadline = time.monotonic() + seconds
+    while (left := of_session(session)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return left
+
+
+def of_session(session: int) -> list[str]:
+    """Command lines of a session's live processes."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it ended
+            state, _, _, number = (process / "stat").read_text().rsplit(")", 1)[1].split()[:4]
+            if int(number) == session and state != "Z":
+                found.append((process / "cmdline").read_text().replace("\0", " "))
+    return found
 
 
 def _limit(file_bytes: int) -> Callable[[], None]:
