@@ -207,6 +207,7 @@ class _Run:
             print(f"error: {_failure(directory, error)}", file=sys.stderr)
             _leave(1)
         else:
+            terminal.let_trackers_end()
             if fields is not None and rank() == 0:
                 print(closing_line(fields), flush=True)
                 fields["wall_s"] = round(time.monotonic() - begin, 2)

@@ -50,6 +50,13 @@ def _without_expected(show: Callable[..., None]) -> Callable[..., None]:
     return shown
 
 
+def let_trackers_end() -> None:
+    """W&B closes its run now: at the interpreter's end its lines would come after the path that is to be the last."""
+    tracker = sys.modules.get("wandb")
+    if tracker is not None and tracker.run is not None:
+        tracker.finish()
+
+
 def log_to_stderr() -> None:
     """The root logger's only handler: warnings and our own lines, without the libraries' greetings."""
     root = logging.getLogger()

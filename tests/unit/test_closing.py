@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 from nemo_minitron.checkpoints.origin import teacher_of
 from nemo_minitron.checkpoints.source import find_source
 from nemo_minitron.errors import InputError
+from nemo_minitron.run import terminal
 from nemo_minitron.run.closing import closing_line, count
 
 DEMO = Path(__file__).resolve().parents[2] / "assets" / "demo-teacher"
@@ -164,3 +167,15 @@ def test_a_student_that_does_not_say(tmp_path: Path) -> None:
     ):
         with pytest.raises(InputError, match="does not say what it was pruned from; give teacher=DIR"):
             teacher_of(student)
+
+
+def test_a_tracker_s_last_lines_come_before_the_recipe_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    """W&B prints when its run is finished; what reads a recipe's stdout takes its last line."""
+    ended = []
+    tracker = types.SimpleNamespace(run=None, finish=lambda: ended.append("finished"))
+    monkeypatch.setitem(sys.modules, "wandb", tracker)
+    terminal.let_trackers_end()
+    assert not ended
+    tracker.run = object()
+    terminal.let_trackers_end()
+    assert ended == ["finished"]
