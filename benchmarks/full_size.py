@@ -245,6 +245,7 @@ def measure(model: Path, preset: str, home: Path, runs: int) -> dict[str, Any]:
         ended.append(run(command(model, preset, run_dir)))
         if number == runs - 1:
             found, sums = verified(model, run_dir), digests(run_dir)
+            _check_size(found["parameters"], preset, arch.num_layers)
         size = json.loads((run_dir / "result.json").read_text())["weight_bytes"]
         shutil.rmtree(run_dir)
         copies.append(copied(model, size, home / "copy"))
@@ -261,6 +262,12 @@ def measure(model: Path, preset: str, home: Path, runs: int) -> dict[str, Any]:
         "runs": runs,
         **resumed(model, preset, run_dir, sums),
     }
+
+
+def _check_size(parameters: int, preset: str, layers: int) -> None:
+    """Of the whole model's student, in billions, against the paper's."""
+    if layers == 32 and round(parameters / 1e9, 2) != PRESETS[preset]:
+        sys.exit(f"{preset}: {parameters} parameters, but it should be {PRESETS[preset]} billions")
 
 
 def resumed(model: Path, preset: str, run_dir: Path, expected: dict[str, str]) -> dict[str, Any]:
