@@ -114,9 +114,9 @@ def _plot(
         before = [losses[c.name] for c in tried]
         plot.scatter(size, before, facecolors="none", edgecolors="gray", label="right after pruning")
         plot.vlines(size, ranked, before, colors="lightgray", zorder=1)
-    plot.scatter(
-        [unpruned.costs["parameters"]], [source_loss], marker="*", s=120, color="black", label="unpruned"
-    )
+    # A line, not a point: that lies far to the right and would leave the candidates a third of the width.
+    millions = unpruned.costs["parameters"] / 1e6
+    plot.axhline(source_loss, linestyle="--", color="black", linewidth=1, label=f"unpruned, {millions:.3g}M")
     plot.annotate(
         tried[0].name, (size[0], ranked[0]), textcoords="offset points", xytext=(4, -12), fontsize=8
     )
