@@ -20,20 +20,18 @@ from nemo_minitron.config.data import DataConfig
 from nemo_minitron.config.document_limits import check_limits
 from nemo_minitron.config.evaluation import EvalConfig
 from nemo_minitron.config.logger import LoggerConfig, check_logger
+from nemo_minitron.config.prune import PruneConfig
 from nemo_minitron.config.ranges import (
     AboveZero,
     Choice,
     Count,
     Files,
     LayerMap,
-    Layers,
-    LayersOrLate,
     NotNegative,
     PathName,
     Positive,
     Range,
     Seed,
-    Size,
     brief,
     check_ranges,
     check_shape,
@@ -46,7 +44,6 @@ from nemo_minitron.files import obstacle
 
 SchemaT = TypeVar("SchemaT")
 Width = Annotated[int, Range(least=1, most=1_000_000)]
-Statistic = Annotated[str, Choice("mean", "l2", "var")]
 
 
 @dataclass
@@ -86,56 +83,6 @@ class ModelConfig:
     share_embeddings_and_output_weights: bool = False
     rotary_base: AboveZero = 10000.0
     init_method_std: AboveZero = 0.02
-
-
-@dataclass
-class PruneConfig:
-    """What to keep and how to choose it. The sizes `hidden_size` (channels), `ffn_hidden_size` (MLP neurons),
-    `num_attention_heads`, `num_query_groups` and `num_layers` are integers, fractions of the source ("3/4"), or null:
-    left alone. `multiple_of`: what fractions of hidden_size and ffn_hidden_size are rounded to (256 for llama.cpp's K
-    types); null: to tiles of matrix products.
-
-    Layers: `num_layers` lets `layer_metric` choose, `contiguous` as one block of neighbours, never the first
-    `protect_first` and the last `protect_last`; or `keep_layers` or `drop_layers` lists them, 0-based;
-    `drop_layers=late` is the block right before the last layer. `layer_metric`: "block_influence" or "angular_distance"
-    (one pass over the calibration samples for all layers), "lm_loss" (the loss with each layer or block left out, about
-    half a pass for each), "task" (the accuracy lost on the questions in `task_file`, likewise).
-
-    `importance` of width's units: by "activation" over `calibration_samples` sequences of the train split, reduced by
-    `sequence_aggregation` along each and by `batch_aggregation` over them; or "random" by `seed`, the control.
-    `include_final_norm`: whether the last norm counts for channels. `head_residual`: the queries of kept heads
-    take in those of the pruned ones of their group (arXiv 2407.14679, section 2.2).
-
-    `task_file`: a JSONL of multiple-choice questions (`evaluation.multiple_choice.load_task`); the accuracy before and
-    after is measured too. `task_normalize`: compare choices by log-probability a token, not by the sum. `scores`: a
-    scores.safetensors to use instead of scoring. `iterations`: in how many steps to score and prune. `control_seeds`:
-    how many times the same sizes are also pruned at random, for comparison.
-    """
-
-    hidden_size: Size = None
-    ffn_hidden_size: Size = None
-    num_attention_heads: Size = None
-    num_query_groups: Size = None
-    num_layers: Size = None
-    multiple_of: Positive | None = None
-    keep_layers: Layers = None
-    drop_layers: LayersOrLate = None
-    layer_metric: str = "block_influence"  # or whatever prune.scores has
-    task_file: PathName | None = None
-    task_normalize: bool = False
-    contiguous: bool = False
-    protect_first: Count = 0
-    protect_last: Count = 0
-    importance: Annotated[str, Choice("activation", "random")] = "activation"
-    seed: Seed = 0
-    batch_aggregation: Statistic = "l2"
-    sequence_aggregation: Statistic = "mean"
-    include_final_norm: bool = True
-    head_residual: bool = False
-    calibration_samples: Positive = 128
-    scores: PathName | None = None
-    iterations: Positive = 1
-    control_seeds: Count = 0
 
 
 @dataclass
@@ -267,15 +214,27 @@ class PretrainRecipe(CommonConfig):
 
 
 @dataclass
-class PruneRecipe(CommonConfig):
-    """`recipes/prune.py`. `source`: a Hugging Face directory, a NeMo 2 directory, or a run directory that holds one."""
+class ScoredRecipe(CommonConfig):
+    """What prunes one model. `source`: a Hugging Face, NeMo 2 or run directory, or a GGUF file."""
 
     source: PathName = MISSING
     prune: PruneConfig = field(default_factory=PruneConfig)
 
 
 @dataclass
-class SearchRecipe(PruneRecipe):
+class PruneRecipe(ScoredRecipe):
+    """`recipes/prune.py`. `source`: a Hugging Face directory, a NeMo 2 directory, a GGUF file, or a run directory that
+    holds one. `stream`: a Hugging Face directory is pruned a block of rows at a time into another, in one process, with
+    no model in memory: for models that no memory here holds. `shard_size`: of a file of its weights at most, in
+    bytes or as "5GB".
+    """
+
+    stream: bool = False
+    shard_size: str = "5GB"
+
+
+@dataclass
+class SearchRecipe(ScoredRecipe):
     """`recipes/search.py`. `source`: as of prune. `prune`: how units and layers are chosen, and sizes of axes that the
     grid leaves open; `distill`: how candidates learn where `search.distill_steps` is above 0.
     """

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron.cpu_compat.write_results import WriteResults
+
 
 def fuse_when_called(module: types.ModuleType) -> None:
     """megatron-core's `jit_fuser` is `torch.compile`, called at import for dozens of functions that a run without
@@ -63,6 +65,12 @@ def only_converted_models_change_tensor_shapes(module: types.ModuleType) -> None
     module.MegatronStep.adjust_tensor_shapes_fn = property(adjust_tensor_shapes_fn, doc=asked.__doc__)
 
 
+def savers_answer_through_memory(module: types.ModuleType) -> None:
+    """megatron-core's savers answer through a manager (`_get_write_results_queue`): a process that takes 2 s of CPU and
+    280 MB to pass on a small message, with each run that saves, and stays behind if the run is killed."""
+    module._get_write_results_queue = functools.cache(WriteResults)  # type: ignore[attr-defined]
+
+
 def modelopt_has_run() -> bool:
     """Whether ModelOpt could have touched a model in this process: this module of it marks a model as converted."""
     return "modelopt.torch.opt.conversion" in sys.modules
@@ -76,6 +84,7 @@ def has_modelopt_state(path: Any) -> bool:
 
 
 AFTER: dict[str, Callable[[types.ModuleType], None]] = {
+    "megatron.core.dist_checkpointing.strategies.filesystem_async": savers_answer_through_memory,
     "megatron.core.jit": fuse_when_called,
     "nemo.collections.llm.modelopt.model_utils": only_converted_models_need_modelopt,
     "nemo.lightning.megatron_parallel": only_converted_models_change_tensor_shapes,

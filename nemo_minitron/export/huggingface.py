@@ -4,20 +4,22 @@ Plain transformers 4 and 5 load what is written: its own class of the family, no
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
-from nemo_minitron.data import tokenizer
+from nemo_minitron.arch import Architecture
+from nemo_minitron.data import tokenizer as tokenizers
 from nemo_minitron.data.chat.encoding import stop_token
 from nemo_minitron.data.chat.template import check_template
 from nemo_minitron.errors import InputError
 from nemo_minitron.export import generation
 from nemo_minitron.export.safetensors_writer import write_shards
-from nemo_minitron.export.tensors import EMBEDDING, Weights
+from nemo_minitron.export.tensors import EMBEDDING, Part, Weights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SOURCE_DTYPE = "source"
@@ -69,7 +71,7 @@ def load_tokenizer(directory: Path, vocab_size: int) -> Any:
         InputError: it cannot be loaded, has more entries than the model has rows, or has a chat template that does not
             render or does not end answers.
     """
-    found = tokenizer.load_tokenizer(directory)
+    found = tokenizers.load_tokenizer(directory)
     if len(found) > vocab_size:
         raise InputError(
             f"{directory}: the tokenizer has {len(found)} entries, the model's vocabulary {vocab_size} rows"
@@ -97,39 +99,75 @@ def generation_settings(directory: Path, vocab_size: int) -> dict[str, Any]:
 def write(
     model: Model, output: Path, max_shard_bytes: int, progress: Callable[[int], None] = lambda _: None
 ) -> list[Path]:
-    """Write the directory.
+    """Write the directory of a checkpoint's model; as `write_directory`."""
+    return write_directory(
+        model.weights, model.config, model.tokenizer, model.dtype, output, max_shard_bytes, progress
+    )
+
+
+class Readable(Protocol):
+    """A model's weights as Hugging Face tensors, read a block of rows at a time."""
+
+    @property
+    def architecture(self) -> Architecture:
+        """Of the model."""
+
+    @property
+    def parts(self) -> Mapping[str, Part]:
+        """Its tensors by name, in the order in which they are written."""
+
+    def blocks(self, name: str) -> Iterable[Tensor]:
+        """A tensor's blocks of rows, one after the other."""
+
+
+def write_directory(
+    weights: Readable,
+    config: Mapping[str, Any],
+    tokenizer: Path,
+    dtype: torch.dtype,
+    output: Path,
+    max_shard_bytes: int,
+    progress: Callable[[int], None] = lambda _: None,
+) -> list[Path]:
+    """Write a Hugging Face directory.
 
     Args:
-        output: an empty directory.
+        config, tokenizer, dtype: as of `Model`.
+        output: a directory: empty, or with files of weights that are whole, which are kept.
         progress: told the bytes of weights written so far.
 
     Returns:
         The files of weights.
     """
-    vocab_size = model.weights.architecture.vocab_size
-    settings = generation_settings(model.tokenizer, vocab_size)
-    _write_config(model, settings, output)
-    _write_tokenizer(load_tokenizer(model.tokenizer, vocab_size), output)
+    arch = weights.architecture
+    settings = generation_settings(tokenizer, arch.vocab_size)
+    _write_config(arch.model_type, config, dtype, settings, output)
+    _write_tokenizer(load_tokenizer(tokenizer, arch.vocab_size), output)
     _write_json(output / generation.FILE, settings)
-    shapes = {name: part.shape for name, part in model.weights.parts.items()}
-    return write_shards(output, shapes, model.dtype, max_shard_bytes, model.weights.read, progress)
+    shapes = {name: part.shape for name, part in weights.parts.items()}
+    return write_shards(output, shapes, dtype, max_shard_bytes, weights.blocks, progress)
 
 
-def _write_config(model: Model, settings: Mapping[str, Any], output: Path) -> None:
+def _write_config(
+    model_type: str | None,
+    config: Mapping[str, Any],
+    dtype: torch.dtype,
+    settings: Mapping[str, Any],
+    output: Path,
+) -> None:
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    model_type = model.weights.architecture.model_type
-    config = AutoConfig.for_model(
+    made = AutoConfig.for_model(
         model_type,
         architectures=[MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]],
-        torch_dtype=str(model.dtype).removeprefix("torch."),
+        torch_dtype=str(dtype).removeprefix("torch."),
         # Families have ids of their own that they take where none is given.
         **{name: settings.get(name) for name in generation.IDS},
-        **model.config,
+        **config,
     )
     # What differs from the family's defaults, and all that a reader with other defaults must know.
-    _write_json(output / "config.json", json.loads(config.to_json_string()) | dict(model.config))
+    _write_json(output / "config.json", json.loads(made.to_json_string()) | dict(config))
 
 
 def _write_tokenizer(tokenizer: Any, output: Path) -> None:

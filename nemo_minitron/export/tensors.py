@@ -88,6 +88,31 @@ def _norm(
         yield Part(f"{name}.{kind}", (size,), f"{key}{joint}{kind}", layer)
 
 
+def split(a: Architecture, part: str, fused: Tensor) -> Tensor:
+    """What of a layer's fused rows is one part of them.
+
+    Args:
+        part: as of `Part`.
+        fused: [rows, ...], of all parts: weights, or anything else that each row has, such as its number.
+    """
+    if part in ("q", "k", "v"):
+        # [groups, queries of the group + key + value, head dimension, ...]
+        grouped = fused.view(a.num_query_groups, a.heads_per_group + 2, a.kv_channels, *fused.shape[1:])
+        cut = {"q": slice(0, -2), "k": slice(-2, -1), "v": slice(-1, None)}[part]
+        return grouped[:, cut].reshape(-1, *fused.shape[1:])
+    if part in ("gate", "up"):
+        return fused.chunk(2)[part == "up"]
+    return fused
+
+
+def fused_rows(a: Architecture, part: Part) -> int:
+    """How many rows the tensor has, of one layer, that a part is of; none of the vocabulary's padding."""
+    return {
+        **dict.fromkeys(("q", "k", "v"), a.query_size + 2 * a.key_value_size),
+        **dict.fromkeys(("gate", "up"), 2 * a.ffn_hidden_size),
+    }.get(part.part, part.shape[0])
+
+
 class Weights:
     """A NeMo 2 checkpoint's weights as Hugging Face tensors, read one at a time."""
 
@@ -103,12 +128,11 @@ class Weights:
             InputError: a tensor is missing or has another shape.
         """
         a = self.architecture
-        fused_rows = {"q": a.query_size + 2 * a.key_value_size, "gate": 2 * a.ffn_hidden_size}
         for part in self.parts.values():
             if part.part in ("k", "v", "up"):
                 continue
             found = list(self.reader.size(part.key))
-            expected = [fused_rows.get(part.part, part.shape[0]), *part.shape[1:]]
+            expected = [fused_rows(a, part), *part.shape[1:]]
             padded = part.key in (EMBEDDING, _HEAD) and found[0] > expected[0] and found[1:] == expected[1:]
             if part.layer is not None:
                 expected = [a.num_layers, *expected]
@@ -119,15 +143,15 @@ class Weights:
 
     def read(self, name: str) -> Tensor:
         """One tensor by its Hugging Face name, in the stored dtype; rows that pad the vocabulary are left out."""
-        part, a = self.parts[name], self.architecture
+        part = self.parts[name]
         if part.part in ("q", "k", "v"):
-            fused = self._fused_rows(part)
-            # [groups, queries of the group + key + value, head dimension, ...]
-            grouped = fused.view(a.num_query_groups, a.heads_per_group + 2, a.kv_channels, *fused.shape[1:])
-            cut = {"q": slice(0, -2), "k": slice(-2, -1), "v": slice(-1, None)}[part.part]
-            return grouped[:, cut].reshape(part.shape)
+            return split(self.architecture, part.part, self._fused_rows(part))
         begin = (part.shape[0] if part.part == "up" else 0, *(0 for _ in part.shape[1:]))
         return self._read(part, begin, part.shape)
+
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        """The same as one block."""
+        yield self.read(name)
 
     def _read(self, part: Part, begin: tuple[int, ...], size: tuple[int, ...]) -> Tensor:
         if part.layer is None:
@@ -137,8 +161,7 @@ class Weights:
     def _fused_rows(self, part: Part) -> Tensor:
         """The fused rows of a layer; q, k and v follow each other, so the last ones are kept."""
         if self._fused is None or self._fused[:2] != (part.key, part.layer):
-            a = self.architecture
-            size = (a.query_size + 2 * a.key_value_size, *part.shape[1:])
+            size = (fused_rows(self.architecture, part), *part.shape[1:])
             self._fused = None
             self._fused = (part.key, part.layer, self._read(part, (0,) * len(size), size))
         return self._fused[2]

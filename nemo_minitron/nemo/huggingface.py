@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 from nemo_minitron.checkpoints.families import FAMILIES, config_of
 from nemo_minitron.checkpoints.saved_dtype import saving_in
 from nemo_minitron.checkpoints.source import contents
+from nemo_minitron.checkpoints.tensor_files import check_tied
 from nemo_minitron.checkpoints.untrusted import read_json
-from nemo_minitron.checkpoints.weight_files import EMBEDDING, HEAD, read_headers
+from nemo_minitron.checkpoints.weight_files import read_headers
 from nemo_minitron.errors import InputError
 from nemo_minitron.export.distributed_reader import DistributedReader
 from nemo_minitron.export.huggingface import SHARD_BYTES, SOURCE_DTYPE, Model, dtype_of, write
@@ -190,35 +191,16 @@ def _fill(weights: dict[str, Any], source: "Source") -> None:
     import torch
     from safetensors import safe_open
 
-    tensors = read_headers(source.path, f"source={source.path}")
-    if source.architecture.share_embeddings_and_output_weights and {EMBEDDING, HEAD} <= tensors.keys():
-        embedding, head = (tensors.pop(name).file for name in (EMBEDDING, HEAD))
-        _check_tied(embedding, head, weights[EMBEDDING], source)
+    where = f"source={source.path}"
+    tensors = read_headers(source.path, where)
+    if source.architecture.share_embeddings_and_output_weights:
+        check_tied(tensors, where)
     for file in source.files:
         names = [name for name, tensor in tensors.items() if tensor.file == file]
         with torch.no_grad(), safe_open(file, framework="pt") as opened:
             for name in names:
                 if not name.endswith("rotary_emb.inv_freq"):
                     weights[name].copy_(opened.get_tensor(name))
-
-
-def _check_tied(embedding: Path, head: Path, weight: Any, source: "Source") -> None:
-    """Fill a tied weight [v, h] that the files hold twice, once they agree.
-
-    Raises:
-        InputError: they do not; transformers would drop one of them without a word.
-    """
-    import torch
-    from safetensors import safe_open
-
-    with torch.no_grad(), safe_open(embedding, framework="pt") as one, safe_open(head, framework="pt") as two:
-        first = one.get_tensor(EMBEDDING)
-        if not torch.equal(first.float(), two.get_tensor(HEAD).float()):
-            raise InputError(
-                f"source={source.path}: tie_word_embeddings is true, but {HEAD} differs from {EMBEDDING}; set "
-                "tie_word_embeddings to false in config.json if both are meant"
-            )
-        weight.copy_(first)
 
 
 def _model_config(source: "Source") -> Any:

@@ -72,6 +72,12 @@ class Selection:
 Selections = dict[str, Selection]
 
 
+def axes_of(key: str) -> tuple[str | None, ...]:
+    """What the dimensions of a tensor mean, by its name in a NeMo 2 checkpoint, there without that of the layers."""
+    name = key.removeprefix("module.")
+    return OUTER_AXES[name] if name in OUTER_AXES else LAYER_AXES[name.removeprefix(_LAYERS)]
+
+
 def check_parameters(model: Module) -> None:
     """Refuse a model with a parameter that the tables above do not name.
 
@@ -176,7 +182,7 @@ def cut(parameter: Parameter, axes: Sequence[str | None], chosen: Selections) ->
     if not any(along):
         return parameter
     options = [selection.by_owner if selection else (None,) for selection in along]
-    pieces = [_copy(parameter.detach(), rows, *rest) for rows, *rest in _product(options)]
+    pieces = [kept_part(parameter.detach(), rows, *rest) for rows, *rest in _product(options)]
     like = Attributes.of(parameter)
     parameter.grad = None
     parameter.data = parameter.data.new_empty(0)
@@ -195,7 +201,7 @@ def _product(options: Sequence[Sequence[Tensor | None]]) -> Iterator[tuple[Tenso
         yield tuple(option[i if len(option) > 1 else 0] for option in options)
 
 
-def _copy(t: Tensor, rows: Tensor | None, columns: Tensor | None = None) -> Tensor:
+def kept_part(t: Tensor, rows: Tensor | None, columns: Tensor | None = None) -> Tensor:
     """A contiguous copy of t's given rows and columns (None: all), with little memory besides the copy."""
     if columns is None:
         assert rows is not None

@@ -1,7 +1,7 @@
 """No process outlives the one that started it, also where SIGKILL leaves that one no time to see to it (Linux).
 
-Megatron's checkpoints start a server for their queue (megatron-core 0.13.1, `filesystem_async.py`: a spawned
-`Manager` of 280 MB, which waits for ever) and a fork for each file; a sweep and a chat template's trial are forks too.
+Megatron's checkpoints are written by forks of the rank (megatron-core 0.13.1, `filesystem_async.py`), a sweep's job
+and a chat template's trial are forks too; what libraries spawn may wait for ever for who is gone.
 """
 
 import ctypes

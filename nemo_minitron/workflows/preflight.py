@@ -1,6 +1,8 @@
 """What every recipe asks of a checkpoint before it is opened."""
 
 import logging
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 from nemo_minitron.checkpoints.source import Source, find_source
@@ -103,3 +105,23 @@ def converted(source: Source, d: DataConfig) -> Source:
     found = find_source(import_checkpoint(source, cache_dir(d, "checkpoints")))
     assert found.architecture == source.architecture, "NeMo's importer changed the architecture"
     return found
+
+
+def check_room(key: str, place: Path, needs: Mapping[str, int], there: int = 0) -> None:
+    """Refuse work whose files its disk cannot hold.
+
+    Args:
+        key: the setting that names `place`, a directory that may not be there yet.
+        needs: bytes, by what needs them.
+        there: bytes of an earlier run that count as room: they are used or replaced.
+
+    Raises:
+        InputError: names what is free and what is needed, in bytes.
+    """
+    above = next(path for path in (place.absolute(), *place.absolute().parents) if path.exists())
+    free, needed = shutil.disk_usage(above).free + there, sum(needs.values())
+    if free < needed:
+        parts = ", ".join(f"{what} {size:,}" for what, size in needs.items())
+        raise InputError(
+            f"{key}={place}: its disk has room for {free:,} bytes, needed are {needed:,}: {parts}"
+        )

@@ -17,6 +17,7 @@ from nemo_minitron.export import written
 from tests.support import ranks, sessions
 from tests.support.hf_families import CONFIGS, CONTEXT, VOCAB_SIZE, cut, make_model
 from tests.support.sessions import PATIENCE_S
+from tests.support.streamed import contents, streamed
 
 SIZES = {
     "num_layers": 2,
@@ -126,6 +127,8 @@ def test_pruned_on_two_ranks(run_on_ranks: Any, example: tuple[str, Example], tm
     written = exported(run_on_ranks, student, tmp_path / "hf")
     assert (written.config.head_dim, written.config.hidden_size) == (arch.kv_channels, 24)
     torch.testing.assert_close(logits_of(written, e.tokens), logits, rtol=1e-4, atol=1e-4)
+    # From file to file, without any of it, every file has the same bytes.
+    assert streamed(e.directory, plan, tmp_path / "streamed") == contents(tmp_path / "hf")
 
 
 def test_a_directory_as_nemos_own_importer_writes_it(example: tuple[str, Example], tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from nemo_minitron.checkpoints.source import Source, find_source
 from tests.support import hf_families, ranks, sessions
 from tests.support.hf_families import CONTEXT, VOCAB_SIZE, make_model
 from tests.support.sessions import PATIENCE_S
+from tests.support.streamed import contents, streamed
 
 SCALING = {
     "rope_type": "llama3",
@@ -191,6 +192,8 @@ def test_a_student_has_its_source_s_dtype_or_the_one_asked_for(
     kept = plan.kept.ffn_hidden_size
     assert kept is not None
     assert torch.equal(written[name], forms.model.get_parameter(name)[kept[1]].half())
+    at_once = streamed(forms.sources["float16, output layer only"].path, plan, tmp_path / "streamed")
+    assert at_once == contents(tmp_path / "hf")
 
 
 def corpus(home: Path, tokenizer: Path) -> list[str]:

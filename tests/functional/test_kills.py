@@ -130,3 +130,24 @@ def test_a_killed_pruning_is_redone(commands: Commands, teacher: Teacher, pruned
     commands.run("prune", *overrides).result()
     assert outcome(run_dir) == outcome(pruned.run_dir)
     assert not list(run_dir.glob(".checkpoint*"))
+
+
+def test_a_killed_streamed_pruning_goes_on_at_its_file(commands: Commands, teacher: Teacher) -> None:
+    run_dir, straight = commands.home / "killed-stream", commands.home / "straight-stream"
+    asked = ["+conf=width", f"source={teacher.huggingface}", "stream=true", "prune.importance=random"]
+    asked.append("shard_size=1KB")
+    commands.run("prune", *asked, f"run_dir={straight}").result()
+    unfinished = run_dir / ".checkpoint.tmp"
+
+    def files() -> dict[str, int]:
+        return {file.name: file.stat().st_mtime_ns for file in unfinished.glob("*.safetensors")}
+
+    log = commands.home / "killed-stream.log"
+    commands.killed("prune", *asked, f"run_dir={run_dir}", log=log, when=lambda seen: len(files()) > 2)
+    there = files()
+    assert not (run_dir / "checkpoint").exists()
+    result = commands.run("prune", *asked, f"run_dir={run_dir}").result()
+    assert result["weight_files_kept"] == len(there) < result["weight_files"]
+    final = {file.name: file.stat().st_mtime_ns for file in (run_dir / "checkpoint").iterdir()}
+    assert there.items() <= final.items()
+    assert digests(run_dir / "checkpoint") == digests(straight / "checkpoint")

@@ -21,6 +21,12 @@ def runs(commands: Commands, teacher: Teacher, pruned: Pruned) -> dict[str, dict
         "one step": ("prune", control),
         "two steps": ("prune", [*control, "prune.num_layers=2", "prune.iterations=2"]),
         "distilled": ("distill", [*commands.data(), f"student={pruned.run_dir}", *steps]),
+        "streamed": ("prune", [*control, "stream=true"]),
+        "exported": ("export", [f"source={commands.home}/random one step", "license=none"]),
+        "distilled streamed": (
+            "distill",
+            [*commands.data(), f"student={commands.home}/random streamed", *steps],
+        ),
     }
     cases = []
     for name, (recipe, overrides) in asked.items():
@@ -75,3 +81,20 @@ def test_a_student_s_teacher_is_what_it_was_pruned_from(
     assert found["teacher"] == str(teacher.huggingface.resolve())
     assert found["lm_loss_nats_teacher"] == pytest.approx(teacher.result["lm_loss_nats"], rel=1e-5)
     assert "teacher: LM loss" in runs["distilled"]["err"]
+
+
+def test_streamed_it_is_the_same_student(runs: dict[str, dict[str, Any]], commands: Commands) -> None:
+    """From file to file, as the pruning in memory and its export make it, byte for byte."""
+    in_memory, found = result(runs["one step"]), result(runs["streamed"])
+    run_dir = runs["streamed"]["run_dir"]
+    assert plan_of(run_dir) == plan_of(runs["one step"]["run_dir"])
+    for key in ("params_after", "source_sha256", "prune_seed", "kept", "rounded_from", "target"):
+        assert found[key] == in_memory[key]
+    exported = Path(result(runs["exported"])["exported"])
+    names = [*exported.glob("*.safetensors"), exported / "config.json", exported / "tokenizer.json"]
+    for file in names:
+        assert file.read_bytes() == (run_dir / "checkpoint" / file.name).read_bytes()
+    line = runs["streamed"]["out"].splitlines()[-2]
+    assert line.startswith("prune: ")
+    assert "hidden_size 48 of 64" in line
+    assert result(runs["distilled streamed"])["lm_loss_nats_teacher"] > 0

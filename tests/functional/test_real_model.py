@@ -20,10 +20,12 @@ from nemo_minitron.checkpoints.gguf import to_huggingface
 from nemo_minitron.config.recipes import DataConfig
 from nemo_minitron.data.datasets import gpt_dataset
 from nemo_minitron.data.prepare import PreparedData, prepare_data
+from nemo_minitron.pruning import PrunePlan
 from tests.support import gguf_files, llama_cpp
 from tests.support.commands import ROOT, Commands
 from tests.support.expected_scores import aggregate
 from tests.support.kill_trials import unmeasured
+from tests.support.streamed import streamed
 
 pytestmark = pytest.mark.slow
 
@@ -195,6 +197,19 @@ def test_the_scores_of_each_axis_are_those_of_hooks_on_transformers(
         torch.testing.assert_close(
             found[name].double(), scores, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+def test_from_file_to_file_it_is_the_same_student(
+    commands: Commands, real: Real, pruned: Any, tmp_path: Path
+) -> None:
+    """As the pruning in memory and its export make it, byte for byte."""
+    own = [f"source={pruned[0]}", "license=none", f"run_dir={commands.home}/real-exported"]
+    exported = Path(commands.run("export", *own).result()["exported"])
+    plan = PrunePlan.load(pruned[0] / "plan.json")
+    files = streamed(real.directory, plan, tmp_path / "streamed")
+    assert {"model.safetensors", "config.json", "tokenizer.json"} <= files.keys()
+    differing = [name for name, found in files.items() if found != (exported / name).read_bytes()]
+    assert differing == []
 
 
 def swapped(kept: list[int], other: list[int], scores: Tensor) -> list[str]:

@@ -121,7 +121,6 @@ class Commands:
                 cwd=self.home,
                 stdout=output,
                 stderr=output,
-                start_new_session=True,
             )
         try:
             deadline = time.monotonic() + timeout
@@ -133,8 +132,20 @@ class Commands:
             process.kill()
             process.wait()
         assert process.returncode == -signal.SIGKILL
-        assert left_after(5, process.pid) == []
+        self.wait_for_orphans()
         return log.read_text(errors="replace")
+
+    def wait_for_orphans(self, timeout: float = 10) -> None:
+        """Until nothing runs any more that was started with this user's environment.
+
+        Raises:
+            AssertionError: something does, after `timeout` seconds: its command line.
+        """
+        mark = f"NEMO_MINITRON_HOME={self.home / 'cache'}".encode()
+        deadline = time.monotonic() + timeout
+        while left := _processes_with(mark):
+            assert time.monotonic() < deadline, f"left behind: {left}"
+            time.sleep(0.05)
 
     def ask(self, asked: list[dict[str, Any]], script: str = "refusals.py") -> list[dict[str, Any]]:
         """What comes of recipes that shall be refused, in one process for all; see refusals.py and in_turn.py."""
@@ -168,22 +179,13 @@ class Commands:
         return [*self.data(), *self.sizes(), "optim.warmup_steps=2", f"run_dir={run_dir}"]
 
 
-def left_after(seconds: float, session: int) -> list[str]:
-    """Command lines of a session's processes that live when the last has ended, or after so many seconds."""
-    deadline = time.monotonic() + seconds
-    while (left := of_session(session)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return left
-
-
-def of_session(session: int) -> list[str]:
-    """Command lines of a session's live processes."""
+def _processes_with(variable: bytes) -> list[str]:
+    """Command lines of processes with this in their environment; zombies have none."""
     found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it ended
-            state, _, _, number = (process / "stat").read_text().rsplit(")", 1)[1].split()[:4]
-            if int(number) == session and state != "Z":
-                found.append((process / "cmdline").read_text().replace("\0", " "))
+    for directory in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if variable in (directory / "environ").read_bytes().split(b"\0"):
+                found.append((directory / "cmdline").read_text().replace("\0", " "))
     return found
 
 

@@ -2,11 +2,12 @@
 
     python refusals.py < cases.json > answers.json
 
-Starting Python and importing torch, transformers and Hydra costs seconds, so they are imported once and each case is a
-fork: its own modules, arguments, environment, stdout and stderr. NeMo is not among the imports: a case that needs it
-has started work, and its answer says so.
+Starting Python and importing torch, transformers, Hydra and the recipes' checks costs seconds, so they are imported
+once and each case is a fork: its own arguments, environment, stdout and stderr. NeMo is not among the imports: a case
+that needs it has started work, and its answer says so.
 """
 
+import importlib
 import json
 import os
 import runpy
@@ -59,7 +60,15 @@ def main() -> None:
     import megatron.core.datasets.indexed_dataset
     import torch  # noqa: F401
     import transformers
+    from hydra.core.plugins import Plugins
 
+    import nemo_minitron.run.main
+    from nemo_minitron.run.registry import RECIPES
+
+    assert nemo_minitron.run.main
+    Plugins.instance()
+    for name in RECIPES:
+        importlib.import_module(f"nemo_minitron.workflows.{name}.check")
     # The lazy names that a check of a checkpoint touches.
     transformers.AutoTokenizer, transformers.PreTrainedTokenizerFast  # noqa: B018
     assert megatron

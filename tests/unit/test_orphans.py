@@ -1,14 +1,15 @@
 """Processes that are killed by SIGKILL leave none behind that they had started."""
 
+import contextlib
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-from tests.support.commands import ROOT, left_after, of_session
+from tests.support.commands import ROOT
 
-# A queue's server as Megatron's checkpoints have it, a spawned process with a child of its own, and two kinds of forks.
+# A server for a queue, a spawned process with a child of its own, and two kinds of forks.
 FAMILY = """
 import multiprocessing, os, threading, time
 from nemo_minitron.run import orphans
@@ -48,6 +49,25 @@ assert "NEMO_MINITRON_LAUNCHED_BY" not in os.environ
 print("bound", flush=True)
 time.sleep(600)
 """
+
+
+def of_session(session: int) -> list[str]:
+    """Command lines of a session's live processes."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it ended
+            state, _, _, number = (process / "stat").read_text().rsplit(")", 1)[1].split()[:4]
+            if int(number) == session and state != "Z":
+                found.append((process / "cmdline").read_text().replace("\0", " "))
+    return found
+
+
+def left_after(seconds: float, session: int) -> list[str]:
+    """Those that live when the last has ended, or after so many seconds."""
+    deadline = time.monotonic() + seconds
+    while (left := of_session(session)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return left
 
 
 def killed(command: list[str], says: str, processes: int) -> list[str]:

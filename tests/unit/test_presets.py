@@ -6,7 +6,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from nemo_minitron.arch import Architecture
-from nemo_minitron.config.recipes import DistillRecipe, parse
+from nemo_minitron.config.recipes import DistillRecipe, PruneRecipe, parse
 from nemo_minitron.distillation.intermediate import Intermediate
 from nemo_minitron.pruning import explicit_layers, resolve_target
 from nemo_minitron.run.main import register_resolvers
@@ -81,6 +81,14 @@ def test_pruning_takes_one_node(preset: str) -> None:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         t = compose("prune", [f"+conf=llama31_8b/{preset}", "run_dir=x", "source=x"]).trainer
     assert (t.num_nodes, t.data_parallel_size, t.tensor_model_parallel_size) == (1, 1, 8)
+
+
+@pytest.mark.parametrize("preset", ["width", "depth"])
+def test_a_streamed_pruning_takes_one_process(preset: str) -> None:
+    register_resolvers("prune")
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose("prune", [f"+conf=llama31_8b/{preset}", "run_dir=x", "source=x", "stream=true"])
+    assert parse(PruneRecipe, config).trainer.ranks == 1
 
 
 # arXiv 2407.14679, tables 15 to 17: for fewer layers the embeddings and the third layer from the end, by cosine,

@@ -6,16 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from nemo_minitron.arch import Architecture
-from nemo_minitron.axes import PRUNABLE
 from nemo_minitron.checkpoints.source import Source, find_source
-from nemo_minitron.config.recipes import PruneConfig, PruneRecipe
+from nemo_minitron.config.prune import PruneConfig
+from nemo_minitron.config.recipes import PruneRecipe, ScoredRecipe
 from nemo_minitron.data.prepare import PreparedData, prepare_data
 from nemo_minitron.errors import InputError, of_setting
 from nemo_minitron.evaluation.multiple_choice import load_task
-from nemo_minitron.pruning import resolve_target
-from nemo_minitron.pruning.ranking import check_protected, explicit_layers
 from nemo_minitron.workflows.preflight import check_source, check_vocabulary, converted, say_corpus
-from nemo_minitron.workflows.prune import plans
+from nemo_minitron.workflows.prune import plans, streamed_check
 
 logger = logging.getLogger("nemo_minitron")
 
@@ -49,16 +47,21 @@ class Prepared:
         }
 
 
-def check(r: PruneRecipe) -> Prepared:
+def check(r: PruneRecipe) -> Any:
     """Refuse what cannot work; convert the checkpoint and index the data once.
+
+    Returns:
+        `Prepared`, or with `stream=true` what `streamed_check` prepares.
 
     Raises:
         InputError: see the module's callees; each names the value, the place and what is legal.
     """
+    if r.stream:
+        return streamed_check.check(r)
     ready = r.prepared or {}
     source = find_source(ready.get("source", r.source), data=r.data)
     check_source("source", source, r.trainer, r.data.seq_length)
-    target, keep_layers = _target(r.prune, source.architecture)
+    target, keep_layers = plans.resolve(r.prune, source.architecture)
     steps = plans.targets(r, source.architecture, target, keep_layers)
     sha256 = ready.get("source_sha256") or source.sha256()
     scores = plans.check_importance(r.prune, source.architecture, sha256)
@@ -71,7 +74,7 @@ def check(r: PruneRecipe) -> Prepared:
     return dataclasses.replace(prepared, source=converted(source, r.data))
 
 
-def check_data(r: PruneRecipe, source: Source, data: PreparedData, scores: Any) -> None:
+def check_data(r: ScoredRecipe, source: Source, data: PreparedData, scores: Any) -> None:
     """Refuse another tokenizer's data, or too little of it."""
     check_vocabulary(source, data)
     available = data.indexed.sequences("train", r.data.seq_length)
@@ -93,28 +96,3 @@ def load_questions(p: PruneConfig, source: Source, data: PreparedData) -> Any:
         return None
     with of_setting("prune.task_file"):
         return load_task(p.task_file, data.tokenizer, source.seq_length, beginning=data.indexed.beginning)
-
-
-def _target(p: PruneConfig, arch: Architecture) -> tuple[Architecture, list[int] | None]:
-    """What to make of the source, and the layers that are listed to stay, if they are."""
-    sizes = {axis: getattr(p, axis) for axis in PRUNABLE}
-    try:
-        target, drop = resolve_target(arch, sizes, p.multiple_of), p.drop_layers
-    except InputError as error:  # which begins with the axis
-        raise InputError(f"prune.{error}") from None
-    if drop == "late":
-        last = arch.num_layers - 1
-        drop = list(range(last - (arch.num_layers - target.num_layers), last))
-    keep = explicit_layers(arch.num_layers, p.keep_layers, drop)
-    if keep is not None:
-        target = target.replace(num_layers=len(keep) if p.num_layers is None else target.num_layers)
-        if len(keep) != target.num_layers:
-            raise InputError(f"prune.num_layers={target.num_layers}: but the listed layers keep {len(keep)}")
-    elif target.num_layers < arch.num_layers:
-        check_protected(arch.num_layers, target.num_layers, p.protect_first, p.protect_last)
-    if target == arch:
-        axes = ", ".join(f"prune.{axis}" for axis in sizes)
-        raise InputError(
-            f"prune: all sizes are the source's; choose a preset (+conf=width) or set one of {axes}"
-        )
-    return target, keep

@@ -6,7 +6,7 @@ from nemo_minitron.config.recipes import PruneRecipe
 from nemo_minitron.importance.scores import Scores
 from nemo_minitron.nemo.prune_transform import prune_model
 from nemo_minitron.pruning import PrunePlan
-from nemo_minitron.workflows.prune import plans, scoring
+from nemo_minitron.workflows.prune import artifacts, plans, scoring
 from nemo_minitron.workflows.prune.check import Prepared
 
 
@@ -22,7 +22,7 @@ def score_and_prune(
     made: list[tuple[Scores | None, PrunePlan]] = []
     before, listed = prepared.source.architecture, prepared.keep_layers
     for after in prepared.steps:
-        sha256, scores = scoring.step_sha256(prepared.source_sha256, [plan for _, plan in made]), None
+        sha256, scores = artifacts.step_sha256(prepared.source_sha256, [plan for _, plan in made]), None
         if p.importance == "random":
             plan = plans.random_plan(p, before, after, p.seed + len(made), sha256)
         else:

@@ -4,11 +4,39 @@ from collections.abc import Sequence
 from typing import Any
 
 from nemo_minitron.arch import Architecture
-from nemo_minitron.config.recipes import PruneConfig, PruneRecipe
+from nemo_minitron.axes import PRUNABLE
+from nemo_minitron.config.prune import PruneConfig
+from nemo_minitron.config.recipes import PruneRecipe
 from nemo_minitron.errors import InputError, of_setting
 from nemo_minitron.importance import block_influence, depth_metrics
 from nemo_minitron.importance.scores import Scores
-from nemo_minitron.pruning import check_target, make_plan, step_targets
+from nemo_minitron.pruning import check_target, make_plan, resolve_target, step_targets
+from nemo_minitron.pruning.ranking import check_protected, explicit_layers
+
+
+def resolve(p: PruneConfig, arch: Architecture) -> tuple[Architecture, list[int] | None]:
+    """What to make of the source, and the layers that are listed to stay, if they are."""
+    sizes = {axis: getattr(p, axis) for axis in PRUNABLE}
+    try:
+        target, drop = resolve_target(arch, sizes, p.multiple_of), p.drop_layers
+    except InputError as error:  # which begins with the axis
+        raise InputError(f"prune.{error}") from None
+    if drop == "late":
+        last = arch.num_layers - 1
+        drop = list(range(last - (arch.num_layers - target.num_layers), last))
+    keep = explicit_layers(arch.num_layers, p.keep_layers, drop)
+    if keep is not None:
+        target = target.replace(num_layers=len(keep) if p.num_layers is None else target.num_layers)
+        if len(keep) != target.num_layers:
+            raise InputError(f"prune.num_layers={target.num_layers}: but the listed layers keep {len(keep)}")
+    elif target.num_layers < arch.num_layers:
+        check_protected(arch.num_layers, target.num_layers, p.protect_first, p.protect_last)
+    if target == arch:
+        axes = ", ".join(f"prune.{axis}" for axis in sizes)
+        raise InputError(
+            f"prune: all sizes are the source's; choose a preset (+conf=width) or set one of {axes}"
+        )
+    return target, keep
 
 
 def targets(

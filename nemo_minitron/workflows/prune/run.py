@@ -1,138 +1,21 @@
-"""The work of `recipes/prune.py`: load, score, plan, prune, measure before and after, save."""
+"""The work of `recipes/prune.py`: load, score, plan, prune, measure before and after, save; or all of it streamed."""
 
-import json
+import importlib
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.arch import Architecture
-from nemo_minitron.axes import PRUNABLE
-from nemo_minitron.checkpoints import origin
-from nemo_minitron.checkpoints.source import CHECKPOINT
-from nemo_minitron.config.recipes import PruneConfig, PruneRecipe
-from nemo_minitron.environment import peak_rss_gib, rank
-from nemo_minitron.files import put, remove_stale
-from nemo_minitron.nemo.prune_transform import prune_model
-from nemo_minitron.nemo.session import Session
-from nemo_minitron.pruning import compose
-from nemo_minitron.pruning.target import rounded_from
-from nemo_minitron.workflows.prune import iterations, plans, scoring
-from nemo_minitron.workflows.prune.check import Prepared
+from nemo_minitron.config.recipes import PruneRecipe
 
 
-def run(r: PruneRecipe, prepared: Prepared, directory: Path) -> dict[str, Any]:
-    """Score, plan, prune, measure and save, on every rank of the layout.
+def run(r: PruneRecipe, prepared: Any, directory: Path) -> dict[str, Any]:
+    """Prune a model in memory, or with `stream=true` from file to file.
+
+    Args:
+        prepared: by `check`.
 
     Returns:
         The fields of `result.json`.
     """
-    stale = [path.name for path in directory.glob("scores-*.safetensors")]
-    for name in (CHECKPOINT, "scores.safetensors", "plan.json", "importance.png", *stale):
-        remove_stale(directory / name)
-    session = Session(
-        prepared.source, r.trainer, seq_length=prepared.source.seq_length, tokenizer=r.data.tokenizer
-    )
-    before = _evaluate(session, r, prepared, "before")
-    made = iterations.score_and_prune(session, r, prepared)
-    after = _evaluate(session, r, prepared, "after")
-    if rank() == 0:
-        compose([plan for _, plan in made]).save(directory / "plan.json")
-        scoring.keep_scores(made, directory)
-    save(session, directory)
-    samples = made[0][0].samples if made[0][0] is not None else 0
-    result = _result(r, prepared, before, after, samples, directory)
-    return result | _controls(r, prepared, after["loss"].nats, directory)
-
-
-def _evaluate(session: Any, r: PruneRecipe, prepared: Prepared, when: str) -> dict[str, Any]:
-    found = {"loss": session.lm_loss(prepared.data, r.data, "valid", r.eval.samples, f"loss {when}")}
-    if prepared.task is not None:
-        found["accuracy"] = session.accuracy(prepared.task, r.prune.task_normalize, f"task {when}")
-    return found
-
-
-def _controls(r: PruneRecipe, prepared: Prepared, loss: float, directory: Path) -> dict[str, Any]:
-    """Prune the source at random, `prune.control_seeds` times, to the same sizes; a table beside the result."""
-    if not r.prune.control_seeds:
-        return {}
-    losses = []
-    source = prepared.source
-    for seed in range(r.prune.control_seeds):
-        session = Session(source, r.trainer, seq_length=source.seq_length)
-        plan = plans.random_plan(r.prune, source.architecture, prepared.target, seed, prepared.source_sha256)
-        prune_model(session.model, session.chunks, plan)
-        losses.append(
-            session.lm_loss(prepared.data, r.data, "valid", r.eval.samples, f"random seed {seed}").nats
-        )
-    if rank() == 0:
-        rows = [("importance", loss), *((f"random, seed {seed}", nats) for seed, nats in enumerate(losses))]
-        lines = [
-            "| kept by | LM loss, nats |",
-            "|---|---|",
-            *(f"| {name} | {nats:.4f} |" for name, nats in rows),
-        ]
-        (directory / "control.md").write_text("\n".join(lines) + "\n")
-    return {"control_lm_loss_nats": losses, "beats_all_controls": loss < min(losses)}
-
-
-def save(session: Any, directory: Path, dtype: str | None = None) -> None:
-    """The checkpoint appears under its name when it is whole; `dtype` as `Session.save`."""
-    temporary = remove_stale(directory / f".{CHECKPOINT}.tmp")
-    session.save(temporary, dtype)
-    if rank() == 0:
-        put(temporary, directory / CHECKPOINT)
-    session.trainer.strategy.barrier("renamed")
-
-
-def _result(
-    r: PruneRecipe, p: Prepared, before: Any, after: Any, samples: int, directory: Path
-) -> dict[str, Any]:
-    source, target = p.source.architecture, p.target
-    return {
-        "recipe": "prune",
-        "source": origin.absolute(r.source),
-        "source_sha256": p.source_sha256,
-        "data": r.data.name,
-        "data_sha256": p.data.indexed.manifest_sha256,
-        "params_before": source.parameters(),
-        "params_after": target.parameters(),
-        "non_embedding_params_before": source.non_embedding_parameters(),
-        "non_embedding_params_after": target.non_embedding_parameters(),
-        "lm_loss_nats_before": before["loss"].nats,
-        "lm_loss_nats_after": after["loss"].nats,
-        "eval_samples": after["loss"].samples,
-        "eval_tokens": after["loss"].tokens,
-        "calibration_samples": samples,
-        "importance": r.prune.importance,
-        "prune_iterations": r.prune.iterations,
-        "prune_seed": r.prune.seed if r.prune.importance == "random" else None,
-        "target": json.loads(json.dumps(target.to_dict())),
-        **sizes_of(r.prune, source, target),
-        "ranks": r.trainer.ranks,
-        "tensor_model_parallel_size": r.trainer.tensor_model_parallel_size,
-        "pipeline_model_parallel_size": r.trainer.pipeline_model_parallel_size,
-        "peak_rss_gib": peak_rss_gib(),
-        "checkpoint": str((directory / CHECKPOINT).resolve()),
-        **_task_result(r.prune, p.task, before, after),
-    }
-
-
-def sizes_of(p: PruneConfig, source: Architecture, target: Architecture) -> dict[str, Any]:
-    """What is kept of each size that changed, and what a fraction came to before it was rounded to a legal size."""
-    pairs = {axis: [getattr(target, axis), getattr(source, axis)] for axis in PRUNABLE}
-    asked = {axis: getattr(p, axis) for axis in PRUNABLE}
-    return {
-        "kept": {axis: pair for axis, pair in pairs.items() if pair[0] != pair[1]},
-        "rounded_from": rounded_from(source, target, asked),
-    }
-
-
-def _task_result(p: PruneConfig, task: Any, before: Any, after: Any) -> dict[str, Any]:
-    if task is None:
-        return {}
-    return {
-        "task_file": str(p.task_file),
-        "task_sha256": task.sha256,
-        "task_questions": len(task.answers),
-        "task_accuracy_before": before["accuracy"],
-        "task_accuracy_after": after["accuracy"],
-    }
+    # NeMo's imports take seconds and most of the memory that a streamed pruning may have.
+    work = importlib.import_module(f"{__package__}.{'streamed' if r.stream else 'in_memory'}")
+    return dict(work.run(r, prepared, directory))

@@ -1,24 +1,20 @@
 """Which scores a pruning needs, made on an open session: units by activations, layers by the metric asked for."""
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, cast
 
-from nemo_minitron.config.recipes import PruneRecipe
+from nemo_minitron.config.recipes import ScoredRecipe
 from nemo_minitron.data.prepare import PreparedData
 from nemo_minitron.importance.aggregation import Statistic
 from nemo_minitron.importance.depth_metrics import lm_loss_scores, task_scores
-from nemo_minitron.importance.pictures import importance_picture
 from nemo_minitron.nemo.importance_callback import ImportanceCallback
 from nemo_minitron.progress import progress_bar
 
 
 def score(
     session: Any,
-    r: PruneRecipe,
+    r: ScoredRecipe,
     data: PreparedData,
     task: Any,
     *,
@@ -65,7 +61,7 @@ def score(
 
 
 def _by_removal(
-    session: Any, r: PruneRecipe, data: PreparedData, task: Any, lengths: Sequence[int]
+    session: Any, r: ScoredRecipe, data: PreparedData, task: Any, lengths: Sequence[int]
 ) -> dict[str, Any]:
     micro_batch_size = session.layout.micro_batch_size
     if r.prune.layer_metric == "lm_loss":
@@ -90,30 +86,3 @@ def _by_removal(
             progress=progress_bar("scoring layers", len(task.requests)),
         )
     return {}
-
-
-def step_sha256(source_sha256: str, plans: Sequence[Any]) -> str:
-    """Identity of the model that `plans` have made of the source: the source's own before the first."""
-    if not plans:
-        return source_sha256
-    kept = json.dumps([plan.to_dict()["kept"] for plan in plans], sort_keys=True)
-    return hashlib.sha256(f"{source_sha256} {kept}".encode()).hexdigest()
-
-
-def scores_name(step: int) -> str:
-    """The file of a step's scores; the first ones' indices are those of the source."""
-    return "scores.safetensors" if step == 0 else f"scores-{step + 1}.safetensors"
-
-
-def keep_scores(made: Sequence[tuple[Any, Any]], directory: Path) -> None:
-    """Write the scores of each step, and the picture of the first with what its own plan keeps.
-
-    Args:
-        made: (scores, plan) of each step; a random one has no scores, and leaves nothing.
-    """
-    for step, (scores, plan) in enumerate(made):
-        if scores is None:
-            continue
-        scores.save(directory / scores_name(step))
-        if step == 0:
-            importance_picture(scores, plan.kept, directory / "importance.png")

@@ -19,8 +19,8 @@ from nemo_minitron.nemo.session import Session
 from nemo_minitron.search.candidates import Candidate
 from nemo_minitron.workflows.distill import check as distill_check
 from nemo_minitron.workflows.distill import run as distill
+from nemo_minitron.workflows.prune import in_memory as prune
 from nemo_minitron.workflows.prune import plans, scoring
-from nemo_minitron.workflows.prune import run as prune
 from nemo_minitron.workflows.search.check import Prepared, short_distillation
 
 CANDIDATES = "candidates"
