@@ -135,7 +135,7 @@ class Commands:
         self.wait_for_orphans()
         return log.read_text(errors="replace")
 
-    def wait_for_orphans(self, timeout: float = 10) -> None:
+    def wait_for_orphans(self, timeout: float = 30) -> None:
         """Until nothing runs any more that was started with this user's environment.
 
         Raises:
