@@ -63,6 +63,8 @@ def _work(f: dict[str, Any]) -> Iterator[str]:
 def _scores(f: dict[str, Any]) -> Iterator[str]:
     if f.get("recipe") == "pipeline":
         yield f"{len(f['runs'])} runs, {sum(run['kept'] for run in f['runs'])} of them kept"
+    if f.get("recipe") == "compare":
+        yield f"{len(f['models'])} models beside {f['baseline']}: {f['table']}"
     if f.get("perplexity") is not None:  # pretraining has bits a byte alone
         yield f"perplexity {f['perplexity']:.2f}"
         if f.get("perplexity_f16") is not None:  # of a quantised export

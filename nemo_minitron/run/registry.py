@@ -22,6 +22,7 @@ RECIPES = {
     "instruct_data": "instruct:InstructDataRecipe",
     "evaluate_instruct": "instruct:EvaluateInstructRecipe",
     "evaluate": "evaluate:EvaluateRecipe",
+    "compare": "compare:CompareRecipe",
 }
 PACKAGE = Path(__file__).resolve().parents[1]
 

@@ -30,6 +30,7 @@ TAKES: dict[str, list[str]] = {
     "sft": ["student={}"],
     "preference": ["student={}", "align.train=x", "align.valid=y"],
     "evaluate": ["source={}"],
+    "compare": ["models=[{}]"],
     "evaluate_instruct": ["source={}", "instruct.file=/nowhere"],
     "export": ["source={}", "to={}", "license=none"],
 }

@@ -22,7 +22,7 @@ FLOORS = [
     ["importance"],
     ["pruning", "distillation"],
     ["search"],
-    ["report"],
+    ["report", "comparison"],
     ["nemo"],
     ["alignment"],
     ["workflows"],
