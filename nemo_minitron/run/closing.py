@@ -67,6 +67,9 @@ def _scores(f: dict[str, Any]) -> Iterator[str]:
         yield f"{len(f['runs'])} runs, {sum(run['kept'] for run in f['runs'])} of them kept"
     if f.get("recipe") == "compare":
         yield f"{len(f['models'])} models beside {f['baseline']}: {f['table']}"
+    if f.get("recipe") == "plan_run":
+        yield f"estimated: {count(f['trained_tokens'])} tokens of training, {f['pflop']:,.3g} PFLOP"
+        yield f"{f['gpu_hours']:,.2f} GPU-hours, {f['most_memory_gib']:.1f} GiB a rank at most"
     if f.get("perplexity") is not None:  # pretraining has bits a byte alone
         yield f"perplexity {f['perplexity']:.2f}"
         if f.get("perplexity_f16") is not None:  # of a quantised export

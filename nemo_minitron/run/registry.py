@@ -18,6 +18,7 @@ RECIPES = {
     "export": "export:ExportRecipe",
     "merge": "merge:MergeRecipe",
     "pipeline": "pipeline:PipelineRecipe",
+    "plan_run": "plan:PlanRecipe",
     "chat": "chat:ChatRecipe",
     "report": "report:ReportRecipe",
     "instruct_data": "instruct:InstructDataRecipe",

@@ -21,7 +21,7 @@ FLOORS = [
     ["evaluation", "export", "synthesis"],
     ["importance", "merging"],
     ["pruning", "distillation"],
-    ["search"],
+    ["search", "planning"],
     ["report", "comparison"],
     ["nemo"],
     ["alignment"],

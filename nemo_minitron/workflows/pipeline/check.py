@@ -73,8 +73,11 @@ def command(step: Step) -> list[str]:
     return [sys.executable, "-m", "nemo_minitron", step.recipe, *step.overrides]
 
 
-def compose(step: Step) -> Mapping[str, Any]:
+def compose(step: Step, *, complete: bool = True) -> Mapping[str, Any]:
     """A step's configuration as its recipe composes and checks it: `config`, `ranks`, `missing`.
+
+    Args:
+        complete: whether every key must have a value.
 
     Raises:
         InputError: what the recipe says.
@@ -92,6 +95,6 @@ def compose(step: Step) -> Mapping[str, Any]:
             said = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
             raise InputError(f"pipeline.steps.{step.name}: {said.removeprefix('error: ')}")
         composed: dict[str, Any] = json.loads(file.read_text())
-    if composed["missing"]:
+    if composed["missing"] and complete:
         raise InputError(f"pipeline.steps.{step.name}.set: lacks {', '.join(composed['missing'])}")
     return composed
