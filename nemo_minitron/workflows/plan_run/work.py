@@ -282,6 +282,7 @@ _UNKNOWN = {
     "report": "text that is written a token at a time",
     "export": "reading and writing",
     "merge": "reading and writing",
+    "compare": "evaluations of several models, one after the other",
 }
 
 
