@@ -86,6 +86,8 @@ def _scores(f: dict[str, Any]) -> Iterator[str]:
         lenient = f.get("overall_score_lenient")
         also = "" if lenient is None else f" ({lenient:.1%} to a lenient reader)"
         yield f"{f['overall_score']:.1%} of {f['samples']:,} answers right{also}"
+    if f.get("gguf_answers"):
+        yield f"llama.cpp's answers to {f['gguf_answers_equal']} of {f['gguf_answers']} prompts the same"
     if f.get("recipe") == "instruct_data":
         for key in (key for key in f if key.endswith("_samples")):
             yield f"{f[key]:,} {key.removesuffix('_samples')}"

@@ -49,7 +49,7 @@ def run(r: PipelineRecipe, prepared: Prepared, directory: Path) -> dict[str, Any
         else:
             left = ", ".join(later.name for later in prepared.steps[number:])
             _say(f"{where}: begins" + (f"; then {left}" if left else ""))
-            state.begin(step.name, key, prepared.source_sha256)
+            state.begin(step.name, key, prepared.source_sha256, prepared.pipeline)
             make(step, prepared.ranks[step.name], state)
             _say(f"{where}: {state.steps[step.name]['seconds']:,.0f} s; {state.steps[step.name]['said']}")
         rows[step.name] = _row(step, state, kept=kept)
@@ -63,7 +63,7 @@ def hand_over(prepared: Prepared, state: State, file: Path) -> None:
     for step in prepared.steps:
         key = prepared.keys[step.name]
         if not state.is_done(step.name, key):
-            state.begin(step.name, key, prepared.source_sha256)
+            state.begin(step.name, key, prepared.source_sha256, prepared.pipeline)
             lines.append(json.dumps([step.recipe, *step.overrides]))
     file.write_text("".join(f"{line}\n" for line in lines))
 
