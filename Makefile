@@ -3,7 +3,7 @@
 #          ARGS='...' is added to pytest's, or to the demo's, command line; WORKERS=N for the tests'
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup python demo real-model eval-data test test-slow test-full check format clean-env clean-cache
+.PHONY: help setup python demo real-model eval-data test test-slow test-full check supply-chain format clean-env clean-cache
 
 TORCH ?= auto
 TORCH_INDEX ?=
@@ -63,6 +63,9 @@ test-full:  ## long campaigns: random settings and damaged files (FUZZ='--overri
 check:  ## lint, format, types, spelling, shell scripts, the Dockerfile
 	@$(WITH_PY) "$$PY" -m ruff check . && "$$PY" -m ruff format --check . && "$$PY" -m mypy \
 	    && "$$PY" -m codespell_lib && scripts/check_shell.sh "$$(dirname "$$PY")"
+
+supply-chain:  ## after a change of constraints.txt: hashes, licences and SBOM anew, by uv, pip-licenses and cyclonedx-py
+	@$(WITH_PY) "$$PY" scripts/supply_chain.py
 
 format:  ## let ruff format and repair
 	@$(WITH_PY) "$$PY" -m ruff format . && "$$PY" -m ruff check --fix .
