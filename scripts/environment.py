@@ -182,16 +182,8 @@ class Environment:
         wanted = self.path / "requirements.in"
         wanted.write_text("".join(f"{line}\n" for line in self.requirements))
         report = self.path / "resolution.json"
-        resolve = [
-            "install",
-            "--dry-run",
-            "--report",
-            str(report),
-            "-c",
-            str(self.constraints),
-            "-r",
-            str(wanted),
-        ]
+        files = ["--report", str(report), "-c", str(self.constraints), "-r", str(wanted)]
+        resolve = ["install", "--dry-run", *files]
         self._pip("[3/5] resolving versions", resolve, lock)
         locked = self.path / "requirements.txt"
         found = json.loads(report.read_text())

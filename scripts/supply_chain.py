@@ -1,8 +1,8 @@
 """Makes supply_chain/: the hashes of the pinned packages' files, their licences, and an SBOM.
 
-Run by `make supply-chain`, with the environment's interpreter, after constraints.txt has changed. The work is done by uv
-(`pip compile --generate-hashes`), pip-licenses and cyclonedx-py, which live in an environment of their own whose files
-supply_chain/tools.txt pins. Only the first needs the package index; the other two look at what is installed.
+Run by `make supply-chain`, with the environment's interpreter, after constraints.txt has changed. The work is done by
+uv (`pip compile --generate-hashes`), pip-licenses and cyclonedx-py, which live in an environment of their own whose
+files supply_chain/tools.txt pins. Only the first needs the package index; the others look at what is installed.
 """
 
 from __future__ import annotations
@@ -56,7 +56,9 @@ def _compiled(programs: Path, wanted: Path, python: str) -> str:
 
 def licences(programs: Path) -> str:
     """CSV: name, version, licence and address of what is installed."""
-    command = [programs / "pip-licenses", f"--python={sys.executable}", "--format=csv", "--with-urls"]
+    # With "system": pip-licenses takes its own dependencies for that, of which the environment has some.
+    options = ["--format=csv", "--with-urls", "--with-system"]
+    command = [programs / "pip-licenses", f"--python={sys.executable}", *options]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
