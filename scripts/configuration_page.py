@@ -34,6 +34,7 @@ SHOWN = {
     "distill": "demo",
     "cache": "hidden",
     "align": "sft",
+    "merge": "ties",
     "cluster": "slurm",
 }
 _TYPES = {int: "integer", float: "number", bool: "true, false", str: "text"}

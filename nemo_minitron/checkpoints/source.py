@@ -174,7 +174,7 @@ def _nemo(directory: Path, where: str) -> Source:
     check_common(weights / "common.pt", where)
     try:
         model = yaml.safe_load(files.read_text(context / "model.yaml", 1 << 20))
-        _check_expanded(model)
+        check_expanded(model)
         config, family = model["config"], families.of_nemo_model(model["_target_"], where)
         if config["vocab_size"] is None:  # NeMo then pads the tokenizer's, and only the weights tell how far
             config["vocab_size"] = contents.state_dict_metadata[_EMBEDDING].size[0]
@@ -220,7 +220,7 @@ def contents(source: Source) -> Any:
     return table_of_contents(source.path / "weights" / ".metadata", str(source.path))
 
 
-def _check_expanded(value: Any, limit: int = 100_000) -> None:
+def check_expanded(value: Any, limit: int = 100_000) -> None:
     """With aliases a short YAML file stands for a value that no memory holds once it is written out in a message."""
     rest = [value]
     while rest:

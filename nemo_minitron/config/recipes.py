@@ -191,6 +191,7 @@ class CommonConfig:
     align: Any = None
     search: Any = None
     export: Any = None
+    merge: Any = None
     pipeline: Any = None
     optim: Any = None
     eval: EvalConfig = field(default_factory=EvalConfig)

@@ -14,6 +14,7 @@ from nemo_minitron.export.lineage import Lineage, Step
 FILE = "README.md"
 PICTURE = "importance.png"
 _TAGS = ("nemo-minitron", "pruned", "distilled")
+_MERGED_TAGS = ("nemo-minitron", "merge")
 _METHODS = {
     "pretrain": "trained from scratch",
     "prune": "pruned by importance ([arXiv 2407.14679](https://arxiv.org/abs/2407.14679))",
@@ -22,6 +23,7 @@ _METHODS = {
     "correct_teacher": "trained on next tokens",
     "sft": "fine-tuned on instructions",
     "preference": "aligned with preferences",
+    "merge": "merged with models of its architecture",
 }
 _SIZES = (
     ("num_layers", "layers"),
@@ -44,6 +46,21 @@ _DIRECTORY = re.compile(r"(?<![\w.:/])(?:~|/)(?:[^\s'\",:=/]+/)+")
 
 
 @dataclass(frozen=True)
+class MergeFacts:
+    """What a merged model was made of.
+
+    Attributes:
+        method: its name.
+        models: by which the card calls them, the base first.
+        recipe: the merge as YAML.
+    """
+
+    method: str
+    models: tuple[str, ...]
+    recipe: str
+
+
+@dataclass(frozen=True)
 class Facts:
     """What a card says.
 
@@ -57,6 +74,7 @@ class Facts:
         file: of a GGUF export, its name; None for a Hugging Face directory.
         has_template: whether it has a chat template.
         picture: whether `PICTURE` lies beside the card.
+        merge: of a model that was merged.
     """
 
     name: str
@@ -68,6 +86,7 @@ class Facts:
     file: str | None
     has_template: bool
     picture: bool
+    merge: MergeFacts | None = None
 
 
 def card(facts: Facts) -> str:
@@ -81,8 +100,11 @@ def card(facts: Facts) -> str:
     data = ModelCardData(
         library_name="gguf" if facts.file else "transformers",
         pipeline_tag="text-generation",
-        tags=[*_TAGS, *(["conversational"] if facts.has_template else [])],
-        base_model=_hub_name(facts.lineage.base_name),
+        tags=[
+            *(_MERGED_TAGS if facts.merge else _TAGS),
+            *(["conversational"] if facts.has_template else []),
+        ],
+        base_model=_base_models(facts),
         **_licence_fields(facts.licence),  # type: ignore[arg-type]
     )
     text = str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(_body(facts)) + "\n"))
@@ -122,6 +144,13 @@ def check(text: str) -> None:
         raise InputError(f"{FILE}: tags: must be a list of texts")
 
 
+def _base_models(facts: Facts) -> Any:
+    """The hub's models that it was made of."""
+    if facts.merge is None:
+        return _hub_name(facts.lineage.base_name)
+    return [name for name in dict.fromkeys(facts.merge.models) if _hub_name(name)] or None
+
+
 def _hub_name(name: str | None) -> str | None:
     return name if name and re.fullmatch(r"[\w.-]+/[\w.-]+", name) else None
 
@@ -142,6 +171,7 @@ def _body(f: Facts) -> Iterator[str]:
         yield ""
     yield from _method(f)
     yield from _sizes(f)
+    yield from _merge(f)
     yield from _measured(f)
     yield from _use(f)
     yield from _opens(f)
@@ -150,6 +180,11 @@ def _body(f: Facts) -> Iterator[str]:
 
 
 def _method(f: Facts) -> Iterator[str]:
+    if f.merge is not None:
+        models = ", ".join(f.merge.models)
+        yield f"Merged of {models} by {f.merge.method}, with nemo_minitron (NVIDIA NeMo and Megatron-core)."
+        yield ""
+        return
     base = f.lineage.base_name or (f.lineage.base.name if f.lineage.base else None)
     made = [
         _METHODS[s.result["recipe"]] for s in reversed(f.lineage.steps) if s.result.get("recipe") in _METHODS
@@ -172,6 +207,14 @@ def _sizes(f: Facts) -> Iterator[str]:
     if f.picture:
         yield f"![Importance of every unit of the source; the dashed line is where the kept ones end]({PICTURE})"
         yield ""
+
+
+def _merge(f: Facts) -> Iterator[str]:
+    if f.merge is None:
+        return
+    yield "## Recipe of the merge"
+    yield ""
+    yield from _block("yaml", without_directories(f.merge.recipe.rstrip()))
 
 
 def _measured(f: Facts) -> Iterator[str]:

@@ -30,25 +30,26 @@ def bytes_of(key: str, size: str) -> int:
     return int(number) * unit
 
 
-def check_target(to: str | Path, source: str | Path, *, size: int, overwrite: bool) -> Path:
+def check_target(to: str | Path, *sources: str | Path, size: int, overwrite: bool) -> Path:
     """The absolute path that is to be written.
 
     Args:
         to: a directory or a file.
-        source: what is exported.
+        sources: what is read.
         size: of the weights that will be written, in bytes.
         overwrite: whether something may be there.
 
     Raises:
-        InputError: something is there, it is the source or inside of it or around it, nothing can be made there, or the
+        InputError: something is there, it is a source or inside of it or around it, nothing can be made there, or the
             disk is too small.
     """
     target, above = _place(to)
-    origin = Path(source).expanduser().resolve()
-    if target == origin or origin in target.parents:
-        raise InputError(f"to={to}: is inside the source {source}; choose another place")
-    if target in origin.parents:
-        raise InputError(f"to={to}: holds the source {source}; choose another place")
+    for source in sources:
+        origin = Path(source).expanduser().resolve()
+        if target == origin or origin in target.parents:
+            raise InputError(f"to={to}: is inside the source {source}; choose another place")
+        if target in origin.parents:
+            raise InputError(f"to={to}: holds the source {source}; choose another place")
     if os.path.lexists(target) and not overwrite:
         raise InputError(f"to={to}: is there already; choose another place or say overwrite=true")
     if not above.is_dir():

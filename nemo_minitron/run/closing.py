@@ -61,6 +61,8 @@ def _work(f: dict[str, Any]) -> Iterator[str]:
 
 
 def _scores(f: dict[str, Any]) -> Iterator[str]:
+    if f.get("recipe") == "merge":
+        yield f"{len(f['models'])} models by {f['method']}"
     if f.get("recipe") == "pipeline":
         yield f"{len(f['runs'])} runs, {sum(run['kept'] for run in f['runs'])} of them kept"
     if f.get("perplexity") is not None:  # pretraining has bits a byte alone

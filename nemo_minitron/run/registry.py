@@ -16,6 +16,7 @@ RECIPES = {
     "sft": "align:SftRecipe",
     "preference": "align:PreferenceRecipe",
     "export": "export:ExportRecipe",
+    "merge": "merge:MergeRecipe",
     "pipeline": "pipeline:PipelineRecipe",
     "chat": "chat:ChatRecipe",
     "report": "report:ReportRecipe",

@@ -104,6 +104,12 @@ LINES = {
         "train_samples": 6000,
         "valid_samples": 200,
     },
+    "merge: 3.64M parameters, 2 models by ties": {
+        "recipe": "merge",
+        "params": 3_640_000,
+        "models": ["A", "B"],
+        "method": "ties",
+    },
     "done: done": {},
 }
 

@@ -19,7 +19,7 @@ FLOORS = [
     ["checkpoints"],
     ["data"],
     ["evaluation", "export", "synthesis"],
-    ["importance"],
+    ["importance", "merging"],
     ["pruning", "distillation"],
     ["search"],
     ["report"],

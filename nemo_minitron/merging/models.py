@@ -1,0 +1,189 @@
+"""The weights of models, by Hugging Face's names, one tensor at a time, whatever form each lies in; and their merge."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from nemo_minitron.arch import Architecture
+from nemo_minitron.checkpoints.source import Source, contents
+from nemo_minitron.checkpoints.weight_files import EMBEDDING, HEAD, read_headers
+from nemo_minitron.errors import FailedRun, InputError
+from nemo_minitron.export.distributed_reader import DistributedReader
+from nemo_minitron.export.tensors import Part, Weights, parts
+from nemo_minitron.merging.methods import METHODS, drawn
+from nemo_minitron.merging.settings import Merge, place_of
+
+
+class Read(Protocol):
+    """What gives a tensor by its Hugging Face name, in the dtype that it is stored in."""
+
+    def read(self, name: str) -> Tensor:
+        """The tensor."""
+
+
+class Files:
+    """The tensors of a Hugging Face directory; each is read when it is asked for, and kept by nobody."""
+
+    def __init__(self, source: Source, where: str) -> None:
+        self._tensors, self._where = read_headers(source.path, where), where
+        self._tied = source.architecture.share_embeddings_and_output_weights
+
+    def read(self, name: str) -> Tensor:
+        """One tensor; of a tied table, whichever of its two names it is stored by."""
+        if name == EMBEDDING and name not in self._tensors:
+            name = HEAD
+        return self._stored(name)
+
+    def check(self) -> None:
+        """Whether a tied table that is stored twice is the same twice.
+
+        Raises:
+            InputError: it is not.
+        """
+        twice = self._tied and {EMBEDDING, HEAD} <= self._tensors.keys()
+        if twice and not torch.equal(self._stored(EMBEDDING).float(), self._stored(HEAD).float()):
+            raise InputError(
+                f"{self._where}: tie_word_embeddings is true, but {HEAD} differs from {EMBEDDING}; set "
+                "tie_word_embeddings to false in config.json if both are meant"
+            )
+
+    def _stored(self, name: str) -> Tensor:
+        from safetensors import safe_open
+
+        # Opened anew each time: what was read of a mapped file would otherwise stay in memory.
+        with safe_open(self._tensors[name].file, framework="pt") as opened:
+            return opened.get_tensor(name)
+
+
+def opened(source: Source, where: str) -> Read:
+    """A checkpoint's tensors.
+
+    Args:
+        source: of a family that Hugging Face has.
+        where: what messages call it, such as "models[0]=DIR".
+
+    Raises:
+        InputError: a tensor is missing or has another shape, or a tied table is not one.
+    """
+    if source.kind == "nemo":
+        weights = Weights(source.architecture, DistributedReader(source.path / "weights", contents(source)))
+        weights.check()
+        return weights
+    files = Files(source, where)
+    files.check()
+    return files
+
+
+def check_finite(values: Tensor, name: str, where: str) -> None:
+    """Whether a tensor's values are numbers.
+
+    Raises:
+        InputError: one is not finite.
+    """
+    bad = values.numel() - int(torch.isfinite(values).sum())
+    if bad:
+        raise InputError(
+            f"{where}: {name} holds {bad:,} of {values.numel():,} values that are not finite (NaN or infinite)"
+        )
+
+
+@dataclass(frozen=True)
+class Merged:
+    """The tensors of a merge, each made when it is asked for: in memory are one tensor of each model and the result.
+
+    Attributes:
+        architecture: of all models.
+        merge: what to do.
+        base: None where the method needs none.
+        models: in the order of `merge.models`.
+    """
+
+    architecture: Architecture
+    merge: Merge
+    base: Read | None
+    models: Sequence[Read]
+
+    @cached_property
+    def parts(self) -> dict[str, Part]:
+        """All tensors by name."""
+        return {part.name: part for part in parts(self.architecture)}
+
+    def read(self, name: str) -> Tensor:
+        """One tensor of the merged model, float32."""
+        merge = self.merge
+        values = merge.values(place_of(name, self.architecture.num_layers), drawn(merge.seed, name))
+        base = None if self.base is None else self.base.read(name).float()
+        return METHODS[merge.method].merge(base, [model.read(name).float() for model in self.models], values)
+
+    def check(self) -> None:
+        """Whether every tensor has its numbers.
+
+        Raises:
+            InputError: as `Merge.values`.
+        """
+        for name in self.parts:
+            self.merge.values(place_of(name, self.architecture.num_layers))
+
+
+class Tensors(Protocol):
+    """A model's weights as Hugging Face tensors, one at a time."""
+
+    @property
+    def architecture(self) -> Architecture:
+        """Of the model."""
+
+    @property
+    def parts(self) -> Mapping[str, Part]:
+        """All tensors by name."""
+
+    def read(self, name: str) -> Tensor:
+        """One of them, float32."""
+
+
+@dataclass(frozen=True)
+class Checked:
+    """Tensors that are refused where the dtype that they will be written in does not hold them."""
+
+    tensors: Tensors
+    dtype: torch.dtype
+
+    @property
+    def architecture(self) -> Architecture:
+        """Of the model."""
+        return self.tensors.architecture
+
+    @property
+    def parts(self) -> Mapping[str, Part]:
+        """All tensors by name."""
+        return self.tensors.parts
+
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        """One of them as one block, float32.
+
+        Raises:
+            FailedRun: it is not finite.
+        """
+        found = self.tensors.read(name)
+        if not torch.isfinite(found.to(self.dtype)).all():
+            written = str(self.dtype).removeprefix("torch.")
+            raise FailedRun(
+                f"{name}: the merged tensor is not finite in {written}; choose another dtype or smaller weights"
+            )
+        yield found
+
+
+class Kept:
+    """A model's tensors in memory, each from when it is first asked for."""
+
+    def __init__(self, reader: Read) -> None:
+        self._reader, self._kept = reader, dict[str, Tensor]()
+
+    def read(self, name: str) -> Tensor:
+        """The tensor; not to be changed."""
+        if name not in self._kept:
+            self._kept[name] = self._reader.read(name).clone()
+        return self._kept[name]
