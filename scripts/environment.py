@@ -32,6 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYOUT = 1  # raise it when what this script installs changes for the same pins
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 STAMP = "complete.json"
+HASHES = ROOT / "supply_chain" / "hashes.txt"  # of the pinned files; scripts/supply_chain.py makes it
 # nvidia-* packages that hold no CUDA libraries; anything else of that name is hundreds of MB.
 SMALL_NVIDIA = {"nvidia-ml-py", "nvidia-modelopt", "nvidia-resiliency-ext"}
 CUDA_PACKAGE = re.compile(r"nvidia-.+|cuda-.+|cupy.*|triton|pytorch-triton.*|transformer-engine.*")
@@ -181,23 +182,21 @@ class Environment:
         wanted = self.path / "requirements.in"
         wanted.write_text("".join(f"{line}\n" for line in self.requirements))
         report = self.path / "resolution.json"
-        resolve = [
-            "install",
-            "--dry-run",
-            "--report",
-            str(report),
-            "-c",
-            str(self.constraints),
-            "-r",
-            str(wanted),
-        ]
+        files = ["--report", str(report), "-c", str(self.constraints), "-r", str(wanted)]
+        resolve = ["install", "--dry-run", *files]
         self._pip("[3/5] resolving versions", resolve, lock)
         locked = self.path / "requirements.txt"
-        lines = resolved(json.loads(report.read_text()))
+        found = json.loads(report.read_text())
+        lines = resolved(found)
         if self.flavour == "cpu":
             refuse_cuda(lines)
-        locked.write_text("".join(f"{line}\n" for line in lines))
-        install = ["install", "--no-deps", "-r", str(locked)]
+        kept = kept_hashes(found, lines)
+        # pip takes hashes for all or for none; an index may tell nothing of a file that none is kept of.
+        known = all(kept[normal(line)] for line in lines)
+        hashes = {line: " ".join(kept[normal(line)]) if known else "" for line in lines}
+        locked.write_text("".join(f"{line} {hashes[line]}\n" for line in lines))
+        require = ["--require-hashes"] if known else []
+        install = ["install", "--no-deps", *require, "-r", str(locked)]
         self._pip(f"[4/5] installing {len(lines)} packages (minutes)", install, lock)
         self._pip("[5/5] checking", ["check"], lock)
 
@@ -274,9 +273,41 @@ def clean_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
 
 
+def requirement_of(item: dict[str, Any]) -> str:
+    """The exact requirement of one entry of pip's installation report."""
+    return f"{item['metadata']['name']}=={item['metadata']['version']}"
+
+
 def resolved(report: dict[str, Any]) -> list[str]:
     """The exact requirements that pip's installation report would install, sorted."""
-    return sorted(f"{item['metadata']['name']}=={item['metadata']['version']}" for item in report["install"])
+    return sorted(map(requirement_of, report["install"]))
+
+
+def normal(requirement: str) -> str:
+    """`Name_x==1` as `name-x==1`."""
+    name, _, version = requirement.partition("==")
+    return f"{re.sub('[-_.]+', '-', name).lower()}=={version}"
+
+
+def hashes_of(text: str) -> dict[str, list[str]]:
+    """The `--hash=` options of a file as uv and pip-compile write it, by normal requirement."""
+    found: dict[str, list[str]] = {}
+    for block in text.replace("\\\n", " ").splitlines():
+        if block.strip() and not block.startswith("#"):
+            words = block.split()
+            found[normal(words[0])] = [word for word in words if word.startswith("--hash=")]
+    return found
+
+
+def kept_hashes(report: dict[str, Any], lines: list[str]) -> dict[str, list[str]]:
+    """Those that are kept; where none is (CUDA's libraries, which come with torch), those that the index gives, if any."""
+    kept = hashes_of(HASHES.read_text() if HASHES.exists() else "")
+    if unknown := [line for line in lines if normal(line) not in kept]:
+        say(f"      no hash is kept of {', '.join(unknown)}: the index's own are taken")
+    for line, item in zip(lines, sorted(report["install"], key=requirement_of), strict=True):
+        digest = item["download_info"].get("archive_info", {}).get("hashes", {}).get("sha256")
+        kept.setdefault(normal(line), [f"--hash=sha256:{digest}"] if digest else [])
+    return kept
 
 
 def refuse_cuda(lines: list[str]) -> None:
