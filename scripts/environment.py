@@ -190,13 +190,10 @@ class Environment:
         lines = resolved(found)
         if self.flavour == "cpu":
             refuse_cuda(lines)
-        kept = kept_hashes(found, lines)
-        # pip takes hashes for all or for none; an index may tell nothing of a file that none is kept of.
-        known = all(kept[normal(line)] for line in lines)
-        hashes = {line: " ".join(kept[normal(line)]) if known else "" for line in lines}
+        hashes = kept_hashes(found, lines)
         locked.write_text("".join(f"{line} {hashes[line]}\n" for line in lines))
-        require = ["--require-hashes"] if known else []
-        install = ["install", "--no-deps", *require, "-r", str(locked)]
+        # Given hashes, pip requires them of all.
+        install = ["install", "--no-deps", "-r", str(locked)]
         self._pip(f"[4/5] installing {len(lines)} packages (minutes)", install, lock)
         self._pip("[5/5] checking", ["check"], lock)
 
@@ -299,15 +296,16 @@ def hashes_of(text: str) -> dict[str, list[str]]:
     return found
 
 
-def kept_hashes(report: dict[str, Any], lines: list[str]) -> dict[str, list[str]]:
-    """Those that are kept; where none is (CUDA's libraries, which come with torch), those that the index gives, if any."""
+def kept_hashes(report: dict[str, Any], lines: list[str]) -> dict[str, str]:
+    """Options by line: the hashes kept here, else (CUDA's libraries) the index's; where it gives none, none for all."""
     kept = hashes_of(HASHES.read_text() if HASHES.exists() else "")
     if unknown := [line for line in lines if normal(line) not in kept]:
         say(f"      no hash is kept of {', '.join(unknown)}: the index's own are taken")
+    options = {}
     for line, item in zip(lines, sorted(report["install"], key=requirement_of), strict=True):
         digest = item["download_info"].get("archive_info", {}).get("hashes", {}).get("sha256")
-        kept.setdefault(normal(line), [f"--hash=sha256:{digest}"] if digest else [])
-    return kept
+        options[line] = " ".join(kept.get(normal(line), [f"--hash=sha256:{digest}"] if digest else []))
+    return options if all(options.values()) else dict.fromkeys(lines, "")
 
 
 def refuse_cuda(lines: list[str]) -> None:
