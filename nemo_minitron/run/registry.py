@@ -18,11 +18,13 @@ RECIPES = {
     "export": "export:ExportRecipe",
     "merge": "merge:MergeRecipe",
     "pipeline": "pipeline:PipelineRecipe",
+    "plan_run": "plan:PlanRecipe",
     "chat": "chat:ChatRecipe",
     "report": "report:ReportRecipe",
     "instruct_data": "instruct:InstructDataRecipe",
     "evaluate_instruct": "instruct:EvaluateInstructRecipe",
     "evaluate": "evaluate:EvaluateRecipe",
+    "compare": "compare:CompareRecipe",
 }
 PACKAGE = Path(__file__).resolve().parents[1]
 

@@ -47,13 +47,13 @@ def check(r: ChatRecipe) -> Prepared:
         raise InputError(f"{r.trainer.ranks} ranks: chat works in one process")
     if r.prompt is not None and not r.prompt.strip():
         raise InputError("prompt: is empty; leave it out to type messages")
-    path = _exported(Path(r.source).expanduser())
-    if (file := _gguf(path)) is not None:
+    path = exported(Path(r.source).expanduser())
+    if (file := gguf_at(path)) is not None:
         return _of_file(r, file)
     return _of_source(r, path)
 
 
-def _exported(path: Path) -> Path:
+def exported(path: Path) -> Path:
     """What a run of recipes/export.py wrote, or the path itself."""
     try:
         result = json.loads(read_text(path / RESULT))
@@ -68,13 +68,20 @@ def _exported(path: Path) -> Path:
     return path
 
 
-def _gguf(path: Path) -> Path | None:
-    """The GGUF file at a path, or the only one in a directory that holds no other checkpoint."""
+def gguf_at(path: Path, key: str = "source") -> Path | None:
+    """The GGUF file at a path, or the only one in a directory that holds no other checkpoint.
+
+    Args:
+        key: what the configuration calls it.
+
+    Raises:
+        InputError: a directory of several.
+    """
     if path.is_dir() and not (path / "config.json").exists():
         found = sorted(path.glob("*.gguf"))
         if len(found) > 1:
             names = ", ".join(file.name for file in found[:5])
-            raise InputError(f"source={path}: holds {len(found)} GGUF files ({names}); name one of them")
+            raise InputError(f"{key}={path}: holds {len(found)} GGUF files ({names}); name one of them")
         return found[0] if found else None
     return path if is_gguf(path) else None
 
