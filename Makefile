@@ -55,7 +55,7 @@ test-slow:  ## the long tests
 	        echo "no slow test was selected" >&2; exit 5; fi; exit $$first; }
 
 # A seed of its own each time; --seed N among ARGS repeats one. docs/testing.md says when each was last run.
-test-full:  ## long campaigns: random settings and damaged files (FUZZ=), kills (KILLS=), comparisons and pipelines too, the docs' commands, K-quants
+test-full:  ## long campaigns: random settings and damaged files (FUZZ=), kills (KILLS=), the docs' commands, a killed comparison, killed pipelines, K-quants
 	@$(WITH_PY) home=$$(mktemp -d) && { \
 	    "$$PY" -m tests.fuzz.campaign $(FUZZ) --seed "$$RANDOM" $(ARGS) --home "$$home/fuzz"; code=$$?; \
 	    "$$PY" -m tests.kill_campaign $(KILLS) --seed "$$RANDOM" --home "$$home/kills" || code=1; \

@@ -32,7 +32,7 @@ def tools() -> Path:
     if not (made / "complete").exists():
         subprocess.run([sys.executable, "-m", "venv", "--clear", made], check=True)
         install = ["-m", "pip", "install", "-q", "--no-deps", "--require-hashes", "-r", str(pins)]
-        subprocess.run([made / "bin" / "python", *install], check=True)
+        subprocess.run([f"{made}/bin/python", *install], check=True)
         (made / "complete").touch()
     return made / "bin"
 
@@ -48,7 +48,7 @@ def hashes(programs: Path) -> str:
 
 def _compiled(programs: Path, wanted: Path, python: str) -> str:
     options = ["--universal", "--no-deps", "--generate-hashes", "--no-header", "--no-annotate"]
-    command = [str(programs / "uv"), "pip", "compile", "-q", *options, "--python-version", python, str(wanted)]
+    command = [f"{programs}/uv", "pip", "compile", "-q", *options, "--python-version", python, str(wanted)]
     # A directory of files beside the index would add their hashes.
     environment = {name: value for name, value in os.environ.items() if name != "UV_FIND_LINKS"}
     return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
@@ -58,13 +58,13 @@ def licences(programs: Path) -> str:
     """CSV: name, version, licence and address of what is installed."""
     # With "system": pip-licenses takes its own dependencies for that, of which the environment has some.
     options = ["--format=csv", "--with-urls", "--with-system"]
-    command = [str(programs / "pip-licenses"), f"--python={sys.executable}", *options]
+    command = [f"{programs}/pip-licenses", f"--python={sys.executable}", *options]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def sbom(programs: Path) -> str:
     """CycloneDX, as JSON, of what is installed."""
-    command = [str(programs / "cyclonedx-py"), "environment", "--output-reproducible", "--of", "JSON"]
+    command = [f"{programs}/cyclonedx-py", "environment", "--output-reproducible", "--of", "JSON"]
     said = subprocess.run([*command, sys.executable], check=True, capture_output=True, text=True).stdout
     return said.rstrip("\n") + "\n"
 
