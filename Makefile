@@ -1,5 +1,5 @@
 # Everything runs in an environment outside the clone, shared by all clones with the same pins (scripts/environment.py).
-# Choices: PYTHON=python3.10  TORCH=auto|cpu|cuda  TORCH_INDEX=URL  EXTRAS=dev,search,device,evaluation,wandb  NEMO_MINITRON_HOME=DIR
+# Choices: PYTHON=python3.12  TORCH=auto|cpu|cuda  TORCH_INDEX=URL  EXTRAS=dev,search,device,evaluation,wandb  NEMO_MINITRON_HOME=DIR
 #          ARGS='...' is added to pytest's, or to the demo's, command line; WORKERS=N for the tests'
 SHELL := /bin/bash
 .DEFAULT_GOAL := help

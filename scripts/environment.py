@@ -24,6 +24,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -47,27 +48,13 @@ def say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-def load_toml(path: Path) -> dict[str, Any]:
-    """Reads TOML; Python 3.10 has no parser of its own, but its pip does.
-
-    Raises:
-        SetupError: there is no parser.
-    """
-    for name in ("tomllib", "tomli", "pip._vendor.tomli"):
-        with contextlib.suppress(ImportError):
-            return importlib.import_module(name).loads(path.read_text())
-    raise SetupError(
-        "Python 3.10 needs pip to read pyproject.toml: apt-get install python3-pip, or use Python 3.11"
-    )
-
-
 def requirements(extras: list[str]) -> list[str]:
     """The requirement lines of pyproject.toml, with those of the named extras.
 
     Raises:
         SetupError: an extra does not exist.
     """
-    project = load_toml(ROOT / "pyproject.toml")["project"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     lines = list(project["dependencies"])
     for extra in extras:
         if extra not in project["optional-dependencies"]:
