@@ -108,12 +108,15 @@ class OneLayer:
         for tensor in nested_values(wanted):
             if isinstance(tensor, ShardedTensor):
                 size = (1,) * tensor.prepend_axis_num + tuple(tensor.local_shape)
-                found = self._reader.read(tensor.key, tuple(tensor.global_offset), size)
+                # The shape counts: a norm's vector is not rounded as a matrix of one row is.
+                found = self._reader.read(tensor.key, tuple(tensor.global_offset), size).view(
+                    tensor.data.shape
+                )
                 if self._rounded is not None:
                     found = self._rounded(found.float())
                 # The module's own parameter, or the half of it that has this key.
                 with torch.no_grad():
-                    tensor.data.copy_(found.view(tensor.data.shape))
+                    tensor.data.copy_(found)
 
     _beside_is_loaded = False
 
