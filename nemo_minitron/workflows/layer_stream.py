@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nemo_minitron.evaluation.lm_loss import stacked
-from nemo_minitron.files import remove, replacing
+from nemo_minitron.files import remove, replacing, sync
 from nemo_minitron.workflows.one_layer import OneLayer
 
 _PROGRESS = "progress.safetensors"
@@ -54,7 +54,7 @@ class LayerStream:
 
     Args:
         one: the model.
-        directory: for states and figures; removed by `close`.
+        directory: for states and figures; whoever made it removes it.
         identity: all that decides the states and figures; what a run of another one left is removed.
         seq_length: tokens in a sample.
         micro_batch_size: samples in a forward pass.
@@ -101,10 +101,6 @@ class LayerStream:
             self.seconds.append(time.monotonic() - started)
         return figures
 
-    def close(self) -> None:
-        """Remove the states and figures."""
-        remove(self._directory)
-
     def _begun(self) -> tuple[int, Figures]:
         """Of how many layers the figures are there, and these."""
         try:
@@ -121,7 +117,7 @@ class LayerStream:
     def _finish(self, layers: int, figures: Figures) -> None:
         """From here on a run goes on after so many layers."""
         for file in self._directory.glob(f"{layers}-*.states"):
-            _sync(file)
+            sync(file)
         said = json.dumps({"identity": self._identity, "layers": layers})
         with replacing(self._directory / _PROGRESS) as temporary:
             save_file(figures, temporary, {_KEY: said})
@@ -169,11 +165,3 @@ def _added(one: Figures, other: Figures) -> Figures:
     return {name: one.get(name, 0) + tensor.double() for name, tensor in other.items()} | {
         name: tensor for name, tensor in one.items() if name not in other
     }
-
-
-def _sync(file: Path) -> None:
-    descriptor = os.open(file, os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
