@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.checkpoints.any_family import load_directory
+from nemo_minitron.environment import rss_gib
 from nemo_minitron.export import llama_cpp
 
 _WARM_UP = 4  # tokens
@@ -45,7 +46,7 @@ def _transformers(directory: Path, prompt: list[int], new: int, threads: int) ->
 
     torch.set_num_threads(threads)
     cuda = torch.cuda.is_available()
-    before = resident_gib()
+    before = rss_gib()
     model = load_directory(directory, "auto" if cuda else "float32")
     model = model.cuda() if cuda else model
     cache = model.generation_config.cache_implementation  # Gemma 2 has one of its own
@@ -76,17 +77,17 @@ def _transformers(directory: Path, prompt: list[int], new: int, threads: int) ->
     if cuda:
         memory = torch.cuda.max_memory_allocated() / 2**30
     else:
-        memory = resident_gib(peak=True) - before
+        memory = highest_gib() - before
     return figures(begin, times[1:], len(times) - 1, memory, "cuda" if cuda else "cpu")
 
 
 def _llama_cpp(file: Path, prompt: list[int], new: int, threads: int) -> dict[str, Any]:
-    before = resident_gib()
+    before = rss_gib()
     with llama_cpp.opened(file, len(prompt) + new + _WARM_UP, threads) as server:
         _written(server, prompt, _WARM_UP)
         begin = time.perf_counter()
         times, tokens = _written(server, prompt, new)
-        memory = resident_gib(peak=True) - before
+        memory = highest_gib() - before
     return figures(begin, times, tokens, memory, "cpu")
 
 
@@ -116,11 +117,10 @@ def _written(server: Any, prompt: list[int], new: int) -> tuple[list[float], int
     return times, counts[-1] if counts else len(times)
 
 
-def resident_gib(*, peak: bool = False) -> float:
-    """Resident memory of this process now, or at its highest, in GiB; getrusage's peak may be a parent's."""
-    key = "VmHWM:" if peak else "VmRSS:"
+def highest_gib() -> float:
+    """Resident memory of this process at its highest, in GiB; getrusage's peak may be a parent's."""
     for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(key):
+        if line.startswith("VmHWM:"):
             return int(line.split()[1]) / 2**20
     return 0.0
 
