@@ -18,12 +18,13 @@ from nemo_minitron.environment import RESULT
 from nemo_minitron.errors import InputError
 from nemo_minitron.export import huggingface
 from nemo_minitron.files import read_text
+from nemo_minitron.workflows.one_process import OneProcess, check_one_process
 
 TEMPLATE = "tokenizer.chat_template"
 
 
 @dataclass(frozen=True)
-class Prepared:
+class Prepared(OneProcess):
     """What answers: a `file` for llama.cpp, or a `source` for transformers; `context`: in tokens; `has_template`:
     whether it was made for conversations, else a prompt is gone on with as it is."""
 
@@ -32,10 +33,6 @@ class Prepared:
     file: Path | None = None
     source: Any = None
 
-    def to_config(self) -> dict[str, Any]:
-        """Nothing: there is one process."""
-        return {}
-
 
 def check(r: ChatRecipe) -> Prepared:
     """Refuse what cannot answer.
@@ -43,8 +40,7 @@ def check(r: ChatRecipe) -> Prepared:
     Raises:
         InputError: names the value.
     """
-    if r.trainer.ranks > 1:
-        raise InputError(f"{r.trainer.ranks} ranks: chat works in one process")
+    check_one_process(r.trainer, "chat")
     if r.prompt is not None and not r.prompt.strip():
         raise InputError("prompt: is empty; leave it out to type messages")
     path = exported(Path(r.source).expanduser())

@@ -7,7 +7,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from nemo_minitron.checkpoints.any_family import AnyModel, find_any, is_of_another_family
 from nemo_minitron.checkpoints.source import Source, find_source
@@ -21,6 +20,7 @@ from nemo_minitron.evaluation.benchmarks import catalogue
 from nemo_minitron.files import read_text
 from nemo_minitron.workflows.chat.check import exported, gguf_at
 from nemo_minitron.workflows.evaluate.check import examine
+from nemo_minitron.workflows.one_process import OneProcess, check_one_process
 
 EVALUATIONS = "evaluations"
 _PROMPT = (
@@ -61,15 +61,11 @@ class Contender:
 
 
 @dataclass(frozen=True)
-class Prepared:
+class Prepared(OneProcess):
     """The models, in order."""
 
     contenders: list[Contender]
     baseline: str
-
-    def to_config(self) -> dict[str, Any]:
-        """Nothing: there is one process."""
-        return {}
 
 
 def check(r: CompareRecipe) -> Prepared:
@@ -78,10 +74,7 @@ def check(r: CompareRecipe) -> Prepared:
     Raises:
         InputError: names the value.
     """
-    if r.trainer.ranks > 1:
-        raise InputError(
-            f"{r.trainer.ranks} ranks: compare works in one process; evaluate sharded models first and give the runs"
-        )
+    check_one_process(r.trainer, "compare", "; evaluate sharded models first and give the runs")
     names = _names(r)
     baseline = _baseline(r, names)
     contenders = [_contender(r, name, given) for name, given in zip(names, r.models, strict=True)]

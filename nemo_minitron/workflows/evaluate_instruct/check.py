@@ -14,6 +14,7 @@ from nemo_minitron.data.instruct import cached_instruct_set
 from nemo_minitron.data.tokenizer import load_tokenizer
 from nemo_minitron.errors import InputError, of_setting
 from nemo_minitron.evaluation import instruct
+from nemo_minitron.workflows.one_process import check_one_process
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,7 @@ def check(r: EvaluateInstructRecipe) -> Prepared:
         InputError: names the value, or the prompt's file and line.
     """
     e = r.instruct
-    if r.trainer.ranks > 1:
-        raise InputError(f"{r.trainer.ranks} ranks: evaluate_instruct works in one process")
+    check_one_process(r.trainer, "evaluate_instruct")
     gguf = gguf_of(e)
     source = find_source(r.source, data=r.data)
     tokenizer = with_template(load_tokenizer(source.tokenizer), str(source.tokenizer))

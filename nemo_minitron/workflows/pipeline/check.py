@@ -16,6 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from nemo_minitron.config.pipeline import PipelineRecipe
 from nemo_minitron.environment import COMPOSE, with_package
 from nemo_minitron.errors import InputError
+from nemo_minitron.workflows.one_process import OneProcess
 from nemo_minitron.workflows.pipeline.state import State
 from nemo_minitron.workflows.pipeline.steps import Step, content_of, key_of, steps_of
 
@@ -24,7 +25,7 @@ _SHARED = ("data", "trainer", "eval", "seed")
 
 
 @dataclass(frozen=True)
-class Prepared:
+class Prepared(OneProcess):
     """The steps, the key and the number of ranks of each by its name, the hash of the source's weights; `pipeline`: the
     file that lists the steps."""
 
@@ -33,10 +34,6 @@ class Prepared:
     ranks: dict[str, int]
     source_sha256: str
     pipeline: str | None = None
-
-    def to_config(self) -> dict[str, Any]:
-        """Nothing: the pipeline is one process, and each step has ranks of its own."""
-        return {}
 
 
 def check(r: PipelineRecipe) -> Prepared:

@@ -14,6 +14,7 @@ from nemo_minitron.errors import InputError
 from nemo_minitron.planning.layouts import Option, options
 from nemo_minitron.planning.machines import GIB, Cluster, gpu, this_machine
 from nemo_minitron.planning.memory import Layout, Memory, Training, forward_memory, training_memory
+from nemo_minitron.workflows.one_process import OneProcess
 from nemo_minitron.workflows.pipeline.check import compose, shared_overrides
 from nemo_minitron.workflows.pipeline.steps import Step, steps_of
 from nemo_minitron.workflows.plan_run.work import Models, Work, left_behind, work_of
@@ -41,15 +42,11 @@ class Planned:
 
 
 @dataclass(frozen=True)
-class Prepared:
+class Prepared(OneProcess):
     """The steps, and what they may take."""
 
     steps: list[Planned]
     cluster: Cluster
-
-    def to_config(self) -> dict[str, Any]:
-        """Nothing: a plan is one process."""
-        return {}
 
 
 def check(r: PlanRecipe) -> Prepared:
