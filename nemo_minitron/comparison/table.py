@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 from nemo_minitron.comparison.published import TABLES
 from nemo_minitron.comparison.rows import Cell, Model, Row, Speed
+from nemo_minitron.wording import count
 
 _COLUMNS = (
     *("model", "group", "measure", "value", "stderr", "items", "chance", "at_chance"),
     *("difference", "difference_stderr", "note"),
 )
-_UNITS = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,7 @@ def _speed(
 
 
 def _count(number: int | None) -> str:
-    if number is None:
-        return ""
-    for size, unit in _UNITS:
-        if number >= size:
-            return f"{number / size:.3g}{unit}"
-    return str(number)
+    return "" if number is None else count(number)
 
 
 def as_csv(table: Table) -> str:
