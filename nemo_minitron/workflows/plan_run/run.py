@@ -51,9 +51,8 @@ def _row(planned: Planned, cluster: Cluster) -> dict[str, Any]:
     training, work = planned.work.training, planned.work
     passes = _pass_seconds(planned, cluster)
     seconds = passes + (step_s * training.steps * work.trainings if training and step_s else 0.0)
-    devices = cluster.devices if best else min(layout.ranks, cluster.devices)
-    flops = float(sum(each.tokens * each.model.flops_per_token(work.length) for each in work.passes))
-    flops += step_flops(training) * training.steps * work.trainings if training else 0.0
+    devices = _devices(planned, cluster)
+    flops = work.pass_flops + (step_flops(training) * training.steps * work.trainings if training else 0.0)
     hours = seconds * devices / _HOUR
     return {
         "step": planned.step.name,
@@ -91,9 +90,13 @@ def _pass_seconds(planned: Planned, cluster: Cluster) -> float:
     if cluster.device.name == HERE:
         of = (calibration.pass_seconds(p.model, p.tokens, work.micro_batch, work.length) for p in work.passes)
         return sum(of)
-    flops = sum(each.tokens * each.model.flops_per_token(work.length) for each in work.passes)
-    devices = cluster.devices if planned.options else min(planned.layout.ranks, cluster.devices)
-    return flops / (cluster.device.peak[work.precision] * cluster.efficiency * devices)
+    rate = cluster.device.peak[work.precision] * cluster.efficiency * _devices(planned, cluster)
+    return work.pass_flops / rate
+
+
+def _devices(planned: Planned, cluster: Cluster) -> int:
+    """All of them where a layout was chosen for them, else as many as the configured one takes."""
+    return cluster.devices if planned.options else min(planned.layout.ranks, cluster.devices)
 
 
 # ---- the page ------------------------------------------------------------------------------------------------

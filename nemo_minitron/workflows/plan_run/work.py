@@ -70,6 +70,11 @@ class Work:
         """That are trained on."""
         return self.trainings * self.training.tokens if self.training else 0
 
+    @property
+    def pass_flops(self) -> float:
+        """Of the passes, over all ranks."""
+        return float(sum(each.tokens * each.model.flops_per_token(self.length) for each in self.passes))
+
 
 @dataclass
 class Models:
