@@ -18,8 +18,8 @@ from nemo_minitron.padding import padded_rows
 _VALUE = {"32": 4, "bf16-mixed": 2}
 _GRADIENT = 4
 _STATES = {"32": 8, "bf16-mixed": 12}
-# What glibc's allocator holds beside the tensors of a training on a CPU, in their bytes: 0.28 and 0.36 were measured
-# (docs/planning.md). Its memalign, by which torch allocates, finds no use for a hole of just the size that is asked for.
+# What glibc holds beside the tensors of a training on a CPU, in their bytes: 0.28 and 0.36 were measured
+# (docs/planning.md). Its memalign, by which torch allocates, finds no use for a hole of just the size asked for.
 _HOLES = 0.3
 
 
