@@ -100,6 +100,7 @@ dist.destroy_process_group()
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == [launch.run.name]
 
 
+@pytest.mark.slow
 def test_hydra_takes_the_prepared_configuration(tmp_path: Path) -> None:
     launch = Launch(
         tmp_path,
@@ -302,6 +303,7 @@ def test_usage_errors(arguments: list[str], names: str) -> None:
     assert names in done.stderr
 
 
+@pytest.mark.slow
 def test_two_machines(tmp_path: Path) -> None:
     """Both on this host: prepared once, each starts its half of the ranks."""
     run, recipe = tmp_path / "run", tmp_path / "recipe.py"

@@ -10,6 +10,8 @@ from tests.functional.conftest import Pruned, Teacher
 from tests.functional.test_prune import SOURCE, TARGET, saved_elements
 from tests.support.commands import Commands
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def runs(commands: Commands, teacher: Teacher, pruned: Pruned) -> dict[str, dict[str, Any]]:

@@ -12,6 +12,7 @@ from tests.support.commands import Commands
 from tests.support.kill_trials import unmeasured
 
 
+@pytest.mark.slow
 def test_a_killed_search_goes_on_and_its_best_is_what_prune_makes(
     commands: Commands, teacher: Teacher, pruned: Pruned
 ) -> None:
