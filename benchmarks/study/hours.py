@@ -7,7 +7,6 @@ from benchmarks.study.home import Home
 from benchmarks.study.rows import Row, Run
 from nemo_minitron.arch import Architecture
 from nemo_minitron.checkpoints.sizes import sizes_of
-from nemo_minitron.planning import calibration
 from nemo_minitron.planning.memory import Training
 from nemo_minitron.pruning.target import resolve_target
 
@@ -40,6 +39,9 @@ def _step_seconds(home: Home, run: Run) -> float:
     """Of a training step of the width student, which others are near."""
     if not run.trained_steps:
         return 0.0
+    # It imports NeMo: only where something is to be estimated.
+    from nemo_minitron.workflows.plan_run import calibration
+
     study = home.study
     teacher = sizes_of(study.teacher).architecture
     student: Architecture = teacher
