@@ -1,0 +1,51 @@
+"""A candidate's score in a benchmark of lm-evaluation-harness; one rank asks, the others take part."""
+
+from nemo_minitron import parallel
+from nemo_minitron.config.evolve import EvolveRecipe
+from nemo_minitron.environment import rank
+from nemo_minitron.errors import InputError
+from nemo_minitron.evaluation.benchmarks import harness
+from nemo_minitron.evaluation.benchmarks.adapter import ShardedLM
+from nemo_minitron.evaluation.benchmarks.answers import Answers
+from nemo_minitron.export.huggingface import generation_settings
+from nemo_minitron.nemo.session import Session
+from nemo_minitron.workflows.evaluate.model import ShardedModel
+from nemo_minitron.workflows.evolve.check import Prepared
+
+
+def wrong(r: EvolveRecipe, prepared: Prepared, session: Session, begin: int, end: int | None) -> float:
+    """1 minus the mean score of the items from `begin` to `end`, the same on every rank.
+
+    Raises:
+        InputError: there are no such items.
+    """
+    source, tokenizer = prepared.source, prepared.tokenizer
+    ends = generation_settings(source.tokenizer, source.architecture.vocab_size).get("eos_token_id")
+    stops = [*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id]
+    model = ShardedModel(session, tokenizer, stops, r.eval.batch_size)
+    score = None
+    if rank() == 0:
+        score = _score(r, prepared, model, begin, end)
+        model.dismiss()
+    else:
+        model.serve()
+    score = parallel.broadcast_object(score)
+    if score is None:
+        raise InputError(
+            f"evolve.samples={r.evolve.samples}: {r.evolve.benchmark} has no items after those to measure the result on"
+        )
+    return 1 - float(score)
+
+
+def _score(
+    r: EvolveRecipe, prepared: Prepared, model: ShardedModel, begin: int, end: int | None
+) -> float | None:
+    benchmark, wanted = prepared.benchmark, prepared.wanted
+    assert benchmark is not None
+    assert wanted is not None
+    lm = ShardedLM(model, prepared.tokenizer, Answers(None))
+    settings = harness.Settings(end, wanted.chat, r.eval.max_new_tokens)
+    rows, items = harness.run(lm, benchmark, settings)
+    main = next(row.metric for row in rows if row.main).partition(",")[0]
+    scores = [float(item[main]) for item in items if item["item"] >= begin and main in item]
+    return sum(scores) / len(scores) if scores else None
