@@ -1,9 +1,9 @@
 # Everything runs in an environment outside the clone, shared by all clones with the same pins (scripts/environment.py).
-# Choices: PYTHON=python3.10  TORCH=auto|cpu|cuda  TORCH_INDEX=URL  EXTRAS=dev,search,device,evaluation,wandb  NEMO_MINITRON_HOME=DIR
+# Choices: PYTHON=python3.12  TORCH=auto|cpu|cuda  TORCH_INDEX=URL  EXTRAS=dev,search,device,evaluation,wandb  NEMO_MINITRON_HOME=DIR
 #          ARGS='...' is added to pytest's, or to the demo's, command line; WORKERS=N for the tests'
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup python demo real-model eval-data test test-slow test-full check format clean-env clean-cache
+.PHONY: help setup python demo real-model eval-data test test-slow test-full check supply-chain format clean-env clean-cache
 
 TORCH ?= auto
 TORCH_INDEX ?=
@@ -12,6 +12,7 @@ ARGS ?=
 # Processes that share the tests' files between them.
 WORKERS ?= 2
 FUZZ ?= --overrides 10000 --files 500
+KILLS ?= --trials 200 --hours 4
 DOCS ?=
 
 # The package is taken from this clone, never from the environment.
@@ -54,15 +55,21 @@ test-slow:  ## the long tests
 	        echo "no slow test was selected" >&2; exit 5; fi; exit $$first; }
 
 # A seed of its own each time; --seed N among ARGS repeats one. docs/testing.md says when each was last run.
-test-full:  ## long campaigns: random settings and damaged files (FUZZ='--overrides N --files N'), the docs' commands, K-quants
+test-full:  ## long campaigns: random settings and damaged files (FUZZ=), kills (KILLS=), the docs' commands, a killed comparison, killed pipelines, K-quants
 	@$(WITH_PY) home=$$(mktemp -d) && { \
 	    "$$PY" -m tests.fuzz.campaign $(FUZZ) --seed "$$RANDOM" $(ARGS) --home "$$home/fuzz"; code=$$?; \
+	    "$$PY" -m tests.kill_campaign $(KILLS) --seed "$$RANDOM" --home "$$home/kills" || code=1; \
 	    "$$PY" -m tests.docs_campaign $(DOCS) --home "$$home/docs" || code=1; \
+	    "$$PY" -m pytest -q tests/functional/compare_campaign.py || code=1; \
+	    "$$PY" -m tests.pipeline_campaign --home "$$home/pipelines" || code=1; \
 	    "$$PY" -m tests.llama_cpp_campaign --home "$$home/llama.cpp" || code=1; rm -rf "$$home"; exit $$code; }
 
 check:  ## lint, format, types, spelling, shell scripts, the Dockerfile
 	@$(WITH_PY) "$$PY" -m ruff check . && "$$PY" -m ruff format --check . && "$$PY" -m mypy \
 	    && "$$PY" -m codespell_lib && scripts/check_shell.sh "$$(dirname "$$PY")"
+
+supply-chain:  ## after a change of constraints.txt: hashes, licences and SBOM anew, by uv, pip-licenses and cyclonedx-py
+	@$(WITH_PY) "$$PY" scripts/supply_chain.py
 
 format:  ## let ruff format and repair
 	@$(WITH_PY) "$$PY" -m ruff format . && "$$PY" -m ruff check --fix .

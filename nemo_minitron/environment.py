@@ -46,6 +46,16 @@ def verbose() -> bool:
     return os.environ.get(VERBOSE) == "1"
 
 
+def rss_gib() -> float:
+    """Resident memory of this process now, in GiB; 0.0 where the system does not say."""
+    try:
+        with open("/proc/self/statm") as file:
+            pages = int(file.read().split()[1])
+    except OSError:
+        return 0.0
+    return round(pages * os.sysconf("SC_PAGE_SIZE") / 2**30, 3)
+
+
 def peak_rss_gib() -> float:
     """Peak resident memory of this process so far, in GiB."""
     import resource  # only runs ask, and importing this module is to import nothing

@@ -182,10 +182,10 @@ def put(temporary: Path, final: Path) -> None:
     if temporary.is_dir():
         for file in temporary.rglob("*"):
             if not file.is_symlink():
-                _sync(file)
-    _sync(temporary)
+                sync(file)
+    sync(temporary)
     os.replace(temporary, final)
-    _sync(final.parent)
+    sync(final.parent)
 
 
 def write_text(path: Path, text: str) -> Path:
@@ -203,7 +203,8 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Put a file's bytes, or a directory's names, on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -24,6 +24,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -32,6 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYOUT = 1  # raise it when what this script installs changes for the same pins
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 STAMP = "complete.json"
+HASHES = ROOT / "supply_chain" / "hashes.txt"  # of the pinned files; scripts/supply_chain.py makes it
 # nvidia-* packages that hold no CUDA libraries; anything else of that name is hundreds of MB.
 SMALL_NVIDIA = {"nvidia-ml-py", "nvidia-modelopt", "nvidia-resiliency-ext"}
 CUDA_PACKAGE = re.compile(r"nvidia-.+|cuda-.+|cupy.*|triton|pytorch-triton.*|transformer-engine.*")
@@ -46,27 +48,13 @@ def say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-def load_toml(path: Path) -> dict[str, Any]:
-    """Reads TOML; Python 3.10 has no parser of its own, but its pip does.
-
-    Raises:
-        SetupError: there is no parser.
-    """
-    for name in ("tomllib", "tomli", "pip._vendor.tomli"):
-        with contextlib.suppress(ImportError):
-            return importlib.import_module(name).loads(path.read_text())
-    raise SetupError(
-        "Python 3.10 needs pip to read pyproject.toml: apt-get install python3-pip, or use Python 3.11"
-    )
-
-
 def requirements(extras: list[str]) -> list[str]:
     """The requirement lines of pyproject.toml, with those of the named extras.
 
     Raises:
         SetupError: an extra does not exist.
     """
-    project = load_toml(ROOT / "pyproject.toml")["project"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     lines = list(project["dependencies"])
     for extra in extras:
         if extra not in project["optional-dependencies"]:
@@ -181,22 +169,17 @@ class Environment:
         wanted = self.path / "requirements.in"
         wanted.write_text("".join(f"{line}\n" for line in self.requirements))
         report = self.path / "resolution.json"
-        resolve = [
-            "install",
-            "--dry-run",
-            "--report",
-            str(report),
-            "-c",
-            str(self.constraints),
-            "-r",
-            str(wanted),
-        ]
+        files = ["--report", str(report), "-c", str(self.constraints), "-r", str(wanted)]
+        resolve = ["install", "--dry-run", *files]
         self._pip("[3/5] resolving versions", resolve, lock)
         locked = self.path / "requirements.txt"
-        lines = resolved(json.loads(report.read_text()))
+        found = json.loads(report.read_text())
+        lines = resolved(found)
         if self.flavour == "cpu":
             refuse_cuda(lines)
-        locked.write_text("".join(f"{line}\n" for line in lines))
+        hashes = kept_hashes(found, lines)
+        locked.write_text("".join(f"{line} {hashes[line]}\n" for line in lines))
+        # Given hashes, pip requires them of all.
         install = ["install", "--no-deps", "-r", str(locked)]
         self._pip(f"[4/5] installing {len(lines)} packages (minutes)", install, lock)
         self._pip("[5/5] checking", ["check"], lock)
@@ -274,9 +257,42 @@ def clean_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
 
 
+def requirement_of(item: dict[str, Any]) -> str:
+    """The exact requirement of one entry of pip's installation report."""
+    return f"{item['metadata']['name']}=={item['metadata']['version']}"
+
+
 def resolved(report: dict[str, Any]) -> list[str]:
     """The exact requirements that pip's installation report would install, sorted."""
-    return sorted(f"{item['metadata']['name']}=={item['metadata']['version']}" for item in report["install"])
+    return sorted(map(requirement_of, report["install"]))
+
+
+def normal(requirement: str) -> str:
+    """`Name_x==1` as `name-x==1`."""
+    name, _, version = requirement.partition("==")
+    return f"{re.sub('[-_.]+', '-', name).lower()}=={version}"
+
+
+def hashes_of(text: str) -> dict[str, list[str]]:
+    """The `--hash=` options of a file as uv and pip-compile write it, by normal requirement."""
+    found: dict[str, list[str]] = {}
+    for block in text.replace("\\\n", " ").splitlines():
+        if block.strip() and not block.startswith("#"):
+            words = block.split()
+            found[normal(words[0])] = [word for word in words if word.startswith("--hash=")]
+    return found
+
+
+def kept_hashes(report: dict[str, Any], lines: list[str]) -> dict[str, str]:
+    """Options by line: the hashes kept here, else (CUDA's libraries) the index's; where it gives none, none for all."""
+    kept = hashes_of(HASHES.read_text() if HASHES.exists() else "")
+    if unknown := [line for line in lines if normal(line) not in kept]:
+        say(f"      no hash is kept of {', '.join(unknown)}: the index's own are taken")
+    options = {}
+    for line, item in zip(lines, sorted(report["install"], key=requirement_of), strict=True):
+        digest = item["download_info"].get("archive_info", {}).get("hashes", {}).get("sha256")
+        options[line] = " ".join(kept.get(normal(line), [f"--hash=sha256:{digest}"] if digest else []))
+    return options if all(options.values()) else dict.fromkeys(lines, "")
 
 
 def refuse_cuda(lines: list[str]) -> None:

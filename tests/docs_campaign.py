@@ -55,6 +55,13 @@ SHORTER = {
     "preference": {**_ALIGNMENT, "eval.samples": "4"},
     "pretrain": {"trainer.max_steps": "2", "trainer.val_check_interval": "2", "optim.warmup_steps": "1"},
     "evaluate": {"eval.samples": "4", "eval.limit": "2", "eval.max_new_tokens": "8"},
+    "compare": {
+        "eval.samples": "4",
+        "eval.limit": "2",
+        "eval.max_new_tokens": "8",
+        "compare.rounds": "1",
+        "compare.new_tokens": "4",
+    },
     "evaluate_instruct": {
         "instruct.sizes.test": "4",
         "instruct.sizes.seen": "4",
@@ -76,6 +83,7 @@ _NOT_RUN = {
     "eval=instruct": "a judge",
     "eval=local": "data out of PyPI",
     "hellaswag_100": "data out of PyPI",
+    "=FILE.jsonl]": "items of a benchmark; unit/test_benchmark_files.py",
     "--cfg": "only shows; unit/test_docs.py",
     "--nproc 8": "eight ranks",
 }
@@ -138,6 +146,10 @@ def _stands_for(recipe: str, word: str, words: dict[str, str], number: int) -> s
             "synthesize.prompts": f"prompts{Path(value).suffix}",
         }
         return f"{key}={words.get(value) if value in ('FILES', 'FILE.gguf') else made / name.get(key, 'train.jsonl')}"
+    if key == "models":  # a list of them
+        value = re.sub(
+            r"(?<=[\[,])[A-Z]+(\.\w+)?(?=[,\]])", lambda m: words.get(m.group(0), m.group(0)), value
+        )
     return (
         key + equals + re.sub(r"^[A-Z]+(\.\w+)?(?=$|/)", lambda m: words.get(m.group(0), m.group(0)), value)
     )

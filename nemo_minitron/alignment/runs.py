@@ -209,8 +209,7 @@ class RunLog:
             )
         split = {"train/": "train", "val/": "valid"}[prefix]
         if split == "train":
-            seconds = {"seconds": metrics["step_time"]} if "step_time" in metrics else {}
-            metrics = {**metrics, **seconds, "peak_rss_gib": peak_rss_gib()}
+            metrics = {**metrics, **_timed(metrics), "peak_rss_gib": peak_rss_gib()}
         self.follow(split, step or 0, metrics)
         if self._write:
             with open(self.path, "a") as file:
@@ -218,6 +217,13 @@ class RunLog:
 
     def finalize(self) -> None:
         """Called by Aligner's trainers."""
+
+
+def _timed(metrics: dict[str, Any]) -> dict[str, float]:
+    """Of a step of Aligner's that says how long it took, and how many tokens it learned from."""
+    seconds, tokens = metrics.get("step_time"), metrics.get("tokens")
+    found = {} if seconds is None else {"seconds": seconds}
+    return {**found, "tokens_per_s": round(tokens / seconds, 1)} if tokens and seconds else found
 
 
 def keep_done(path: Path, done: int) -> None:

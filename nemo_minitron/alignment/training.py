@@ -5,9 +5,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig
 
-from nemo_minitron import cpu_compat
+from nemo_minitron import cpu_compat, parallel
 from nemo_minitron.alignment import lora, runs
 from nemo_minitron.alignment.checkpoints import load_model, save_model
 from nemo_minitron.alignment.prepared import STEPS, Prepared, has_cuda
@@ -118,11 +119,35 @@ def fit(
         run_timer=Timer(None),
         **more,
     )
+    made.train_single_step = counting(made.train_single_step)
     if done:
         made.load_state_dict(done)
     else:
         log.log_metrics(made.run_validation()[1], step=0, prefix="val/")
     made.fit()
+
+
+def counting(
+    step: Callable[[Any], tuple[Any, dict[str, Any]]],
+) -> Callable[[Any], tuple[Any, dict[str, Any]]]:
+    """A training step of Aligner's that also says `tokens`: how many of the global batch its loss is of.
+
+    Args:
+        step: of a rank's part of a global batch: `loss_mask` [b, s], or of pairs `chosen_labels` and `rejected_labels`
+            [b, s], -100 where nothing is learned.
+    """
+
+    def counted(batch: Any) -> tuple[Any, dict[str, Any]]:
+        if "loss_mask" in batch:
+            own = batch["loss_mask"].sum()
+        else:
+            own = sum((batch[f"{name}_labels"] > -100).sum() for name in ("chosen", "rejected"))
+        device = "cuda" if has_cuda() else "cpu"
+        tokens = parallel.all_reduce(own.to(device, torch.float64), "dp")
+        loss, metrics = step(batch)
+        return loss, {**metrics, "tokens": int(tokens)}
+
+    return counted
 
 
 def run_log(directory: Path, done: dict[str, Any] | None) -> runs.RunLog:

@@ -9,6 +9,7 @@ import hashlib
 import math
 import sys
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,10 +83,15 @@ class Source:
             files = [self.path / "config.json", *self.files]
         else:
             files = [self.path / "context" / "model.yaml", *sorted((self.path / "weights").iterdir())]
-        total = hashlib.sha256()
-        for file in files:
-            total.update(f"{file.name}\0{file_sha256(file)}\n".encode())
-        return total.hexdigest()
+        return weights_sha256(files)
+
+
+def weights_sha256(files: Iterable[Path]) -> str:
+    """Hex sha256 over the names and bytes of files."""
+    total = hashlib.sha256()
+    for file in files:
+        total.update(f"{file.name}\0{file_sha256(file)}\n".encode())
+    return total.hexdigest()
 
 
 def find_source(path: str | Path, key: str = "source", data: DataConfig | None = None) -> Source:

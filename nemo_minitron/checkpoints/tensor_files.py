@@ -26,15 +26,14 @@ class TensorFiles:
 
     def __init__(self, directory: Path, architecture: Architecture, where: str) -> None:
         self.headers = read_headers(directory, where)
-        if architecture.share_embeddings_and_output_weights and EMBEDDING not in self.headers:
-            self.headers[EMBEDDING] = self.headers[HEAD]
-            self._stored = {EMBEDDING: HEAD}
-        else:
-            self._stored = {}
+        # A tied table may be stored by either of its names.
+        by_head = architecture.share_embeddings_and_output_weights and EMBEDDING not in self.headers
+        self._stored = {EMBEDDING: HEAD} if by_head else {}
 
     def read(self, name: str) -> Any:
         """A tensor in its stored dtype, backed by the file; to be let go of before the next is read."""
-        return mapped(self.headers[name], self._stored.get(name, name))
+        stored = self._stored.get(name, name)
+        return mapped(self.headers[stored], stored)
 
 
 def mapped(header: Tensor, name: str) -> Any:

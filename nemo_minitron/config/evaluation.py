@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from nemo_minitron.config.ranges import AboveZero, Positive, Range
+from nemo_minitron.config.ranges import AboveZero, Choice, NamedCounts, Positive, Range
 
 
 @dataclass
@@ -30,8 +30,11 @@ class EvalConfig:
     solved examples before each question: names of lm-evaluation-harness, whose data is on the hub; names of the data
     that `make eval-data` fetches; or a JSONL file of questions (`evaluation.multiple_choice.load_task`). `limit`: only
     the first items of each; null: all. `batch_size`: rows of a forward pass. `max_new_tokens`: of each written answer;
-    null: the task's own. `chat_template`: whether questions are put as messages; null: where the task is made for it.
-    `cache`: keep the answers, and take those that the same weights gave before. `judge`: for benchmarks that one rates.
+    null: the task's own. `limits`, `new_tokens`: the same two by the benchmark's name, for those that differ.
+    `chat_template`: whether questions are put as messages; null: where the task is made for it. `allow_code`: whether
+    benchmarks may run what the model wrote. `cache`: keep the answers, and take those that the same weights gave
+    before. `judge`: for benchmarks that one rates. `backend`: what computes, "megatron" under any layout, or "hf",
+    lm-evaluation-harness's own over transformers, in one process, which opens families that are not converted.
     """
 
     samples: Positive | None = 64
@@ -40,6 +43,10 @@ class EvalConfig:
     limit: Positive | None = None
     batch_size: Positive = 8
     max_new_tokens: Positive | None = None
+    limits: NamedCounts | None = None
+    new_tokens: NamedCounts | None = None
     chat_template: bool | None = None
+    allow_code: bool = False
+    backend: Annotated[str, Choice("megatron", "hf")] = "megatron"
     cache: bool = True
     judge: JudgeConfig = field(default_factory=JudgeConfig)

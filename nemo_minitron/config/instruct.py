@@ -56,7 +56,8 @@ class InstructEvalConfig:
     `file`: a JSONL file of conversations with `category` and `checks`; null: the `split` ("test", "seen" or "valid") of
     the project's own set, generated with `seed` and `sizes`. `merge_system`: put a system's text in front of the user's
     first, for templates that know no system. Answers are greedy, of up to `max_new_tokens` tokens;
-    `batch_size` prompts at a time.
+    `batch_size` prompts at a time. `limit`: so many of the prompts, evenly over the file; null: all. `gguf`: a GGUF
+    file of the same model, or the directory with it, whose greedy answers by llama.cpp must be the same; null: none.
     """
 
     file: PathName | None = None
@@ -66,6 +67,8 @@ class InstructEvalConfig:
     merge_system: bool = False
     max_new_tokens: Positive = 64
     batch_size: Positive = 50
+    limit: Positive | None = None
+    gguf: PathName | None = None
 
 
 @dataclass

@@ -122,6 +122,10 @@ def _is_text_mapping(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(key, str) for key in value)
 
 
+def _are_counts(value: Any) -> bool:
+    return _is_text_mapping(value) and all(_is_integer(count) and count > 0 for count in value.values())
+
+
 _PATH = Kind(f"a path whose names have at most {_LONGEST_NAME} bytes each", _is_path)
 _LAYERS = "a list of layer numbers, such as [3,4]"
 
@@ -146,6 +150,7 @@ LayerMap = Annotated[
     Kind("late, or teacher to student layers such as {29: 13}", lambda v: v == "late" or _is_layer_map(v)),
 ]
 NamedValues = Annotated[Any, Kind("values by name, such as {parameters: 1/2}", _is_text_mapping)]
+NamedCounts = Annotated[Any, Kind("positive integers by name, such as {ifeval_541: 100}", _are_counts)]
 NamedChoices = Annotated[Any, Kind("lists by name, such as {hidden_size: [3/4,1/2]}", _is_text_mapping)]
 
 

@@ -225,9 +225,9 @@ class ScoredRecipe(CommonConfig):
 @dataclass
 class PruneRecipe(ScoredRecipe):
     """`recipes/prune.py`. `source`: a Hugging Face directory, a NeMo 2 directory, a GGUF file, or a run directory that
-    holds one. `stream`: a Hugging Face directory is pruned a block of rows at a time into another, in one process, with
-    no model in memory: for models that no memory here holds. `shard_size`: of a file of its weights at most, in
-    bytes or as "5GB".
+    holds one. `stream`: a Hugging Face directory is scored a layer at a time, where scores are not given, and pruned a
+    block of rows at a time into another, in one process: for models that no memory here holds. `shard_size`: of a
+    file of its weights at most, in bytes or as "5GB".
     """
 
     stream: bool = False

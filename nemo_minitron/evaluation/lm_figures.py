@@ -25,6 +25,7 @@ class LMFigures:
         kl: KL(teacher || model) in nats. `agreement`: how often both have the same most probable token. None: no
             teacher.
         teacher_nats: the teacher's cross-entropy.
+        sequences: of each sequence, its summed cross-entropy and its tokens.
     """
 
     nats: float
@@ -35,6 +36,7 @@ class LMFigures:
     kl: float | None = None
     agreement: float | None = None
     teacher_nats: float | None = None
+    sequences: tuple[tuple[float, float], ...] = ()
 
     @property
     def perplexity(self) -> float:
@@ -79,7 +81,7 @@ def lm_figures(
                 progress(begin + len(numbers))
     parallel.broadcast_pp(sums, parallel.pp_size() - 1)
     parallel.all_reduce(sums, "dp")
-    return _figures(sums.cpu(), teacher is not None)
+    return figures_of(sums.cpu(), teacher=teacher is not None)
 
 
 def _sums(
@@ -98,21 +100,26 @@ def _sums(
     return torch.stack([(row * weight).view(b, s).sum(1) for row in rows])
 
 
-def _figures(sums: Tensor, teacher: bool) -> LMFigures:
+def figures_of(sums: Tensor, *, teacher: bool) -> LMFigures:
+    """Of sums by sample, float64 [3, samples] (loss, tokens, right ones), or with a teacher [6, samples] (KL,
+    agreements, its loss)."""
     totals, samples = sums.sum(1), sums.shape[1]
     tokens = float(totals[1])
     nats = float(totals[0]) / tokens
     # Of a ratio of sums over the sequences, by its linear approximation.
     residuals = sums[0] - nats * sums[1]
     scale = math.sqrt(samples / max(1, samples - 1)) / tokens
-    kl, agreement, others = (float(total) / tokens for total in totals[3:])
+    kl, agreement, others = (float(total) / tokens for total in totals[3:]) if teacher else (None, None, None)
     return LMFigures(
-        nats,
-        float(residuals.square().sum().sqrt()) * scale,
-        float(totals[2]) / tokens,
-        int(tokens),
-        samples,
-        *((kl, agreement, others) if teacher else ()),
+        nats=nats,
+        stderr=float(residuals.square().sum().sqrt()) * scale,
+        accuracy=float(totals[2]) / tokens,
+        tokens=int(tokens),
+        samples=samples,
+        kl=kl,
+        agreement=agreement,
+        teacher_nats=others,
+        sequences=tuple(zip(sums[0].tolist(), sums[1].tolist(), strict=True)),
     )
 
 

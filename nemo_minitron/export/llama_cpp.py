@@ -14,12 +14,13 @@ _NOTHING: dict[str, Any] = {}
 
 
 @contextmanager
-def opened(file: Path, context: int, threads: int = 1) -> Iterator[Any]:
+def opened(file: Path, context: int, threads: int = 1, *, exact: bool = False) -> Iterator[Any]:
     """A server of a file, without a port, for one conversation at a time.
 
     Args:
         context: in tokens.
         threads: more than the machine has free are slower than one, since they wait by spinning.
+        exact: keep keys and values in float32; otherwise, as llama.cpp does unless told, in float16.
 
     Raises:
         RuntimeError: llama.cpp does not open the file.
@@ -30,6 +31,8 @@ def opened(file: Path, context: int, threads: int = 1) -> Iterator[Any]:
     params.model.path, params.n_ctx, params.n_parallel = str(file), context, 1
     params.warmup, params.verbosity = False, _QUIET
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+    if exact:
+        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     server = xllamacpp.Server(params)
     try:
         yield server
@@ -69,6 +72,19 @@ def perplexity(
     if not count:
         raise RuntimeError("llama.cpp told of none of the text's tokens")
     return math.exp(total / count), count
+
+
+def continuation(server: Any, ids: Sequence[int], most: int) -> str:
+    """What it writes after a text, greedily, until a stop token of the file or `most` tokens.
+
+    Raises:
+        RuntimeError: it does not answer.
+    """
+    asked = {"prompt": list(ids), "max_tokens": most, "temperature": 0, "cache_prompt": False}
+    answer = server.handle_completions(asked)
+    if "error" in answer:
+        raise RuntimeError(f"llama.cpp: {answer['error'].get('message')}")
+    return str(answer["choices"][0]["text"])
 
 
 def _first(answer: Any) -> dict[str, Any]:

@@ -43,6 +43,17 @@ def lm_loss_scores(
     return _by_length("lm_loss", losses[1:], blocks)
 
 
+def layers_by_loss(losses: Tensor) -> dict[str, Tensor]:
+    """Losses [num_layers] without each layer, in nats, as `lm_loss_scores` gives them.
+
+    Raises:
+        InputError: NaN or infinity (names the layer).
+    """
+    blocks = _blocks(len(losses), (1,))
+    _check_finite(torch.cat([losses.new_zeros(1), losses]), blocks, "LM loss")
+    return _by_length("lm_loss", losses, blocks)
+
+
 def task_scores(
     chunks: Sequence[Any],
     task: Task,

@@ -191,7 +191,9 @@ def _largest(difference: Tensor, density: float) -> Tensor:
     if density >= 1:
         return torch.ones_like(difference, dtype=torch.bool)
     kept = torch.zeros(difference.numel(), dtype=torch.bool)
-    kept[difference.abs().reshape(-1).topk(int(density * difference.numel()), sorted=False).indices] = True
+    # Of equal magnitudes at the cut topk takes others than mergekit, which sorts.
+    order = torch.argsort(difference.abs().reshape(-1), descending=True)
+    kept[order[: int(density * difference.numel())]] = True
     return kept.view(difference.shape)
 
 

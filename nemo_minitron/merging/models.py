@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nemo_minitron.arch import Architecture
 from nemo_minitron.checkpoints.source import Source, contents
-from nemo_minitron.checkpoints.weight_files import EMBEDDING, HEAD, read_headers
+from nemo_minitron.checkpoints.tensor_files import TensorFiles, check_tied
 from nemo_minitron.errors import FailedRun, InputError
 from nemo_minitron.export.distributed_reader import DistributedReader
 from nemo_minitron.export.tensors import Part, Weights, parts
@@ -23,40 +23,6 @@ class Read(Protocol):
 
     def read(self, name: str) -> Tensor:
         """The tensor."""
-
-
-class Files:
-    """The tensors of a Hugging Face directory; each is read when it is asked for, and kept by nobody."""
-
-    def __init__(self, source: Source, where: str) -> None:
-        self._tensors, self._where = read_headers(source.path, where), where
-        self._tied = source.architecture.share_embeddings_and_output_weights
-
-    def read(self, name: str) -> Tensor:
-        """One tensor; of a tied table, whichever of its two names it is stored by."""
-        if name == EMBEDDING and name not in self._tensors:
-            name = HEAD
-        return self._stored(name)
-
-    def check(self) -> None:
-        """Whether a tied table that is stored twice is the same twice.
-
-        Raises:
-            InputError: it is not.
-        """
-        twice = self._tied and {EMBEDDING, HEAD} <= self._tensors.keys()
-        if twice and not torch.equal(self._stored(EMBEDDING).float(), self._stored(HEAD).float()):
-            raise InputError(
-                f"{self._where}: tie_word_embeddings is true, but {HEAD} differs from {EMBEDDING}; set "
-                "tie_word_embeddings to false in config.json if both are meant"
-            )
-
-    def _stored(self, name: str) -> Tensor:
-        from safetensors import safe_open
-
-        # Opened anew each time: what was read of a mapped file would otherwise stay in memory.
-        with safe_open(self._tensors[name].file, framework="pt") as opened:
-            return opened.get_tensor(name)
 
 
 def opened(source: Source, where: str) -> Read:
@@ -73,8 +39,9 @@ def opened(source: Source, where: str) -> Read:
         weights = Weights(source.architecture, DistributedReader(source.path / "weights", contents(source)))
         weights.check()
         return weights
-    files = Files(source, where)
-    files.check()
+    files = TensorFiles(source.path, source.architecture, where)
+    if source.architecture.share_embeddings_and_output_weights:
+        check_tied(files.headers, where)
     return files
 
 
@@ -174,16 +141,3 @@ class Checked:
                 f"{name}: the merged tensor is not finite in {written}; choose another dtype or smaller weights"
             )
         yield found
-
-
-class Kept:
-    """A model's tensors in memory, each from when it is first asked for."""
-
-    def __init__(self, reader: Read) -> None:
-        self._reader, self._kept = reader, dict[str, Tensor]()
-
-    def read(self, name: str) -> Tensor:
-        """The tensor; not to be changed."""
-        if name not in self._kept:
-            self._kept[name] = self._reader.read(name).clone()
-        return self._kept[name]

@@ -11,7 +11,7 @@ from nemo_minitron.checkpoints.true_rows import cut_padding
 from nemo_minitron.checkpoints.untrusted import weights_may_only_be_tensors
 from nemo_minitron.config.logger import LoggerConfig
 from nemo_minitron.environment import rank
-from nemo_minitron.files import put, remove_stale
+from nemo_minitron.files import remove_stale
 from nemo_minitron.nemo.preemption import SaveAndEnd
 from nemo_minitron.nemo.proven_checkpoints import ProvenCheckpoint, describe_step, is_not_finite
 from nemo_minitron.nemo.step_log import TokenRate
@@ -85,11 +85,8 @@ def finish(session: Any, directory: Path, dtype: str) -> None:
         dtype: of the weights, in torch's word.
     """
     final, link = directory / "nemo" / "final", directory / CHECKPOINT
-    temporary = remove_stale(final.with_name(".final.tmp"))
-    session.save(temporary, dtype)
+    session.save(final, dtype)
     if rank() == 0:
-        remove_stale(final)
-        put(temporary, final)
         remove_stale(link)
         link.symlink_to(os.path.relpath(final, directory), target_is_directory=True)
     parallel.barrier()

@@ -21,6 +21,7 @@ from nemo_minitron.data.prepare import PreparedData
 from nemo_minitron.environment import rank
 from nemo_minitron.evaluation.lm_loss import LMLoss, lm_loss
 from nemo_minitron.evaluation.multiple_choice import Task, accuracy_and_margin, choice_losses
+from nemo_minitron.files import put, remove_stale
 from nemo_minitron.megatron_gpt import gpt_model
 from nemo_minitron.nemo import models, trainer
 from nemo_minitron.nemo.tokenizer_files import tokenizer_files
@@ -123,15 +124,20 @@ class Session:
         """Write a NeMo 2 checkpoint (weights and context), as NeMo's own connectors do; every rank makes this call.
 
         Args:
+            directory: replaced if it exists; what is written gets this name when it is whole.
             dtype: of the weights, in torch's word; None: that of the layout's `checkpoint_dtype`, else the source's.
         """
+        temporary = remove_stale(directory.with_name(f".{directory.name}.tmp"))
+        self.trainer.strategy.barrier("removed")  # before any rank makes the directory again
         with saving_in(self.trainer, self.model, dtype or self.layout.checkpoint_dtype or self.source.dtype):
-            self.trainer.save_checkpoint(directory, weights_only=True)
-            if rank() == 0:
-                TrainerContext.from_trainer(self.trainer).io_dump(
-                    ckpt_to_context_subdir(directory), yaml_attrs=["model"]
-                )
-                cut_padding(directory / "weights", self.architecture.vocab_size)
+            self.trainer.save_checkpoint(temporary, weights_only=True)
+        if rank() == 0:
+            TrainerContext.from_trainer(self.trainer).io_dump(
+                ckpt_to_context_subdir(temporary), yaml_attrs=["model"]
+            )
+            cut_padding(temporary / "weights", self.architecture.vocab_size)
+            remove_stale(directory)
+            put(temporary, directory)
         self.trainer.strategy.barrier("saved")
 
 

@@ -16,6 +16,7 @@ from nemo_minitron.pruning.plan import PrunePlan
 from nemo_minitron.report import charts, look, tables
 from nemo_minitron.report.chain import Chain, Run, answers
 from nemo_minitron.report.markup import Markup, folded, join, table, tag, text
+from nemo_minitron.wording import count
 
 # Nothing is fetched and one script runs, even if a file's text should find a way into the page.
 _OWN = base64.b64encode(hashlib.sha256(look.SCRIPT.encode()).digest()).decode()
@@ -86,11 +87,11 @@ def _said(chain: Chain) -> str:
     if not runs:
         return "What was measured."
     sizes = [s for run in runs for s in _sizes(run)]
-    said = f"{tables.count(sizes[0])} parameters"
+    said = f"{count(sizes[0])} parameters"
     if sizes[-1] != sizes[0]:
-        said += f" became {tables.count(sizes[-1])} ({sizes[-1] / sizes[0]:.0%})"
+        said += f" became {count(sizes[-1])} ({sizes[-1] / sizes[0]:.0%})"
     tokens = sum(run.number("tokens") or run.number("train_tokens") or 0 for run in chain.runs)
-    trained = f"; {tables.count(tokens)} training tokens" if tokens else ""
+    trained = f"; {count(tokens)} training tokens" if tokens else ""
     return f"{said}{trained}; {tables.duration(sum(run.number('wall_s') or 0 for run in chain.runs))} in all."
 
 
@@ -104,7 +105,7 @@ def _box(run: Run, most: float) -> Markup:
     if sizes := _sizes(run):
         share = f"width: {100 * sizes[-1] / most:.1f}%"
         parts.append(tag("div", tag("i", style=share), class_="size"))
-        parts.append(tag("span", f"{tables.count(sizes[-1])} parameters"))
+        parts.append(tag("span", f"{count(sizes[-1])} parameters"))
     loss = tables.change(run, "lm_loss_nats_before", "lm_loss_nats_after")
     if loss:
         parts.append(tag("span", f"LM loss {loss} nats"))

@@ -126,14 +126,6 @@ def shown(value: float) -> str:
     return f"{value:,.0f}" if value == int(value) and abs(value) >= 1 else f"{value:.4g}"
 
 
-def count(number: float) -> str:
-    """Three digits at most, for a page: 3M, 2.07M, 1.24B."""
-    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:.3g}{unit}"
-    return f"{number:,.0f}"
-
-
 def duration(seconds: float) -> str:
     """41 s, 12 min, 3.4 h."""
     if seconds < 100:

@@ -65,6 +65,11 @@ def _scores(f: dict[str, Any]) -> Iterator[str]:
         yield f"{len(f['models'])} models by {f['method']}"
     if f.get("recipe") == "pipeline":
         yield f"{len(f['runs'])} runs, {sum(run['kept'] for run in f['runs'])} of them kept"
+    if f.get("recipe") == "compare":
+        yield f"{len(f['models'])} models beside {f['baseline']}: {f['table']}"
+    if f.get("recipe") == "plan_run":
+        yield f"estimated: {count(f['trained_tokens'])} tokens of training, {f['pflop']:,.3g} PFLOP"
+        yield f"{f['gpu_hours']:,.2f} GPU-hours, {f['most_memory_gib']:.1f} GiB a rank at most"
     if f.get("perplexity") is not None:  # pretraining has bits a byte alone
         yield f"perplexity {f['perplexity']:.2f}"
         if f.get("perplexity_f16") is not None:  # of a quantised export
@@ -81,6 +86,8 @@ def _scores(f: dict[str, Any]) -> Iterator[str]:
         lenient = f.get("overall_score_lenient")
         also = "" if lenient is None else f" ({lenient:.1%} to a lenient reader)"
         yield f"{f['overall_score']:.1%} of {f['samples']:,} answers right{also}"
+    if f.get("gguf_answers"):
+        yield f"llama.cpp's answers to {f['gguf_answers_equal']} of {f['gguf_answers']} prompts the same"
     if f.get("recipe") == "instruct_data":
         for key in (key for key in f if key.endswith("_samples")):
             yield f"{f[key]:,} {key.removesuffix('_samples')}"

@@ -44,7 +44,8 @@ def register_resolvers(name: str, schema: type[Any] = CommonConfig) -> None:
 
     `${repository:}`: where conf/ and assets/ are: the checkout, or the installed package. `${recipe:}`: the recipe's
     name. `${run_directory:x}`: a sweep's directory for its running job, else x. `${for_recipe:[a,b],x,y}`: x in
-    recipes a and b, else y. `${streamed:x,y}`: x where stream=true, else y. `${help:}`: what the keys mean.
+    recipes a and b, else y. `${streamed:x,y}`: x where stream=true, else y. `${with_code:allowed,[a],[b]}`: with b
+    where what a model wrote may be run. `${help:}`: what the keys mean.
 
     Args:
         name: of the recipe that runs.
@@ -56,6 +57,7 @@ def register_resolvers(name: str, schema: type[Any] = CommonConfig) -> None:
         "run_directory": lambda otherwise: sweep.directory() or otherwise,
         "for_recipe": lambda names, value, otherwise: value if name in names else otherwise,
         "streamed": lambda value, otherwise, *, _root_: value if _root_.get("stream") else otherwise,
+        "with_code": lambda allowed, names, more: [*names, *more] if allowed else names,
         "help": lambda: help_text(name, schema),
     }
     for key, answer in answers.items():

@@ -19,11 +19,13 @@ RECIPES = {
     "merge": "merge:MergeRecipe",
     "evolve": "evolve:EvolveRecipe",
     "pipeline": "pipeline:PipelineRecipe",
+    "plan_run": "plan:PlanRecipe",
     "chat": "chat:ChatRecipe",
     "report": "report:ReportRecipe",
     "instruct_data": "instruct:InstructDataRecipe",
     "evaluate_instruct": "instruct:EvaluateInstructRecipe",
     "evaluate": "evaluate:EvaluateRecipe",
+    "compare": "compare:CompareRecipe",
 }
 PACKAGE = Path(__file__).resolve().parents[1]
 

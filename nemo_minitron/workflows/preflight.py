@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+from nemo_minitron.checkpoints.any_family import AnyModel
 from nemo_minitron.checkpoints.source import Source, find_source
 from nemo_minitron.config.recipes import DataConfig, cache_dir
 from nemo_minitron.config.trainer import TrainerConfig, check_stages, check_tensor_ranks
@@ -36,7 +37,7 @@ def check_source(key: str, source: Source, t: TrainerConfig, seq_length: int) ->
     check_stages(t, arch.num_layers, f"the {key}'s num_layers")
 
 
-def check_vocabulary(source: Source, data: PreparedData, *, trained: bool = True) -> None:
+def check_vocabulary(source: Source | AnyModel, data: PreparedData, *, trained: bool = True) -> None:
     """Refuse data of a tokenizer whose ids are not the model's: no rows for them, or rows of other tokens.
 
     Args:
@@ -47,10 +48,10 @@ def check_vocabulary(source: Source, data: PreparedData, *, trained: bool = True
     Raises:
         InputError: names both sizes, or the first id that stands for something else.
     """
-    if data.indexed.vocab_size > source.architecture.vocab_size:
+    rows = source.vocab_size if isinstance(source, AnyModel) else source.architecture.vocab_size
+    if data.indexed.vocab_size > rows:
         raise InputError(
-            f"data.tokenizer has {data.indexed.vocab_size} entries, the model's vocabulary "
-            f"{source.architecture.vocab_size}"
+            f"data.tokenizer has {data.indexed.vocab_size} entries, the model's vocabulary {rows}"
         )
     if not trained or source.tokenizer == Path(data.tokenizer_dir):
         return

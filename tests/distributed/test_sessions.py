@@ -147,3 +147,11 @@ def test_opened_under_each_layout_and_saved_for_another(
     run_on_ranks(2, sessions.saved_again, pruned_like.nemo, output, sizes, timeout=PATIENCE_S)
     (logits,) = run_on_ranks(1, sessions.logits_of, output, pruned_like.tokens[:, :-1], timeout=PATIENCE_S)
     torch.testing.assert_close(logits, pruned_like.logits, rtol=1e-4, atol=1e-4)
+
+
+def test_no_rank_writes_before_rank_0_has_removed_what_a_kill_left(
+    run_on_ranks: Any, pruned_like: Example, tmp_path: Path
+) -> None:
+    output, sizes = str(tmp_path / "saved"), {"data_parallel_size": 2}
+    call = (sessions.saved_while_rank_0_tidies, pruned_like.nemo, output, sizes, 1.0)
+    run_on_ranks(2, *call, timeout=PATIENCE_S)

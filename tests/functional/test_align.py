@@ -29,9 +29,9 @@ class Aligned:
     def result(self) -> dict[str, Any]:
         return self.ended.result()
 
-    def losses(self, split: str) -> dict[int, float]:
-        steps = read_steps(self.run_dir / "steps.jsonl")
-        return {line["step"]: line["loss"] for line in steps if line["split"] == split}
+    def steps(self, split: str, key: str = "loss") -> dict[int, float]:
+        lines = read_steps(self.run_dir / "steps.jsonl")
+        return {line["step"]: line[key] for line in lines if line["split"] == split}
 
     def samples(self, step: int) -> list[dict[str, str]]:
         """Prompts, answers and references of the validation after so many steps."""
@@ -99,7 +99,8 @@ def tuned(commands: Commands, teacher: Teacher, data: Data) -> Aligned:
 
 
 def test_tensorboard_hears_of_every_step(tuned: Aligned) -> None:
-    same_as_steps(tuned.run_dir, "loss", "grad_norm", "seconds", "peak_rss_gib")
+    same_as_steps(tuned.run_dir, "loss", "grad_norm", "seconds", "tokens_per_s", "peak_rss_gib")
+    assert set(tuned.steps("train", "tokens").values()) == {tuned.result["train_answer_tokens"]}
 
 
 def opened(directory: Path) -> tuple[Any, Any]:
@@ -118,11 +119,11 @@ def test_the_loss_is_of_the_answers_only(teacher: Teacher, data: Data, tuned: Al
     train, valid = (conversations.sft_loss(model, tokenizer, path) for path in (data.train, data.valid))
     result = tuned.result
     assert result["valid_loss_nats_before"] == pytest.approx(valid, rel=1e-5)
-    losses = tuned.losses("train")
+    losses = tuned.steps("train")
     assert list(losses) == list(range(STEPS))
     assert losses[0] == pytest.approx(train, rel=1e-5)
     assert losses[STEPS - 1] < losses[0] - 0.5
-    assert result["valid_loss_nats_after"] == tuned.losses("valid")[STEPS]
+    assert result["valid_loss_nats_after"] == tuned.steps("valid")[STEPS]
     assert (result["train_samples"], result["train_dropped"], result["train_cut"]) == (TRAIN, 0, 0)
 
 
@@ -172,7 +173,7 @@ def test_a_layout_changes_nothing(
     found = align(commands, teacher, data, f"sft-{layout}", *LAYOUTS[layout], *SAMPLES, nproc=2)
     assert found.samples(0) == tuned.samples(0)
     for split in ("train", "valid"):
-        assert found.losses(split) == pytest.approx(tuned.losses(split), rel=1e-4)
+        assert found.steps(split) == pytest.approx(tuned.steps(split), rel=1e-4)
     model, tokenizer = opened(found.exported())
     expected = found.result["valid_loss_nats_after"]
     assert conversations.sft_loss(model, tokenizer, data.valid) == pytest.approx(expected, rel=1e-5)
@@ -200,11 +201,10 @@ def test_adapters_are_merged(commands: Commands, teacher: Teacher, data: Data) -
     found = align(
         commands, teacher, data, "sft-lora", "align=lora", "trainer.tensor_model_parallel_size=2", nproc=2
     )
-    losses = found.losses("train")
+    losses = found.steps("train")
     assert losses[STEPS - 1] < losses[0] - 0.1
-    model, tokenizer = opened(found.exported())
-    expected = found.result["valid_loss_nats_after"]
-    assert conversations.sft_loss(model, tokenizer, data.valid) == pytest.approx(expected, rel=1e-5)
+    merged = conversations.sft_loss(*opened(found.exported()), data.valid)
+    assert found.result["valid_loss_nats_after"] == pytest.approx(merged, rel=1e-5)
 
 
 @pytest.mark.slow
@@ -235,7 +235,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     ended = commands.run("sft", *overrides)
     assert ended.code == 0, ended.stderr[-4000:]
     for split in ("train", "valid"):
-        assert killed.losses(split) == straight.losses(split)
+        assert killed.steps(split) == straight.steps(split)
     for step in (0, 4, 8, 12):
         assert killed.samples(step) == straight.samples(step)
         assert len(killed.samples(step)) == 2
@@ -255,15 +255,15 @@ def test_preference_training_moves_towards_the_rewards(
         f"student={tuned.run_dir}",
         "align.optim.lr=1e-3",
     )
-    found = Aligned(run_dir, ended)
-    result = found.result
-    before, tokenizer = opened(tuned.exported())
-    after, _ = opened(found.exported())
-    models = (before, after)
-    first, last = (conversations.rpo_bwd_kl(m, before, tokenizer, data.valid_pairs, 0.1) for m in models)
+    result = (found := Aligned(run_dir, ended)).result
+    (before, tokenizer), (after, _) = opened(tuned.exported()), opened(found.exported())
+    first, last = (
+        conversations.rpo_bwd_kl(m, before, tokenizer, data.valid_pairs, 0.1) for m in (before, after)
+    )
     assert result["valid_loss_nats_before"] == pytest.approx(first, rel=1e-5)
-    assert result["valid_loss_nats_after"] == pytest.approx(last, rel=1e-4)
     assert last < first
+    assert result["valid_loss_nats_after"] == pytest.approx(last, rel=1e-4)
+    assert set(found.steps("train", "tokens").values()) == {result["train_answer_tokens"]}
 
 
 def larger_tokenizer(home: Path) -> Path:
@@ -386,8 +386,8 @@ def bad_conversations(
     for name, (path, more, _) in cases.items():
         overrides = ["data.seq_length=128", "trainer.micro_batch_size=1", "align.global_batch_size=1"]
         files = [f"align.train={path}", f"align.valid={data.valid}", f"run_dir={home / 'runs' / name}"]
-        env = commands.environment()
-        asked.append({"recipe": "sft", "overrides": [*overrides, *files, *more], "env": env})
+        given = [*overrides, *files, *more]
+        asked.append({"recipe": "sft", "overrides": given, "env": commands.environment()})
     return cases, asked
 
 

@@ -21,7 +21,7 @@ SEED = 1
 
 
 def overrides(commands: Commands, teacher: Teacher, run_dir: Path, *more: str) -> list[str]:
-    off = ("correct", "sft", "preference", "answers", "evaluate", "export", "report")
+    off = ("correct", "sft", "preference", "answers", "evaluate", "export", "device", "report")
     training = ("max_steps=4", "val_check_interval=2", "limit_val_batches=1", "optim.warmup_steps=1")
     return [
         *commands.data(),
@@ -30,7 +30,6 @@ def overrides(commands: Commands, teacher: Teacher, run_dir: Path, *more: str) -
         *(f"pipeline.steps.{name}.on=false" for name in off),
         "pipeline.steps.prune.set.prune.calibration_samples=16",
         *(f"pipeline.steps.distill.set.distill.{setting}" for setting in training),
-        "pipeline.steps.gguf.set.export.quantization=F32",
         "pipeline.steps.gguf.set.license=mit",
         *more,
     ]
@@ -48,26 +47,29 @@ def made(run_dir: Path) -> dict[str, Any]:
     }
 
 
-def test_killed_at_a_random_moment_and_changed(commands: Commands, teacher: Teacher) -> None:
-    straight, killed = commands.home / "straight", commands.home / "killed"
-    first = commands.run("pipeline", *overrides(commands, teacher, straight))
-    assert [run["step"] for run in first.result()["runs"]] == ["prune", "distill", "gguf"]
-
-    share = random.Random(SEED).uniform(0.2, 0.9)
+def kill(commands: Commands, asked: list[str], after_s: float) -> bool:
+    """Start a pipeline and kill it after a while; whether it was still at work."""
     process = subprocess.Popen(
-        commands.command("pipeline", *overrides(commands, teacher, killed)),
+        commands.command("pipeline", *asked),
         env=commands.environment(),
         cwd=commands.home,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    time.sleep(share * first.seconds)
+    time.sleep(after_s)
     process.kill()
-    process.wait()
-    assert process.returncode == -signal.SIGKILL, "it was done before the kill came"
+    return process.wait() == -signal.SIGKILL
+
+
+def test_killed_at_a_random_moment_and_changed(commands: Commands, teacher: Teacher) -> None:
+    straight, killed = commands.home / "straight", commands.home / "killed"
+    first = commands.run("pipeline", *overrides(commands, teacher, straight))
+    assert [run["step"] for run in first.result()["runs"]] == ["prune", "distill", "gguf"]
+
+    asked = overrides(commands, teacher, killed)
+    assert kill(commands, asked, random.Random(SEED).uniform(0.2, 0.9) * first.seconds), "it was done before"
     assert not (killed / "result.json").exists()
-    done = commands.run("pipeline", *overrides(commands, teacher, killed))
-    done.result()
+    commands.run("pipeline", *asked).result()
     assert made(killed) == made(straight)
 
     # Typed again it has a result; a changed setting of one step makes that one and those after it again.
@@ -91,6 +93,11 @@ def test_killed_at_a_random_moment_and_changed(commands: Commands, teacher: Teac
     refused = commands.run("pipeline", *overrides(commands, teacher, straight, f"source={killed / 'prune'}"))
     assert refused.code == 2
     assert "is not what prune, distill, gguf in" in refused.stderr.splitlines()[-1]
+    refused = commands.run("pipeline", *overrides(commands, teacher, straight, "pipeline=minitron_depth"))
+    assert refused.code == 2
+    assert (
+        "prune, distill, gguf of pipeline=minitron_width; choose another" in refused.stderr.splitlines()[-1]
+    )
 
 
 def test_what_cannot_run_is_refused_before_anything_does(commands: Commands, teacher: Teacher) -> None:

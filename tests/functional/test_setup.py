@@ -178,6 +178,18 @@ def test_only_what_is_installed_names_the_environment(
         assert "No matching distribution found" in stderr or "ResolutionImpossible" in stderr
 
 
+def test_a_file_that_is_not_the_pinned_one_is_refused(clone: Clone) -> None:
+    (clone.path / "supply_chain").mkdir()
+    (clone.path / "supply_chain" / "hashes.txt").write_text(
+        f"small-package==1.0 \\\n    --hash=sha256:{'0' * 64}\n"
+    )
+    code, stdout, stderr = clone.make("python")
+    assert (code != 0, stdout) == (True, "")
+    assert "THESE PACKAGES DO NOT MATCH THE HASHES" in stderr
+    (environment,) = clone.environments()
+    assert list(environment.glob("lib/*/site-packages/small_package*")) == []
+
+
 @pytest.mark.parametrize(
     ("pytest_code", "slow_tests", "expected"), [(0, 1, 0), (5, 0, 0), (5, 1, 2), (1, 0, 2)]
 )

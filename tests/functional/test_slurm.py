@@ -206,7 +206,7 @@ def chained(slurm: Slurm, commands: Commands, teacher: Teacher) -> Path:
         for text in map(str, given)
         if text not in [*shared, *SITE] and not text.startswith("run_dir=")
     ]
-    off = ("correct", "sft", "preference", "answers", "evaluate", "export", "gguf", "report")
+    off = ("correct", "sft", "preference", "answers", "evaluate", "export", "gguf", "device", "report")
     asked = [*shared, *steps, *(f"pipeline.steps.{name}.on=false" for name in off), f"run_dir={base}"]
     pipeline = commands.command("pipeline")[-1]
     done = slurm.submit("--wait", pipeline, *asked, *SITE, timeout=500)

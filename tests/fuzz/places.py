@@ -90,6 +90,7 @@ class Places:
             "preference": [line.format("preferences") for line in align],
             "export": [f"source={model}", "license=none"],
             "report": [f"source={self.home}/reported"],
+            "compare": [f"models=[{model}]", "compare.prompt_tokens=8", "compare.new_tokens=4"],
             "merge": [f"models=[{self.huggingface},{self.huggingface}]", "license=none"],
             "evaluate_instruct": [f"source={model}", f"instruct.file={self.home}/instruct.jsonl"],
             "instruct_data": [f"instruct_data.input={self.home}/conversations.jsonl"],

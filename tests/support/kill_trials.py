@@ -26,7 +26,7 @@ from tests.support.commands import ROOT, Commands
 NPROC = 2
 # What a result and a step's line hold beside what the run is to be judged by.
 MEASURED = (
-    *("wall_s", "peak_rss_gib", "peak_cuda_gib", "checkpoint", "teacher_schedule_s"),
+    *("wall_s", "peak_rss_gib", "rss_gib_before_models", "peak_cuda_gib", "checkpoint", "teacher_schedule_s"),
     *("step_time", "validation_step_time", "seconds", "tokens_per_s"),
 )
 # Later the run may be done before the kill comes.

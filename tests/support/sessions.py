@@ -4,10 +4,12 @@ import contextlib
 import multiprocessing
 import os
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -130,6 +132,19 @@ def saved_again(checkpoint: str, output: str, sizes: dict[str, Any]) -> None:
     session = open_session(checkpoint, **sizes)
     with _launched():
         session.save(Path(output))
+
+
+def saved_while_rank_0_tidies(checkpoint: str, output: str, sizes: dict[str, Any], seconds: float) -> None:
+    """As `saved_again`; rank 0 takes so long to remove what is not there, and fails where another rank has begun."""
+    from nemo_minitron import files
+
+    def slow(path: Path) -> None:
+        time.sleep(seconds)
+        assert not path.exists(), f"another rank writes to {path}, which is about to be removed"
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files, "remove", slow)
+        saved_again(checkpoint, output, sizes)
 
 
 def pruned(checkpoint: str, output: str, plan: Any, sizes: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ import torch
 from nemo_minitron.alignment.comparisons import encode_pairs
 from nemo_minitron.alignment.runs import RunLog, keep_done, keep_one_checkpoint
 from nemo_minitron.alignment.samples import Samples
+from nemo_minitron.alignment.training import counting
 from nemo_minitron.config.align import AlignConfig
 from nemo_minitron.config.trainer import TrainerConfig
 from nemo_minitron.data.chat.conversations import Conversation, Preference
@@ -110,6 +111,24 @@ def test_the_log_of_a_run_that_goes_on_repeats_nothing(tmp_path: Path) -> None:
     ]
     with pytest.raises(FloatingPointError, match="step 3"):
         again.log_metrics({"loss": float("nan")}, step=3, prefix="train/")
+
+
+def test_a_step_tells_how_many_tokens_it_learned_from(tmp_path: Path) -> None:
+    """Of conversations those under the mask, of pairs both answers'; Aligner's own figures stay."""
+    labels = {
+        "chosen_labels": torch.tensor([[-100, 5, 6], [-100, -100, 7]]),
+        "rejected_labels": torch.tensor([[-100, 8, -100], [-100, 9, 9]]),
+    }
+    for batch, count in (({"loss_mask": torch.tensor([[0, 1, 1], [0, 0, 1]])}, 3), (labels, 6)):
+        loss, metrics = counting(lambda _: (2.5, {"loss": 2.5}))(batch)
+        assert (loss, metrics) == (2.5, {"loss": 2.5, "tokens": count})
+    path = tmp_path / "steps.jsonl"
+    log = RunLog(path, write=True, done=0)
+    log.log_metrics({"loss": 2.5, "tokens": 6, "step_time": 0.25}, step=0, prefix="train/")
+    log.log_metrics({"loss": 2.5}, step=1, prefix="train/")
+    first, second = (json.loads(line) for line in path.read_text().splitlines())
+    assert (first["tokens_per_s"], first["seconds"]) == (24.0, 0.25)
+    assert "tokens_per_s" not in second
 
 
 def test_answers_end_at_the_templates_end_marker(tmp_path: Path) -> None:

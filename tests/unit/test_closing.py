@@ -29,6 +29,12 @@ LINES = {
     },
     "pipeline: 2 runs, 1 of them kept": {"recipe": "pipeline", "runs": [{"kept": True}, {"kept": False}]},
     "report: done": {"recipe": "report", "runs": ["a"]},
+    "compare: 2 models beside a: /r/compare.md": {
+        "recipe": "compare",
+        "models": {"a": {}, "b": {}},
+        "baseline": "a",
+        "table": "/r/compare.md",
+    },
     "pretrain: LM loss 2.730 nats, 3.64M parameters, 100 steps": {
         "recipe": "pretrain",
         "lm_loss_nats": 2.73,

@@ -30,8 +30,10 @@ TAKES: dict[str, list[str]] = {
     "sft": ["student={}"],
     "preference": ["student={}", "align.train=x", "align.valid=y"],
     "evaluate": ["source={}"],
+    "compare": ["models=[{}]"],
     "evaluate_instruct": ["source={}", "instruct.file=/nowhere"],
     "export": ["source={}", "to={}", "license=none"],
+    "merge": ["models=[{},/nowhere]"],
 }
 LONGER = 2 * gguf_files.CONTEXT
 
@@ -47,8 +49,16 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_recipe_with_a_checkpoint_is_tried() -> None:
-    # llama.cpp reads the file itself where one talks to it; a report opens runs; a pipeline's steps open what it takes.
-    assert set(TAKES) == set(RECIPES) - {"pretrain", "instruct_data", "chat", "report", "pipeline"}
+    # llama.cpp reads the file itself where one talks to it; a report opens runs; a pipeline's steps open what it takes;
+    # a plan reads headers.
+    assert set(TAKES) == set(RECIPES) - {
+        "pretrain",
+        "instruct_data",
+        "chat",
+        "report",
+        "pipeline",
+        "plan_run",
+    }
 
 
 @pytest.mark.parametrize("recipe", TAKES)

@@ -6,12 +6,18 @@ from typing import Any
 
 import pytest
 import torch
+from gguf import GGMLQuantizationType as Kind
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from nemo_minitron.checkpoints.gguf.pre_tokenizers import PRE_TOKENIZERS
+from nemo_minitron.config.instruct import InstructEvalConfig
 from nemo_minitron.data.chat.conversations import write_jsonl
 from nemo_minitron.data.chat.template import with_template
-from nemo_minitron.errors import InputError
+from nemo_minitron.errors import FailedRun, InputError
 from nemo_minitron.evaluation.instruct import Answer, Item, answers, load_items, rows, scores
+from nemo_minitron.workflows.evaluate_instruct.check import gguf_of
+from nemo_minitron.workflows.evaluate_instruct.on_device import GGUF_ANSWERS, compared
+from tests.support import gguf_files
 
 DEMO = Path(__file__).resolve().parents[2] / "assets" / "demo-teacher"
 
@@ -157,3 +163,41 @@ def test_a_prompt_that_cannot_be_scored_is_refused(case: str, tokenizer: Any, tm
         load_items(path, tokenizer, context=64, max_new_tokens=8)
     assert str(caught.value).startswith(f"{path}, line 2")
     assert part in str(caught.value)
+
+
+def test_llama_cpp_says_what_transformers_says(tmp_path: Path) -> None:
+    """Greedy tokens of a random model, a whole pass for each here; an answer that differs fails, and is named."""
+    bpe = gguf_files.byte_level(gguf_files.TEXT, 340, PRE_TOKENIZERS[0].rules())
+    model = gguf_files.make_model("llama", bpe.get_vocab_size())
+    file = gguf_files.write_gguf(
+        tmp_path / "toy.gguf", model, Kind.F32, gguf_files.gpt2_vocabulary(bpe, "gpt-2")
+    )
+    items, said, stop = [], [], bpe.token_to_id("<|end|>")
+    for number, question in enumerate(("The lazy fox", "jumps over", "12345 dogs", "a")):
+        tokens = bpe.encode(question).ids
+        items.append(Item(f"q.jsonl:{number}", "x", "", [], tokens, "", [], []))
+        new = by_hand(model, tokens, stop, 12)
+        said.append(bpe.decode([token for token in new if token != stop], skip_special_tokens=False))
+    assert len(set(said)) > 1
+    found = compared(file, items, said, 12, tmp_path)
+    assert (found["gguf_answers"], found["gguf_answers_equal"]) == (4, 4)
+    with pytest.raises(
+        FailedRun, match=r"1 of 4 prompts otherwise than transformers, the first at q.jsonl:1: "
+    ):
+        compared(file, items, [said[0], said[1] + "!", *said[2:]], 12, tmp_path)
+    kept = [json.loads(line) for line in (tmp_path / GGUF_ANSWERS).read_text().splitlines()]
+    assert [row["equal"] for row in kept] == [True, False, True, True]
+
+
+def test_one_gguf_file_is_compared(tmp_path: Path) -> None:
+    for name in ("a.gguf", "b.gguf"):
+        (tmp_path / name).write_bytes(b"GGUF")
+    assert gguf_of(InstructEvalConfig(gguf=str(tmp_path / "a.gguf"))) == tmp_path / "a.gguf"
+    assert gguf_of(InstructEvalConfig()) is None
+    for wrong in (tmp_path, tmp_path / "none", tmp_path / "c.gguf"):
+        with pytest.raises(
+            InputError, match=f"instruct.gguf={wrong}: must be a GGUF file, or a directory with one"
+        ):
+            gguf_of(InstructEvalConfig(gguf=str(wrong)))
+    (tmp_path / "b.gguf").unlink()
+    assert gguf_of(InstructEvalConfig(gguf=str(tmp_path))) == tmp_path / "a.gguf"

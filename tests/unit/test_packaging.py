@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -23,12 +24,7 @@ CORE = sorted(
     path for path in PACKAGE.rglob("*.py") if path.relative_to(PACKAGE).parts[0] not in FRAMEWORK_FOLDERS
 )
 
-if sys.version_info >= (3, 11):
-    import tomllib
-
-    PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-else:
-    PROJECT = pytest.importorskip("tomli").loads((ROOT / "pyproject.toml").read_text())
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 PINS = [
     Requirement(line)
@@ -121,7 +117,7 @@ def test_pins_are_exact_and_come_from_an_index() -> None:
 
 
 def test_each_python_has_one_pin_for_a_package() -> None:
-    for python in ("3.10", "3.11", "3.12"):
+    for python in ("3.11", "3.12"):
         applicable = [
             canonicalize_name(pin.name)
             for pin in PINS

@@ -5,13 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from nemo_minitron.config.pipeline import StepConfig
+from nemo_minitron.config.pipeline import PipelineRecipe, StepConfig
+from nemo_minitron.config.recipes import parse
 from nemo_minitron.environment import RESULT
 from nemo_minitron.errors import InputError
+from nemo_minitron.run.main import register_resolvers
 from nemo_minitron.workflows.pipeline.state import FILE, State
 from nemo_minitron.workflows.pipeline.steps import Step, content_of, key_of, steps_of
+from tests.unit.test_docs import compose_and_parse
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = Path("/runs/x")
@@ -23,6 +27,24 @@ def preset(name: str = "width") -> dict[str, StepConfig]:
         step: OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(StepConfig), settings))  # type: ignore[misc]
         for step, settings in loaded.steps.items()
     }
+
+
+PIPELINES = sorted(p.stem for p in (ROOT / "conf" / "pipeline").glob("*.yaml") if p.stem != "none")
+
+
+def test_every_step_of_every_pipeline_composes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As its recipe would, and parses: presets, groups, keys, ranges, layouts. What is typed twice is tried once."""
+    typed: dict[tuple[str, tuple[str, ...]], None] = {}
+    with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
+        register_resolvers("pipeline")
+        for name in PIPELINES:
+            config = compose("pipeline", [f"pipeline={name}", "run_dir=run"])
+            steps = parse(PipelineRecipe, config).pipeline.steps
+            assert {"prune", "distill", "report"} <= set(steps), name
+            typed |= {(step.recipe, step.overrides): None for step in steps_of(steps, "/t", RUN, [])}
+        for recipe, overrides in typed:
+            compose_and_parse(recipe, [*overrides], monkeypatch, None)
+    assert len(typed) > 25
 
 
 def made(steps: dict[str, StepConfig], *shared: str) -> dict[str, Step]:
@@ -42,6 +64,7 @@ def test_each_step_reads_what_the_one_before_made() -> None:
         "sft": ("distill",),
         "preference": ("sft",),
         **dict.fromkeys(("answers", "evaluate", "export", "gguf"), ("preference",)),
+        "device": ("export", "gguf"),
         "report": ("preference", "answers", "evaluate"),
     }
 
@@ -51,7 +74,7 @@ def test_a_step_that_is_off_is_passed_over() -> None:
     for name in ("correct", "sft", "preference", "answers"):
         steps[name].on = False
     found = made(steps)
-    assert list(found) == ["prune", "distill", "evaluate", "export", "gguf", "report"]
+    assert list(found) == ["prune", "distill", "evaluate", "export", "gguf", "device", "report"]
     assert "source=/t" in found["prune"].overrides
     assert found["export"].needs == ("distill",)
     assert "report.runs=[/runs/x/evaluate]" in found["report"].overrides
@@ -109,6 +132,15 @@ def test_a_key_is_of_settings_files_source_and_earlier_steps(
     assert key(data={"train": "a.txt"}) != here
 
 
+def test_a_step_that_needs_what_is_off_is_refused() -> None:
+    """The comparison of two exports, without one of them."""
+    for name, taken in (("export", "source=@export/huggingface"), ("gguf", "instruct.gguf=@gguf/gguf")):
+        steps = preset()
+        steps[name].on = False
+        with pytest.raises(InputError, match=f"pipeline.steps.device.set.{taken}: {name} is off before it"):
+            made(steps)
+
+
 def test_what_was_made_of_something_else_goes(tmp_path: Path) -> None:
     state = State(tmp_path)
     state.begin("prune", "k1", "source")
@@ -127,6 +159,21 @@ def test_what_was_made_of_something_else_goes(tmp_path: Path) -> None:
     again.begin("prune", "k2", "source")
     assert not (tmp_path / "prune").exists()
     assert "seconds" not in json.loads((tmp_path / FILE).read_text())["steps"]["prune"]
+
+
+def test_one_directory_has_one_pipeline(tmp_path: Path) -> None:
+    state = State(tmp_path)
+    state.begin("prune", "k1", "source", "minitron_width")
+    again = State(tmp_path)
+    again.check_pipeline("minitron_depth", overwrite=False)  # nothing is finished yet
+    (tmp_path / "prune").mkdir()
+    (tmp_path / "prune" / RESULT).write_text("{}")
+    with pytest.raises(
+        InputError, match=r"pipeline=minitron_depth: .* has prune of pipeline=minitron_width; choose"
+    ):
+        again.check_pipeline("minitron_depth", overwrite=False)
+    for name, overwrite in (("minitron_depth", True), ("minitron_width", False), (None, False)):
+        again.check_pipeline(name, overwrite=overwrite)
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"steps": 3}', "{"])

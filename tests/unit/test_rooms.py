@@ -13,7 +13,7 @@ PACKAGE = ROOT / "nemo_minitron"
 # From the ground up: a room imports from those before it. Rooms of one line do not import each other.
 FLOORS = [
     ["__version__", "errors", "environment", "parallel", "axes"],
-    ["files", "arch", "padding", "megatron_gpt", "progress"],
+    ["files", "arch", "padding", "megatron_gpt", "progress", "wording"],
     ["config"],
     ["cpu_compat"],
     ["checkpoints"],
@@ -21,8 +21,8 @@ FLOORS = [
     ["evaluation", "export", "synthesis"],
     ["importance", "merging"],
     ["pruning", "distillation"],
-    ["search"],
-    ["report"],
+    ["search", "planning"],
+    ["report", "comparison"],
     ["nemo"],
     ["alignment"],
     ["workflows"],

@@ -214,11 +214,15 @@ def test_what_another_command_began_is_not_gone_on_with(
     assert files_of(run_dir / "checkpoint") == files_of(tmp_path / "straight" / "checkpoint")
 
 
+def _state_of(prepared: Any) -> str:
+    return streamed._state(prepared, prepared.plan)
+
+
 def test_a_run_that_was_killed_before_its_result_writes_nothing_anew(llama: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     pruned(llama, run_dir)
     before = [file.stat().st_mtime_ns for file in all_files(run_dir)]
-    state = streamed._state(check.check(asked(llama, run_dir)))
+    state = _state_of(check.check(asked(llama, run_dir)))
     (run_dir / artifacts.MARK).write_text(state)
     assert pruned(llama, run_dir)["weight_files_kept"] == 1
     assert [file.stat().st_mtime_ns for file in all_files(run_dir)] == before
@@ -229,8 +233,8 @@ def test_what_was_written_is_read_before_it_has_its_name(
 ) -> None:
     write = streamed._write
 
-    def damaged(prepared: Any, place: Path) -> Any:
-        done = write(prepared, place)
+    def damaged(prepared: Any, plan: Any, place: Path) -> Any:
+        done = write(prepared, plan, place)
         index = json.loads((place / INDEX).read_text())
         index["weight_map"].pop("model.norm.weight")
         (place / INDEX).write_text(json.dumps(index))
@@ -246,8 +250,15 @@ def test_what_was_written_is_read_before_it_has_its_name(
 # ---- refused --------------------------------------------------------------------------------------------------
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "scores": ({"prune": SIZES}, r"^prune.importance=activation: stream=true has no model to score"),
-    "layers by score": ({"prune": {"num_layers": 2}}, r"^prune.importance=activation: stream=true"),
+    "a task without each layer": (
+        {"prune": {"num_layers": 2, "layer_metric": "task"}},
+        r"^prune.layer_metric=task: with stream=true must be one of block_influence, angular_distance, lm_loss",
+    ),
+    "a block": (
+        {"prune": {"num_layers": 2, "contiguous": True}},
+        r"^prune.contiguous=true: with stream=true",
+    ),
+    "steps": ({"prune": {"hidden_size": 24, "iterations": 2}}, r"^prune.iterations=2: with stream=true"),
     "task": ({"prune": {**RANDOM, "task_file": "t.jsonl"}}, r"^prune.task_file=t.jsonl: needs the model"),
     "controls": ({"prune": {**RANDOM, "control_seeds": 2}}, r"^prune.control_seeds=2: needs the model"),
     "tokenizer": ({"data": {"tokenizer": "x"}}, r"^data.tokenizer=x: with stream=true"),

@@ -173,17 +173,11 @@ class ShardedLM(TemplateLM):
     def _known_or_asked(
         self, asked: list[Any], key: Callable[[Any], list[Any]], answer: Callable[[list[Any]], list[Any]]
     ) -> list[Any]:
-        """Answers by request: those from before, and new ones in slices, each kept as soon as it is there."""
-        keys = [self.answers.key(key(request)) for request in asked]
-        # The longest first, as the model batches them; equal ones once.
-        new = {k: request for k, request in zip(keys, asked, strict=True) if k not in self.answers}
-        order = sorted(new, key=lambda k: -_length(new[k]))
-        self._asked(len(order))
-        for begin in range(0, len(order), self.model.slice_requests):
-            part = order[begin : begin + self.model.slice_requests]
-            self.answers.add(part, answer([new[k] for k in part]))
-            self._answered(len(part))
-        return [self.answers[k] for k in keys]
+        """Answers by request, see `Answers.known_or_asked`."""
+        requests = [(self.answers.key(key(request)), request, _length(request)) for request in asked]
+        return self.answers.known_or_asked(
+            requests, self.model.slice_requests, answer, self._asked, self._answered
+        )
 
 
 def _key_of_request(request: Request) -> list[Any]:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,3 +48,27 @@ class Answers:
         text = "\n" + "".join(json.dumps(row) + "\n" for row in rows)
         with open(self.file, "a", encoding="utf-8") as opened:
             opened.write(text)
+
+    def known_or_asked(
+        self,
+        requests: Sequence[tuple[str, Any, int]],
+        at_once: int,
+        ask: Callable[[list[Any]], Sequence[Any]],
+        more: Callable[[int], object],
+        done: Callable[[int], object],
+    ) -> list[Any]:
+        """Answers by request: those from before, and new ones in slices, each kept as soon as it is there.
+
+        Args:
+            requests: (key, request, length); equal keys are asked once, the longest first, as models batch them.
+            at_once: requests of a slice.
+            more, done: told how many are to be asked, and of each slice how many were.
+        """
+        new = {key: (request, length) for key, request, length in requests if key not in self}
+        order = sorted(new, key=lambda key: -new[key][1])
+        more(len(order))
+        for begin in range(0, len(order), at_once):
+            part = order[begin : begin + at_once]
+            self.add(part, ask([new[key][0] for key in part]))
+            done(len(part))
+        return [self[key] for key, _, _ in requests]

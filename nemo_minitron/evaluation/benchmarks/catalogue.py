@@ -19,6 +19,7 @@ from nemo_minitron.errors import InputError, first_line
 from nemo_minitron.evaluation.benchmarks import judged
 from nemo_minitron.evaluation.benchmarks.items import tasks_of_harness
 from nemo_minitron.evaluation.benchmarks.local import ACC_NORM, LOCAL, multiple_choice
+from nemo_minitron.evaluation.benchmarks.of_files import OF_FILES
 from nemo_minitron.evaluation.multiple_choice import load_questions
 
 # Where the harness keeps the tasks of the presets; to look through all of its files takes half a minute.
@@ -37,10 +38,12 @@ _PATIENCE_S = 5
 
 @dataclass(frozen=True)
 class Wanted:
-    """A benchmark by name, or by file. `shots`: solved examples before each question; None: the task's own number."""
+    """A benchmark by name, or by file. `shots`: solved examples before each question; None: the task's own number.
+    `items`: the file of its items, for those that the user has (`of_files`)."""
 
     name: str
     shots: int | None
+    items: str | None = None
 
     @property
     def chat(self) -> bool:
@@ -72,22 +75,45 @@ class Benchmark:
     task: Any
 
 
-def parse_names(names: Sequence[str]) -> list[Wanted]:
-    """`NAME` or `NAME@SHOTS`.
+def parse_names(names: Sequence[str], *, allow_code: bool = True) -> list[Wanted]:
+    """`NAME`, `NAME@SHOTS`, or either with `=FILE`.
+
+    Args:
+        allow_code: whether what a model wrote may be run.
 
     Raises:
-        InputError: no number of shots, or a name that is there twice.
+        InputError: no number of shots, a name that is there twice, one that lacks its file, or one that may not be run.
     """
     found: list[Wanted] = []
     for text in names:
-        name, at, shots = text.rpartition("@")
-        if at and not shots.isdigit():
-            raise InputError(f"eval.tasks={text}: after @ must be a number of examples, such as {name}@5")
-        wanted = Wanted(name, int(shots)) if at else Wanted(text, None)
+        wanted = _wanted(text)
+        if wanted.name in OF_FILES:
+            kind = OF_FILES[wanted.name]
+            if kind.runs_code and not allow_code:
+                raise InputError(
+                    f"eval.tasks={text}: runs what the model wrote; eval.allow_code=true allows it, in a process with "
+                    "little time and memory"
+                )
+            if wanted.items is None and not kind.on_hub:
+                raise InputError(
+                    f"eval.tasks={text}: needs a file of its items, eval.tasks=[{wanted.name}=FILE]"
+                )
         if wanted.label in [other.label for other in found]:
             raise InputError(f"eval.tasks={text}: {wanted.label} is there twice")
         found.append(wanted)
     return found
+
+
+def _wanted(text: str) -> Wanted:
+    before, equals, file = text.partition("=")
+    named = bool(equals) and before.partition("@")[0] in OF_FILES
+    if named and not file:
+        raise InputError(f"eval.tasks={text}: after = must be a file")
+    head = before if named else text
+    name, at, shots = head.rpartition("@")
+    if at and not shots.isdigit():
+        raise InputError(f"eval.tasks={text}: after @ must be a number of examples, such as {name}@5")
+    return Wanted(name if at else head, int(shots) if at else None, file if named else None)
 
 
 def load(wanted: Sequence[Wanted], data: DataConfig) -> list[Benchmark]:
@@ -113,6 +139,9 @@ def _task(wanted: Wanted, data: DataConfig) -> Any:
         return _configured(wanted.label, _of_file(wanted.name))
     if wanted.name in LOCAL:
         return _configured(wanted.name, LOCAL[wanted.name].config(data))
+    if wanted.name in OF_FILES:
+        config = OF_FILES[wanted.name].config(wanted.items)
+        return _configured(wanted.name, config) if wanted.items else _of_hub(wanted.name, config)
     return _of_harness(wanted.name)
 
 
@@ -120,6 +149,15 @@ def _configured(name: str, config: dict[str, Any]) -> Any:
     from lm_eval.api.task import ConfigurableTask
 
     return ConfigurableTask(config={"task": name, **config})
+
+
+def _of_hub(name: str, config: dict[str, Any]) -> Any:
+    """A task of ours whose items the hub has."""
+    with _without_remote_code():
+        try:
+            return _configured(name, config)
+        except Exception as error:  # as of the harness's own
+            raise InputError(_hub_failure(name, error)) from None
 
 
 def _of_file(path: str) -> dict[str, Any]:
@@ -135,7 +173,8 @@ def _of_harness(name: str) -> Any:
     else:
         manager = TaskManager()
         if name not in manager.all_tasks:
-            near = difflib.get_close_matches(name, [*LOCAL, judged.NAME, *manager.all_tasks], n=4, cutoff=0.5)
+            known = [*LOCAL, *OF_FILES, judged.NAME, *manager.all_tasks]
+            near = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
             raise InputError(
                 f"eval.tasks={name}: no such benchmark; near are {', '.join(near)}"
                 if near
@@ -146,7 +185,13 @@ def _of_harness(name: str) -> Any:
             loaded = manager.load([name])
         except Exception as error:  # of datasets, huggingface_hub, requests and the operating system
             raise InputError(_hub_failure(name, error)) from None
-    return loaded["groups"].get(name) or next(iter(loaded["tasks"].values()))
+    task = loaded["groups"].get(name) or next(iter(loaded["tasks"].values()))
+    if getattr(task, "UNSAFE_CODE", False):
+        raise InputError(
+            f"eval.tasks={name}: the harness would run what the model wrote in this very process; of such benchmarks "
+            "only mbpp is run here, with eval.allow_code=true"
+        )
+    return task
 
 
 def _hub_failure(name: str, error: Exception) -> str:

@@ -130,10 +130,11 @@ def _with_main(rows: list[Row]) -> list[Row]:
 
 
 def _item(task: str, item: dict[str, Any]) -> dict[str, Any]:
-    """What to write down of an item: its number, its answers and what they score."""
+    """What to write down of an item: its number, its hash, its answers and what they score."""
     answers = item["filtered_resps"]
     scores = {name: item[name] for name in item["metrics"]}
-    return {"task": task, "item": item["doc_id"], "filter": item["filter"], **scores, "answers": answers}
+    numbered = {"task": task, "item": item["doc_id"], "sha256": item["doc_hash"], "filter": item["filter"]}
+    return {**numbered, **scores, "answers": answers}
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron.data.records import read_records
 from nemo_minitron.errors import InputError
 from nemo_minitron.files import lines
 
@@ -30,6 +31,27 @@ def rows(file: Path, *keys: str) -> Iterator[dict[str, Any]]:
             yield row
     except OSError as error:
         raise InputError(f"{file}: cannot be read ({error.strerror})") from None
+
+
+def records(path: str, check: Callable[[dict[str, Any], str], object]) -> Iterator[dict[str, Any]]:
+    """The records of a user's file (`data.records`), one or more.
+
+    Args:
+        check: of a record and where it stands; refuses it.
+
+    Raises:
+        InputError: no file, no record, or one that is refused.
+    """
+    count = 0
+    for record in read_records(path):
+        if isinstance(record.value, InputError):
+            raise record.value
+        row = dict(record.value)
+        check(row, record.where)
+        count += 1
+        yield row
+    if not count:
+        raise InputError(f"{path}: holds no record")
 
 
 def dataset(items: list[dict[str, Any]]) -> Callable[..., Any]:

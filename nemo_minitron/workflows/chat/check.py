@@ -18,12 +18,13 @@ from nemo_minitron.environment import RESULT
 from nemo_minitron.errors import InputError
 from nemo_minitron.export import huggingface
 from nemo_minitron.files import read_text
+from nemo_minitron.workflows.one_process import OneProcess, check_one_process
 
 TEMPLATE = "tokenizer.chat_template"
 
 
 @dataclass(frozen=True)
-class Prepared:
+class Prepared(OneProcess):
     """What answers: a `file` for llama.cpp, or a `source` for transformers; `context`: in tokens; `has_template`:
     whether it was made for conversations, else a prompt is gone on with as it is."""
 
@@ -32,10 +33,6 @@ class Prepared:
     file: Path | None = None
     source: Any = None
 
-    def to_config(self) -> dict[str, Any]:
-        """Nothing: there is one process."""
-        return {}
-
 
 def check(r: ChatRecipe) -> Prepared:
     """Refuse what cannot answer.
@@ -43,17 +40,16 @@ def check(r: ChatRecipe) -> Prepared:
     Raises:
         InputError: names the value.
     """
-    if r.trainer.ranks > 1:
-        raise InputError(f"{r.trainer.ranks} ranks: chat works in one process")
+    check_one_process(r.trainer, "chat")
     if r.prompt is not None and not r.prompt.strip():
         raise InputError("prompt: is empty; leave it out to type messages")
-    path = _exported(Path(r.source).expanduser())
-    if (file := _gguf(path)) is not None:
+    path = exported(Path(r.source).expanduser())
+    if (file := gguf_at(path)) is not None:
         return _of_file(r, file)
     return _of_source(r, path)
 
 
-def _exported(path: Path) -> Path:
+def exported(path: Path) -> Path:
     """What a run of recipes/export.py wrote, or the path itself."""
     try:
         result = json.loads(read_text(path / RESULT))
@@ -68,13 +64,20 @@ def _exported(path: Path) -> Path:
     return path
 
 
-def _gguf(path: Path) -> Path | None:
-    """The GGUF file at a path, or the only one in a directory that holds no other checkpoint."""
+def gguf_at(path: Path, key: str = "source") -> Path | None:
+    """The GGUF file at a path, or the only one in a directory that holds no other checkpoint.
+
+    Args:
+        key: what the configuration calls it.
+
+    Raises:
+        InputError: a directory of several.
+    """
     if path.is_dir() and not (path / "config.json").exists():
         found = sorted(path.glob("*.gguf"))
         if len(found) > 1:
             names = ", ".join(file.name for file in found[:5])
-            raise InputError(f"source={path}: holds {len(found)} GGUF files ({names}); name one of them")
+            raise InputError(f"{key}={path}: holds {len(found)} GGUF files ({names}); name one of them")
         return found[0] if found else None
     return path if is_gguf(path) else None
 

@@ -30,6 +30,7 @@ def run(r: CorrectTeacherRecipe, prepared: Prepared, directory: Path) -> dict[st
         "ranks",
         "tensor_model_parallel_size",
         "pipeline_model_parallel_size",
+        "rss_gib_before_models",
         "peak_rss_gib",
         "checkpoint",
     )

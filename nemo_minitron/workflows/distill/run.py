@@ -9,7 +9,7 @@ from nemo_minitron.checkpoints import origin
 from nemo_minitron.checkpoints.source import CHECKPOINT, find_source
 from nemo_minitron.config.recipes import DistillRecipe
 from nemo_minitron.distillation.cache.reader import TeacherCache
-from nemo_minitron.environment import peak_rss_gib
+from nemo_minitron.environment import peak_rss_gib, rss_gib
 from nemo_minitron.files import read_steps
 from nemo_minitron.nemo import fit, models, session, trainer
 from nemo_minitron.nemo.counted_tokens import CountedTokens
@@ -37,6 +37,7 @@ def run(r: DistillRecipe, prepared: Prepared, directory: Path, *, who: str = "st
     Raises:
         FloatingPointError: a loss or a gradient that is not finite; the last good checkpoint is kept.
     """
+    imported = rss_gib()
     before, answers_before = _before(r, prepared, f"{who} before")
     trained = _train(r, prepared, directory)
     after, answers_after = _finish(r, prepared, directory, f"{who} after")
@@ -68,6 +69,7 @@ def run(r: DistillRecipe, prepared: Prepared, directory: Path, *, who: str = "st
         "ranks": t.ranks,
         "tensor_model_parallel_size": t.tensor_model_parallel_size,
         "pipeline_model_parallel_size": t.pipeline_model_parallel_size,
+        "rss_gib_before_models": imported,
         "peak_rss_gib": peak_rss_gib(),
         "teacher_states_gib": round(trained["ahead"].get("bytes", 0) / 2**30, 6),
         "teacher_schedule_s": round(trained["ahead"].get("seconds", 0.0), 2),

@@ -4,35 +4,45 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from nemo_minitron.config.evaluate import EvaluateRecipe
 from nemo_minitron.config.recipes import cache_dir
 from nemo_minitron.evaluation.benchmarks import harness, judged
-from nemo_minitron.evaluation.benchmarks.adapter import ShardedLM
 from nemo_minitron.evaluation.benchmarks.answers import Answers
 from nemo_minitron.evaluation.benchmarks.catalogue import Benchmark
 from nemo_minitron.evaluation.benchmarks.harness import Row
 from nemo_minitron.files import write_text
 from nemo_minitron.progress import end_if_asked, open_bar
 from nemo_minitron.workflows.evaluate.check import Prepared, chat_of
-from nemo_minitron.workflows.evaluate.model import ShardedModel
 
 ITEMS, JUDGEMENTS = "items", "judgements.jsonl"
 
 
 class Asking:
     """The benchmarks of a run. Answers are in the cache, and what each item scored in RUN/items/, as soon as they are
-    known."""
+    known.
 
-    def __init__(self, r: EvaluateRecipe, prepared: Prepared, model: ShardedModel, directory: Path) -> None:
+    Args:
+        opened: the harness's language model, of known answers and of who is told how many requests there are, and how
+            many are answered: `ShardedLM` or `BackendLM`.
+    """
+
+    def __init__(
+        self,
+        r: EvaluateRecipe,
+        prepared: Prepared,
+        directory: Path,
+        opened: Callable[[Answers, Callable[[int], object], Callable[[int], object]], Any],
+    ) -> None:
         self.r, self.directory, self.begin = r, directory, time.monotonic()
         # Of these weights in this precision.
         name = f"{prepared.source_sha256[:32]}-{r.trainer.precision}.jsonl"
         self.answers = Answers(cache_dir(r.data, "answers") / name if r.eval.cache else None)
         self.bar = open_bar("", 0, "request")
-        self.lm = ShardedLM(model, prepared.tokenizer, self.answers, self._more, self._answered)
+        self.lm = opened(self.answers, self._more, self._answered)
         self.rows: list[Row] = []
         self.judged: tuple[list[judged.Question], dict[int, list[str]]] | None = None
 
@@ -47,13 +57,15 @@ class Asking:
     def ask(self, benchmark: Benchmark) -> None:
         """All of its items, or the first ones."""
         e, wanted = self.r.eval, benchmark.wanted
+        limit = (e.limits or {}).get(wanted.label, e.limit)
+        tokens = (e.new_tokens or {}).get(wanted.label, e.max_new_tokens)
         self.bar.set_description_str(wanted.label)
         if wanted.judged:
-            questions = benchmark.task[: e.limit]
-            new = e.max_new_tokens or judged.MAX_NEW_TOKENS
+            questions = benchmark.task[:limit]
+            new = tokens or judged.MAX_NEW_TOKENS
             self.judged = questions, judged.answered(questions, lambda talks: self.lm.answer(talks, new))
             return
-        how = harness.Settings(e.limit, chat_of(self.r, wanted), e.max_new_tokens)
+        how = harness.Settings(limit, chat_of(self.r, wanted), tokens)
         rows, items = harness.run(self.lm, benchmark, how)
         self._keep(wanted.label, items)
         self.rows += rows
@@ -76,6 +88,7 @@ class Asking:
             "questions_cut": self.lm.cut,
             "benchmarks_s": round(time.monotonic() - self.begin, 2),
             "limit": self.r.eval.limit,
+            "limits": dict(self.r.eval.limits or {}),
         }
 
     def _rated(self) -> list[dict[str, Any]]:
@@ -103,10 +116,14 @@ class Asking:
         ]
 
     def _keep(self, label: str, items: list[dict[str, Any]]) -> None:
-        file = self.directory / ITEMS / f"{label}.jsonl"
-        file.parent.mkdir(exist_ok=True)
-        text = "".join(json.dumps(item, ensure_ascii=False, default=str) + "\n" for item in items)
-        write_text(file, text)
+        write_items(self.directory, label, items)
+
+
+def write_items(directory: Path, label: str, items: Iterable[dict[str, Any]]) -> None:
+    """What each item of a benchmark scored: RUN/items/LABEL.jsonl."""
+    file = directory / ITEMS / f"{label}.jsonl"
+    file.parent.mkdir(exist_ok=True)
+    write_text(file, "".join(json.dumps(item, ensure_ascii=False, default=str) + "\n" for item in items))
 
 
 def _line(row: Row) -> str:

@@ -1,8 +1,10 @@
 """What `recipes/evaluate.py` refuses, and prepares, before a model is loaded."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from nemo_minitron.checkpoints.any_family import AnyModel, find_any
 from nemo_minitron.checkpoints.source import Source, find_source
 from nemo_minitron.config.evaluate import EvaluateRecipe
 from nemo_minitron.data.prepare import PreparedData, prepare_data
@@ -15,7 +17,7 @@ from nemo_minitron.workflows.preflight import check_source, check_vocabulary, co
 
 @dataclass(frozen=True)
 class Prepared:
-    """What is known and made before a model is loaded; sources are of kind "nemo".
+    """What is known and made before a model is loaded; sources are of kind "nemo", or what the hf backend opens.
 
     Attributes:
         source_sha256: of the source's weights as they were named.
@@ -24,7 +26,7 @@ class Prepared:
         benchmarks: their items read; None on ranks that a launcher started, of which one reads them.
     """
 
-    source: Source
+    source: Source | AnyModel
     source_sha256: str
     tokenizer: Any
     teacher: Source | None
@@ -48,34 +50,78 @@ def check(r: EvaluateRecipe) -> Prepared:
     Raises:
         InputError: names the value.
     """
-    ready, e, t = r.prepared or {}, r.eval, r.trainer
-    if t.context_parallel_size > 1:
-        raise InputError(
-            f"trainer.context_parallel_size={t.context_parallel_size}: must be 1, evaluate has no context parallelism"
-        )
-    wanted = catalogue.parse_names(e.tasks)
-    if not wanted and not e.lm:
-        raise InputError("eval.tasks, eval.lm: nothing is left to be measured")
-    if any(one.judged for one in wanted):
-        judged.check_judge(e.judge)
-    source = find_source(ready.get("source", r.source), data=r.data)
-    check_source("source", source, t, r.data.seq_length if e.lm else 1)
+    found = examine(r, read_benchmarks=r.prepared is None)
+    if isinstance(found.source, AnyModel):
+        return found
+    teacher = None if found.teacher is None else converted(found.teacher, r.data)
+    return dataclasses.replace(found, source=converted(found.source, r.data), teacher=teacher)
+
+
+def examine(r: EvaluateRecipe, *, read_benchmarks: bool) -> Prepared:
+    """All of `check` but the conversion; sources are as they were found.
+
+    Args:
+        read_benchmarks: false leaves `benchmarks` None.
+
+    Raises:
+        InputError: names the value.
+    """
+    ready, e = r.prepared or {}, r.eval
+    wanted = _wanted(r)
+    source = _source(r, ready)
     tokenizer = load_tokenizer(source.tokenizer)
     _check_chat(r, wanted, tokenizer)
-    benchmarks = None if ready else catalogue.load(wanted, r.data)
+    benchmarks = catalogue.load(wanted, r.data) if read_benchmarks else None
     teacher = _teacher(r, source, ready)
     data = prepare_data(r.data, str(source.tokenizer), ready.get("data")) if e.lm else None
     if data is not None:
         check_vocabulary(source, data)
         say_corpus(r.data, data, prepared=bool(ready), what="is measured")
     sha256 = ready.get("source_sha256") or source.sha256()
-    teacher = None if teacher is None else converted(teacher, r.data)
-    return Prepared(converted(source, r.data), sha256, tokenizer, teacher, data, wanted, benchmarks)
+    return Prepared(source, sha256, tokenizer, teacher, data, wanted, benchmarks)
 
 
-def _teacher(r: EvaluateRecipe, source: Source, ready: dict[str, Any]) -> Source | None:
+def _wanted(r: EvaluateRecipe) -> list[Wanted]:
+    e, t = r.eval, r.trainer
+    if t.context_parallel_size > 1:
+        raise InputError(
+            f"trainer.context_parallel_size={t.context_parallel_size}: must be 1, evaluate has no context parallelism"
+        )
+    wanted = catalogue.parse_names(e.tasks, allow_code=e.allow_code)
+    if not wanted and not e.lm:
+        raise InputError("eval.tasks, eval.lm: nothing is left to be measured")
+    labels = [one.label for one in wanted]
+    for key, values in (("limits", e.limits), ("new_tokens", e.new_tokens)):
+        if unknown := [name for name in values or () if name not in labels]:
+            among = ", ".join(labels) or "none"
+            raise InputError(f"eval.{key}={unknown[0]}: is not among eval.tasks; those are {among}")
+    if any(one.judged for one in wanted):
+        judged.check_judge(e.judge)
+    return wanted
+
+
+def _source(r: EvaluateRecipe, ready: dict[str, Any]) -> Source | AnyModel:
+    length = r.data.seq_length if r.eval.lm else 1
+    if r.eval.backend == "megatron":
+        source = find_source(ready.get("source", r.source), data=r.data)
+        check_source("source", source, r.trainer, length)
+        return source
+    if r.trainer.ranks > 1:
+        raise InputError(f"eval.backend=hf: works in one process, not on {r.trainer.ranks} ranks")
+    for key in ("reset_attention_mask", "reset_position_ids"):
+        if r.eval.lm and getattr(r.data, key):
+            raise InputError(f"data.{key}=true: eval.backend=hf reads whole sequences; must be false")
+    found = find_any(r.source)
+    if length > found.seq_length:
+        raise InputError(f"data.seq_length={length}: the source was made for {found.seq_length} tokens")
+    return found
+
+
+def _teacher(r: EvaluateRecipe, source: Source | AnyModel, ready: dict[str, Any]) -> Source | None:
     if r.teacher is None:
         return None
+    if isinstance(source, AnyModel):
+        raise InputError(f"teacher={r.teacher}: eval.backend=hf measures one model; leave it out")
     if not r.eval.lm:
         raise InputError("teacher: is compared with on the held-out text, which eval.lm=false leaves out")
     teacher = find_source(ready.get("teacher") or r.teacher, "teacher", r.data)

@@ -16,6 +16,7 @@ from nemo_minitron.evaluation import instruct
 from nemo_minitron.files import remove_stale
 from nemo_minitron.nemo.huggingface import export_checkpoint, load_huggingface
 from nemo_minitron.workflows.evaluate_instruct.check import Prepared
+from nemo_minitron.workflows.evaluate_instruct.on_device import compared
 
 ANSWERS = "answers.jsonl"
 
@@ -37,6 +38,8 @@ def run(r: EvaluateInstructRecipe, prepared: Prepared, directory: Path) -> dict[
         progress=_progress(len(prepared.items)),
     )
     path = write_jsonl(directory / ANSWERS, instruct.rows(prepared.items, said))
+    most, texts = r.instruct.max_new_tokens, [answer.text for answer in said]
+    beside = compared(prepared.gguf, prepared.items, texts, most, directory) if prepared.gguf else {}
     return {
         "recipe": "evaluate_instruct",
         "source": str(r.source),
@@ -47,6 +50,7 @@ def run(r: EvaluateInstructRecipe, prepared: Prepared, directory: Path) -> dict[
         "max_new_tokens": r.instruct.max_new_tokens,
         "chat_template_sha256": hashlib.sha256(prepared.tokenizer.chat_template.encode()).hexdigest(),
         **instruct.scores(prepared.items, said),
+        **beside,
         "answers": str(path.resolve()),
         "peak_rss_gib": peak_rss_gib(),
     }

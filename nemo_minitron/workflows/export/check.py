@@ -15,6 +15,7 @@ from nemo_minitron.export.licences import Licence
 from nemo_minitron.export.lineage import Lineage, lineage
 from nemo_minitron.export.target import bytes_of, check_target
 from nemo_minitron.workflows.export import fp8
+from nemo_minitron.workflows.one_process import OneProcess, check_one_process
 from nemo_minitron.workflows.preflight import converted
 
 # Where the export lies in a run directory if `to` does not say.
@@ -24,7 +25,7 @@ FP8 = "fp8"
 
 
 @dataclass(frozen=True)
-class Prepared:
+class Prepared(OneProcess):
     """The checkpoint in NeMo 2 form, what is written of it, and where; `vocabulary`: of a GGUF file; `lineage`,
     `licence`: of its card."""
 
@@ -37,10 +38,6 @@ class Prepared:
     lineage: Lineage
     licence: Licence | None
 
-    def to_config(self) -> dict[str, Any]:
-        """Nothing: there is one process."""
-        return {}
-
 
 def check(r: ExportRecipe) -> Prepared:
     """Refuse what cannot be written; a Hugging Face source is converted once.
@@ -48,10 +45,7 @@ def check(r: ExportRecipe) -> Prepared:
     Raises:
         InputError: names the value.
     """
-    if r.trainer.ranks > 1:
-        raise InputError(
-            f"{r.trainer.ranks} ranks: export works in one process, whatever layout the source had"
-        )
+    check_one_process(r.trainer, "export", ", whatever layout the source had")
     shard_bytes = bytes_of("export.shard_size", r.export.shard_size)
     if r.export.dtype == FP8:
         fp8.check(r.format)

@@ -15,6 +15,7 @@ from nemo_minitron.data.chat.template import with_template
 from nemo_minitron.data.instruct.generate import InstructFiles, cached_instruct_set, prompt_key
 from nemo_minitron.data.tokenizer import load_tokenizer
 from nemo_minitron.errors import InputError, of_setting
+from nemo_minitron.workflows.one_process import OneProcess, check_one_process
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,16 +25,12 @@ _Samples = Sequence[Conversation] | Sequence[Preference]
 
 
 @dataclass(frozen=True)
-class Prepared:
+class Prepared(OneProcess):
     """What is to be written: samples of a converted file by split, or the project's own set, which is in the cache."""
 
     samples: dict[str, _Samples]
     fitted: Fitted | None
     generated: InstructFiles | None = None
-
-    def to_config(self) -> dict[str, Any]:
-        """Nothing that ranks could find again; the recipe runs in one process."""
-        return {}
 
 
 def check(r: InstructDataRecipe) -> Prepared:
@@ -43,8 +40,7 @@ def check(r: InstructDataRecipe) -> Prepared:
         InputError: an invalid setting, or a line that cannot be trained on; names file and line.
     """
     d = r.instruct_data
-    if r.trainer.ranks > 1:
-        raise InputError(f"{r.trainer.ranks} ranks: instruct_data works in one process")
+    check_one_process(r.trainer, "instruct_data")
     _check_settings(d)
     if d.input is None:
         return Prepared({}, None, cached_instruct_set(cache_dir(r.data, "instruct"), r.seed, d.sizes))

@@ -24,10 +24,11 @@ from nemo_minitron.merging.models import Merged, Read, check_finite, opened
 from nemo_minitron.merging.path import Laid, folds, read_path
 from nemo_minitron.merging.settings import PATH, Merge, Setting, check_models, number
 from nemo_minitron.progress import end_if_asked, open_bar
+from nemo_minitron.workflows.one_process import OneProcess, check_one_process
 
 
 @dataclass(frozen=True)
-class Prepared:
+class Prepared(OneProcess):
     """The models, checked and open.
 
     Attributes:
@@ -56,10 +57,6 @@ class Prepared:
         """The longest that all models take."""
         return min(source.seq_length for source in self.sources)
 
-    def to_config(self) -> dict[str, Any]:
-        """Nothing: there is one process."""
-        return {}
-
 
 def check(r: MergeRecipe) -> Prepared:
     """Refuse what cannot be merged; all tensors are read once.
@@ -67,10 +64,7 @@ def check(r: MergeRecipe) -> Prepared:
     Raises:
         InputError: names the value.
     """
-    if r.trainer.ranks > 1:
-        raise InputError(
-            f"{r.trainer.ranks} ranks: merge works in one process, whatever layout the models had"
-        )
+    check_one_process(r.trainer, "merge", ", whatever layout the models had")
     return prepare(r, merge_of(r))
 
 

@@ -16,6 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from nemo_minitron.config.pipeline import PipelineRecipe
 from nemo_minitron.environment import COMPOSE, with_package
 from nemo_minitron.errors import InputError
+from nemo_minitron.workflows.one_process import OneProcess
 from nemo_minitron.workflows.pipeline.state import State
 from nemo_minitron.workflows.pipeline.steps import Step, content_of, key_of, steps_of
 
@@ -24,17 +25,15 @@ _SHARED = ("data", "trainer", "eval", "seed")
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """The steps, the key and the number of ranks of each by its name, the hash of the source's weights."""
+class Prepared(OneProcess):
+    """The steps, the key and the number of ranks of each by its name, the hash of the source's weights; `pipeline`: the
+    file that lists the steps."""
 
     steps: list[Step]
     keys: dict[str, str]
     ranks: dict[str, int]
     source_sha256: str
-
-    def to_config(self) -> dict[str, Any]:
-        """Nothing: the pipeline is one process, and each step has ranks of its own."""
-        return {}
+    pipeline: str | None = None
 
 
 def check(r: PipelineRecipe) -> Prepared:
@@ -56,10 +55,17 @@ def check(r: PipelineRecipe) -> Prepared:
     keys: dict[str, str] = {}
     for step, line in zip(steps, composed, strict=True):
         keys[step.name] = key_of(step, line["config"], source, keys, content)
-    State(run_dir).check_source(r.source, source_sha256, overwrite=r.overwrite)
-    return Prepared(
-        steps, keys, {s.name: c["ranks"] for s, c in zip(steps, composed, strict=True)}, source_sha256
-    )
+    state, name = State(run_dir), _chosen()
+    state.check_source(r.source, source_sha256, overwrite=r.overwrite)
+    state.check_pipeline(name, overwrite=r.overwrite)
+    ranks = {step.name: line["ranks"] for step, line in zip(steps, composed, strict=True)}
+    return Prepared(steps, keys, ranks, source_sha256, name)
+
+
+def _chosen() -> str | None:
+    """The file of the group `pipeline`."""
+    choices = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
+    return choices.get("pipeline")
 
 
 def shared_overrides() -> list[str]:
@@ -73,8 +79,11 @@ def command(step: Step) -> list[str]:
     return [sys.executable, "-m", "nemo_minitron", step.recipe, *step.overrides]
 
 
-def compose(step: Step) -> Mapping[str, Any]:
+def compose(step: Step, *, complete: bool = True) -> Mapping[str, Any]:
     """A step's configuration as its recipe composes and checks it: `config`, `ranks`, `missing`.
+
+    Args:
+        complete: whether every key must have a value.
 
     Raises:
         InputError: what the recipe says.
@@ -92,6 +101,6 @@ def compose(step: Step) -> Mapping[str, Any]:
             said = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
             raise InputError(f"pipeline.steps.{step.name}: {said.removeprefix('error: ')}")
         composed: dict[str, Any] = json.loads(file.read_text())
-    if composed["missing"]:
+    if composed["missing"] and complete:
         raise InputError(f"pipeline.steps.{step.name}.set: lacks {', '.join(composed['missing'])}")
     return composed

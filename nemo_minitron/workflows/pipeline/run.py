@@ -49,8 +49,8 @@ def run(r: PipelineRecipe, prepared: Prepared, directory: Path) -> dict[str, Any
         else:
             left = ", ".join(later.name for later in prepared.steps[number:])
             _say(f"{where}: begins" + (f"; then {left}" if left else ""))
-            state.begin(step.name, key, prepared.source_sha256)
-            _make(step, prepared.ranks[step.name], state)
+            state.begin(step.name, key, prepared.source_sha256, prepared.pipeline)
+            make(step, prepared.ranks[step.name], state)
             _say(f"{where}: {state.steps[step.name]['seconds']:,.0f} s; {state.steps[step.name]['said']}")
         rows[step.name] = _row(step, state, kept=kept)
         write_text(directory / SUMMARY, summary(rows, prepared.steps))
@@ -63,7 +63,7 @@ def hand_over(prepared: Prepared, state: State, file: Path) -> None:
     for step in prepared.steps:
         key = prepared.keys[step.name]
         if not state.is_done(step.name, key):
-            state.begin(step.name, key, prepared.source_sha256)
+            state.begin(step.name, key, prepared.source_sha256, prepared.pipeline)
             lines.append(json.dumps([step.recipe, *step.overrides]))
     file.write_text("".join(f"{line}\n" for line in lines))
 
@@ -97,7 +97,13 @@ def summary(rows: dict[str, dict[str, Any]], steps: list[Step]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _make(step: Step, ranks: int, state: State) -> None:
+def make(step: Step, ranks: int, state: State) -> None:
+    """Run a step in a process of its own, and keep how it ended.
+
+    Raises:
+        FailedRun: it failed.
+        InterruptedRun: it was told to end, and saved.
+    """
     begin = time.monotonic()
     code, said = _started(step, ranks)
     if code == INTERRUPTED:

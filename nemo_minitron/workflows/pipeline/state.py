@@ -22,6 +22,7 @@ class State:
         self.run_dir, self.file = run_dir, run_dir / FILE
         found = self._read()
         self.source_sha256: str | None = found.get("source_sha256")
+        self.pipeline: str | None = found.get("pipeline")
         self.steps: dict[str, dict[str, Any]] = found.get("steps", {})
 
     def _read(self) -> dict[str, Any]:
@@ -44,16 +45,32 @@ class State:
                 "choose another run_dir, or say overwrite=true"
             )
 
+    def check_pipeline(self, name: str | None, *, overwrite: bool) -> None:
+        """Refuse another pipeline where steps of the first are finished.
+
+        Args:
+            name: of the file of the group `pipeline`; None where it is not known.
+
+        Raises:
+            InputError: names both.
+        """
+        finished = [step for step in self.steps if (self.run_dir / step / RESULT).exists()]
+        if None not in (name, self.pipeline) and name != self.pipeline and finished and not overwrite:
+            raise InputError(
+                f"pipeline={name}: {self.run_dir} has {', '.join(finished)} of pipeline={self.pipeline}; choose "
+                "another run_dir, or say overwrite=true"
+            )
+
     def is_done(self, name: str, key: str) -> bool:
         """Whether the step was made of just this."""
         return self._key(name) == key and (self.run_dir / name / RESULT).exists()
 
-    def begin(self, name: str, key: str, source_sha256: str) -> None:
+    def begin(self, name: str, key: str, source_sha256: str, pipeline: str | None = None) -> None:
         """Say what a step's directory will be made of; what was made there of something else goes."""
         if self._key(name) != key:
             remove(self.run_dir / name)
             self.steps[name] = {"key": key}
-        self.source_sha256 = source_sha256
+        self.source_sha256, self.pipeline = source_sha256, pipeline
         self._write()
 
     def end(self, name: str, said: str, seconds: float) -> None:
@@ -67,5 +84,5 @@ class State:
         return step.get("key") if isinstance(step, dict) else None
 
     def _write(self) -> None:
-        fields = {"source_sha256": self.source_sha256, "steps": self.steps}
+        fields = {"source_sha256": self.source_sha256, "pipeline": self.pipeline, "steps": self.steps}
         write_text(self.file, json.dumps(fields, indent=2) + "\n")

@@ -7,7 +7,7 @@ from nemo_minitron.checkpoints.source import CHECKPOINT
 from nemo_minitron.config.prune import PruneConfig
 from nemo_minitron.config.recipes import PruneRecipe
 from nemo_minitron.environment import rank
-from nemo_minitron.files import put, remove_stale
+from nemo_minitron.files import remove_stale
 from nemo_minitron.nemo.prune_transform import prune_model
 from nemo_minitron.nemo.session import Session
 from nemo_minitron.pruning import compose
@@ -32,7 +32,7 @@ def run(r: PruneRecipe, prepared: Prepared, directory: Path) -> dict[str, Any]:
     if rank() == 0:
         compose([plan for _, plan in made]).save(directory / "plan.json")
         artifacts.keep_scores(made, directory)
-    save(session, directory)
+    session.save(directory / CHECKPOINT)
     samples = made[0][0].samples if made[0][0] is not None else 0
     result = _result(r, prepared, before, after, samples, directory)
     return result | _controls(r, prepared, after["loss"].nats, directory)
@@ -67,15 +67,6 @@ def _controls(r: PruneRecipe, prepared: Prepared, loss: float, directory: Path) 
         ]
         (directory / "control.md").write_text("\n".join(lines) + "\n")
     return {"control_lm_loss_nats": losses, "beats_all_controls": loss < min(losses)}
-
-
-def save(session: Any, directory: Path, dtype: str | None = None) -> None:
-    """The checkpoint appears under its name when it is whole; `dtype` as `Session.save`."""
-    temporary = remove_stale(directory / f".{CHECKPOINT}.tmp")
-    session.save(temporary, dtype)
-    if rank() == 0:
-        put(temporary, directory / CHECKPOINT)
-    session.trainer.strategy.barrier("renamed")
 
 
 def _result(

@@ -1,23 +1,19 @@
 """What `recipes/report.py` refuses before it writes."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from nemo_minitron.config.report import ReportRecipe
 from nemo_minitron.errors import InputError
 from nemo_minitron.report.chain import Chain, read_chain
+from nemo_minitron.workflows.one_process import OneProcess, check_one_process
 
 
 @dataclass(frozen=True)
-class Prepared:
+class Prepared(OneProcess):
     """The runs, and which checkpoints answer prompts: (title, checkpoint)."""
 
     chain: Chain
     speakers: list[tuple[str, str]]
-
-    def to_config(self) -> dict[str, Any]:
-        """Nothing: there is one process."""
-        return {}
 
 
 def check(r: ReportRecipe) -> Prepared:
@@ -26,8 +22,7 @@ def check(r: ReportRecipe) -> Prepared:
     Raises:
         InputError: no finished run is there; more samples than prompts.
     """
-    if r.trainer.ranks > 1:
-        raise InputError(f"{r.trainer.ranks} ranks: report works in one process")
+    check_one_process(r.trainer, "report")
     if r.report.samples > len(r.report.prompts):
         raise InputError(
             f"report.samples={r.report.samples}: there are {len(r.report.prompts)} report.prompts"

@@ -21,7 +21,7 @@ from nemo_minitron.search.candidates import (
 )
 from nemo_minitron.workflows.distill import settings as distill_checks
 from nemo_minitron.workflows.preflight import check_source, converted, say_corpus
-from nemo_minitron.workflows.prune import check as prune
+from nemo_minitron.workflows.prune import data as prune
 from nemo_minitron.workflows.prune import plans
 
 

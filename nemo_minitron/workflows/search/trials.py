@@ -19,7 +19,6 @@ from nemo_minitron.nemo.session import Session
 from nemo_minitron.search.candidates import Candidate
 from nemo_minitron.workflows.distill import check as distill_check
 from nemo_minitron.workflows.distill import run as distill
-from nemo_minitron.workflows.prune import in_memory as prune
 from nemo_minitron.workflows.prune import plans, scoring
 from nemo_minitron.workflows.search.check import Prepared, short_distillation
 
@@ -78,7 +77,7 @@ class Trials:
             plan.save(self.directory / "plan.json")
             if self.scores is not None:
                 importance_picture(self.scores, plan.kept, self.directory / "importance.png")
-        prune.save(session, self.directory)
+        session.save(self.directory / CHECKPOINT)
 
     def _distil(self, candidate: Candidate, directory: Path) -> dict[str, Any]:
         """Train, or resume a run that was killed, in the candidate's own run directory."""
@@ -87,7 +86,7 @@ class Trials:
             session = self._student(candidate)
             student.mkdir(parents=True, exist_ok=True)
             # As it was measured: `trainer.checkpoint_dtype` is of what the search ends with.
-            prune.save(session, student, self.prepared.source.dtype)
+            session.save(student / CHECKPOINT, self.prepared.source.dtype)
             del session
             gc.collect()
         training = short_distillation(self.r, str(student / CHECKPOINT), str(directory))
