@@ -128,8 +128,8 @@ def find_source(path: str | Path, key: str = "source", data: DataConfig | None =
 def _huggingface(directory: Path, where: str) -> Source:
     if (directory / PATH_FILE).exists():
         raise InputError(
-            f"{where}: holds layers and a path through them ({PATH_FILE}) with a scale of 0, which is no ordinary model: it "
-            "is neither opened nor exported; choose scales that are not 0"
+            f"{where}: holds layers and a path through them with a scale of 0 ({PATH_FILE}), which is no plain model: "
+            "it is neither opened nor exported; choose scales that are not 0"
         )
     check_regular(directory, where)
     config = read_json(directory / "config.json", where)

@@ -21,8 +21,8 @@ class EvolveConfig:
     of a task, by the tokens of a choice.
 
     `generations` of `population` candidates (null: 4 + floor(3 ln n) of n numbers); `sigma`: the first standard
-    deviation of numbers that go from 0 to 1. `groups`: of layers, each with numbers of its own. `largest_weight`: what a
-    weight goes up to.
+    deviation of numbers that go from 0 to 1. `groups`: of layers, each with numbers of its own. `largest_weight`: what
+    a weight goes up to.
 
     `repeats`: how often the layers of all models are laid out one after another. `scales`: of the state between layers:
     "none", "slots" (one for each place) or "pairs" (one for each layer that follows another), from 1 - `scale_range`
@@ -49,8 +49,8 @@ class EvolveConfig:
 
 @dataclass
 class EvolveRecipe(MergeRecipe):
-    """`recipes/evolve.py`. `models`, `base`, `format`, `to`, `license`, `merge`: as of merge; the numbers of `merge` are
-    what the result is compared with. `data`: what "lm_loss" reads. `seed`: of the search too.
+    """`recipes/evolve.py`. `models`, `base`, `format`, `to`, `license`, `merge`: as of merge; the numbers of `merge`
+    are what the result is compared with. `data`: what "lm_loss" reads. `seed`: of the search too.
     """
 
     evolve: EvolveConfig = field(default_factory=EvolveConfig)

@@ -40,10 +40,10 @@ class MergeConfig:
     `method`: "linear" (the weighted mean of the models), "task_arithmetic" (the base and the weighted sum of the
     models' differences to it), "ties" (the same of the largest values of each difference, as far as they agree in their
     sign), "dare_ties" (of values drawn at random), "model_stock" (between the base and the mean, by the angles between
-    the differences), "slerp" (between two models on the sphere) or "path" (layers of the models in sequence). `weight`: of each model. `density`: the share of a
-    difference's values that is kept, in 0 .. 1. `t`: of slerp, 0 is the first model and 1 the second. A list in the
-    place of a model's number is spread over the layers: `spread` is "gradient" (on straight lines, as mergekit does
-    it) or "steps" (each value for as many layers).
+    the differences), "slerp" (between two models on the sphere) or "path" (layers of the models in sequence).
+    `weight`: of each model. `density`: the share of a difference's values that is kept, in 0 .. 1. `t`: of slerp, 0 is
+    the first model and 1 the second. A list in the place of a model's number is spread over the layers: `spread` is
+    "gradient" (on straight lines, as mergekit does it) or "steps" (each value for as many layers).
 
     `normalize`: divide by the weights; null: linear and ties do. `rescale`: what a thinned difference is scaled by:
     "none", "density" (1 / density, as in DARE's paper) or "l1" (so that its sum of magnitudes stays); null: dare_ties

@@ -7,19 +7,22 @@ goes on, asks for the same candidates: known ones are answered from what was wri
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from nemo_minitron import parallel
 from nemo_minitron.errors import InputError
 from nemo_minitron.files import read_steps, write_text
 from nemo_minitron.merging.spaces import Space, population_of
 
 # In place of a loss that is no number: worse than all others, and cma takes only finite ones.
 WORST = 1e9
+_MOST_COVARIANCES = 1000
+# The generation of what a result is compared with.
+REFERENCE = -1
 
 
 @dataclass(frozen=True)
@@ -61,10 +64,10 @@ class Memory:
         """Rank 0's, so that all ranks know the same."""
         self.known = known
 
-    def find(self, stage: str, generation: int, number: int, vector: Sequence[float]) -> float | None:
+    def find(self, candidate: Candidate) -> float | None:
         """A remembered loss; None for another vector in its place."""
-        found = self.known.get((stage, generation, number))
-        same = found is not None and np.allclose(found.vector, vector, rtol=0, atol=1e-9)
+        found = self.known.get(_key(candidate))
+        same = found is not None and np.allclose(found.vector, candidate.vector, rtol=0, atol=1e-9)
         return found.loss if found is not None and same else None
 
     def add(self, candidate: Candidate) -> None:
@@ -92,9 +95,7 @@ def check_package() -> None:
         InputError: it is not installed.
     """
     if find_spec("cma") is None:
-        raise InputError(
-            "evolve: needs the package cma (make setup EXTRAS=dev,search,device,evaluation,merge)"
-        )
+        raise InputError("evolve: needs the package cma (make setup EXTRAS=dev,search)")
 
 
 def check_size(space: Space, why: str) -> None:
@@ -107,22 +108,26 @@ def check_size(space: Space, why: str) -> None:
         raise InputError(f"{why}: leaves {len(space.names)} number to search for; CMA-ES needs at least 2")
 
 
+Evaluate = Callable[[Sequence[list[float]]], Sequence[float]]
+
+
 def search(
     stage: str,
     space: Space,
-    evaluate: Callable[[Sequence[float]], float],
+    evaluate: Evaluate,
     memory: Memory,
     *,
     generations: int,
     population: int | None,
     sigma: float,
     seed: int,
+    workers: int = 1,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Candidate:
     """The best candidate of `generations` times `population`.
 
     Args:
-        evaluate: a candidate's loss; less is better; the same on every rank.
+        evaluate: losses of at most `workers` candidates; less is better; the same on every rank.
         seed: of what is drawn.
         progress: told how many candidates are measured.
 
@@ -131,27 +136,26 @@ def search(
     """
     import cma
 
-    size = population or population_of(len(space.names))
     options = {
         "bounds": [0, 1],
-        "popsize": size,
+        "popsize": population or population_of(len(space.names)),
         "seed": seed + 1,  # 0 would be the clock
         "randn": np.random.RandomState(seed % 2**32).randn,
         "verbose": -9,
+        # Without covariances where their matrix would take longer than the candidates do.
+        "CMA_diagonal": len(space.names) > _MOST_COVARIANCES,
     }
     evolution = cma.CMAEvolutionStrategy(space.start, sigma, options)
     found: list[Candidate] = []
     for generation in range(generations):
         vectors = [[float(x) for x in vector] for vector in evolution.ask()]
-        for number, vector in enumerate(vectors):
-            found.append(_measured(stage, generation, number, vector, evaluate, memory))
-            progress(len(found))
-        losses = [c.loss for c in found[-size:]]
-        if generation == 0 and min(losses) == max(losses):
-            raise InputError(
-                f"evolve.fitness: all {size} candidates of the first generation have the loss {losses[0]:g}: there is "
-                "nothing to go by; take another fitness, more samples, or models that differ"
-            )
+        asked = [Candidate(stage, generation, number, vector, WORST) for number, vector in enumerate(vectors)]
+        measured = _measured(asked, evaluate, memory, workers)
+        losses = [c.loss for c in measured]
+        if generation == 0:
+            _check_differing(losses)
+        found += measured
+        progress(len(found))
         evolution.tell(vectors, losses)
         if evolution.stop():
             break
@@ -159,27 +163,50 @@ def search(
 
 
 def _measured(
-    stage: str,
-    generation: int,
-    number: int,
-    vector: list[float],
-    evaluate: Callable[[Sequence[float]], float],
-    memory: Memory,
-) -> Candidate:
-    known = memory.find(stage, generation, number, vector)
-    if known is not None:
-        return Candidate(stage, generation, number, vector, known)
-    loss = evaluate(vector)
-    candidate = Candidate(stage, generation, number, vector, loss if math.isfinite(loss) else WORST)
-    memory.add(candidate)
-    return candidate
+    asked: Sequence[Candidate], evaluate: Evaluate, memory: Memory, workers: int
+) -> list[Candidate]:
+    """The candidates with their losses: the known ones, and the others, as many at a time as there are workers."""
+    known = {c.number: loss for c in asked if (loss := memory.find(c)) is not None}
+    unknown = [c for c in asked if c.number not in known]
+    for begin in range(0, len(unknown), workers):
+        now = unknown[begin : begin + workers]
+        for c, loss in zip(now, evaluate([c.vector for c in now]), strict=True):
+            known[c.number] = loss if math.isfinite(loss) else WORST
+            memory.add(replace(c, loss=known[c.number]))
+    return [replace(c, loss=known[c.number]) for c in asked]
+
+
+def one_a_worker(evaluate: Callable[[Sequence[float]], float]) -> Evaluate:
+    """Candidates at the same time: of the data-parallel ranks each measures one, as if it were alone.
+
+    Args:
+        evaluate: one candidate's loss; ranks of other groups than the data-parallel one take part together.
+    """
+
+    def together(vectors: Sequence[list[float]]) -> list[float]:
+        own, loss = parallel.dp_rank(), WORST
+        with parallel.apart("dp"):
+            if own < len(vectors):
+                loss = evaluate(vectors[own])
+        losses = parallel.gather_objects(loss, "dp")
+        return parallel.broadcast_object(losses)[: len(vectors)]
+
+    return together
+
+
+def _check_differing(losses: Sequence[float]) -> None:
+    if min(losses) == max(losses):
+        raise InputError(
+            f"evolve.fitness: all {len(losses)} candidates of the first generation have the loss {losses[0]:g}: there "
+            "is nothing to go by; take another fitness, more samples, or models that differ"
+        )
 
 
 def reference(name: str, memory: Memory, measure: Callable[[], float]) -> float:
     """A loss that is remembered by name alone, of a model that the result is compared with."""
-    known = memory.find(name, -1, 0, [])
-    if known is not None:
-        return known
-    loss: Any = measure()
-    memory.add(Candidate(name, -1, 0, [], float(loss)))
-    return float(loss)
+    wanted = Candidate(name, REFERENCE, 0, [], WORST)
+    known = memory.find(wanted)
+    if known is None:
+        known = float(measure())
+        memory.add(replace(wanted, loss=known))
+    return known

@@ -6,8 +6,8 @@ behind slot k, s_k its scale and F_k what a sublayer adds, O_k = s_k O_(k-1) + F
 c_k = s_1 ... s_k and O_k = c_k V_k. A norm gives norm(c x) = sign(c) norm(x), up to its epsilon, so
 V_k = V_(k-1) + F_k(sign(c_k) norm(V_(k-1))) / c_k: the layer without a scale, whose two matrices that write into the
 state are divided by c_k, and whose norms are multiplied by the sign of c_k, as is the final norm by that of c_n. What
-is not exact is the epsilon, which would have to be epsilon / c_k^2 in layer k, and a checkpoint has one for all. A scale
-of 0 leaves nothing of the state and cannot be folded.
+is not exact is the epsilon, which would have to be epsilon / c_k^2 in layer k, and a checkpoint has one for all. A
+scale of 0 leaves nothing of the state and cannot be folded.
 """
 
 import math

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nemo_minitron.files import write_text
-from nemo_minitron.merging.evolution import WORST, Candidate
+from nemo_minitron.merging.evolution import REFERENCE, WORST, Candidate
 
 _COLOURS = ("tab:blue", "tab:green")
 
@@ -31,13 +31,13 @@ def write_report(
     """Write evolve.csv, evolve.md and evolve.png.
 
     Args:
-        candidates: all that is remembered; those of a negative generation are compared with.
+        candidates: all that is remembered; those of generation `REFERENCE` are compared with.
         names: of the numbers of each stage's vectors.
         rows: the models that were compared, then what was found.
         measured: what the losses are, with their unit.
     """
     tried = sorted(
-        (c for c in candidates if c.generation >= 0), key=lambda c: (c.stage, c.generation, c.number)
+        (c for c in candidates if c.generation != REFERENCE), key=lambda c: (c.stage, c.generation, c.number)
     )
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")

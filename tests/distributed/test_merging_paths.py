@@ -2,7 +2,6 @@
 layers put together by hand."""
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import pytest

@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -76,17 +76,17 @@ class Bowl:
     def __init__(self, dies_at: int | None = None) -> None:
         self.asked, self.dies_at = 0, dies_at
 
-    def __call__(self, vector: Sequence[float]) -> float:
+    def __call__(self, vectors: Sequence[Sequence[float]]) -> list[float]:
         if self.asked == self.dies_at:
             raise KeyboardInterrupt
-        self.asked += 1
-        assert all(0 <= x <= 1 for x in vector)
-        return float(np.sum((np.asarray(vector) - TARGET) ** 2))
+        self.asked += len(vectors)
+        assert all(0 <= x <= 1 for vector in vectors for x in vector)
+        return [float(np.sum((np.asarray(vector) - TARGET) ** 2)) for vector in vectors]
 
 
 class Six:
-    names = [f"x{i}" for i in range(6)]
-    start = [0.5] * 6
+    names: ClassVar = [f"x{i}" for i in range(6)]
+    start: ClassVar = [0.5] * 6
 
 
 def searched(file: Path, bowl: Any, fingerprint: str = "a", **more: Any) -> tuple[Candidate, Memory]:
@@ -126,6 +126,13 @@ def test_a_search_that_was_killed_goes_on(tmp_path: Path) -> None:
     assert other.asked == 72
 
 
+def test_workers_measure_the_same_candidates(tmp_path: Path) -> None:
+    one, memory = searched(tmp_path / "1.jsonl", Bowl(), generations=3)
+    bowl = Bowl()
+    several, other = searched(tmp_path / "4.jsonl", bowl, generations=3, workers=4)
+    assert (several, other.known, bowl.asked) == (one, memory.known, 27)
+
+
 def test_another_seed_asks_for_others(tmp_path: Path) -> None:
     one, _ = searched(tmp_path / "1.jsonl", Bowl(), generations=1)
     two, _ = searched(tmp_path / "2.jsonl", Bowl(), generations=1, seed=4)
@@ -134,14 +141,14 @@ def test_another_seed_asks_for_others(tmp_path: Path) -> None:
 
 def test_a_loss_that_is_the_same_for_all_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
-        searched(tmp_path / "c.jsonl", lambda vector: 0.25, generations=3)
+        searched(tmp_path / "c.jsonl", lambda vectors: [0.25], generations=3)
     assert "all 9 candidates of the first generation have the loss 0.25" in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
 
 
 def test_a_loss_that_is_no_number_is_the_worst(tmp_path: Path) -> None:
     losses = iter([math.nan, math.inf, *range(1, 8)])
-    best, memory = searched(tmp_path / "c.jsonl", lambda vector: next(losses), generations=1)
+    best, memory = searched(tmp_path / "c.jsonl", lambda vectors: [next(losses)], generations=1)
     assert best.loss == 1
     assert [c.loss for c in memory.known.values()][:2] == [WORST, WORST]
 

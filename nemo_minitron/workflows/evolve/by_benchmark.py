@@ -4,17 +4,36 @@ from nemo_minitron import parallel
 from nemo_minitron.config.evolve import EvolveRecipe
 from nemo_minitron.environment import rank
 from nemo_minitron.errors import InputError
-from nemo_minitron.evaluation.benchmarks import harness
+from nemo_minitron.evaluation.benchmarks import catalogue, harness
 from nemo_minitron.evaluation.benchmarks.adapter import ShardedLM
 from nemo_minitron.evaluation.benchmarks.answers import Answers
+from nemo_minitron.evaluation.benchmarks.catalogue import Benchmark
 from nemo_minitron.export.huggingface import generation_settings
 from nemo_minitron.nemo.session import Session
 from nemo_minitron.workflows.evaluate.model import ShardedModel
 from nemo_minitron.workflows.evolve.check import Prepared
 
 
-def wrong(r: EvolveRecipe, prepared: Prepared, session: Session, begin: int, end: int | None) -> float:
+def read(r: EvolveRecipe, prepared: Prepared) -> Benchmark | None:
+    """The benchmark's items, on the rank that asks; a launcher's check has only looked at them."""
+    assert prepared.wanted is not None
+    if rank() != 0 or prepared.benchmark is not None:
+        return prepared.benchmark
+    return catalogue.load([prepared.wanted], r.data)[0]
+
+
+def wrong(
+    r: EvolveRecipe,
+    prepared: Prepared,
+    benchmark: Benchmark | None,
+    session: Session,
+    begin: int,
+    end: int | None,
+) -> float:
     """1 minus the mean score of the items from `begin` to `end`, the same on every rank.
+
+    Args:
+        benchmark: what `read` gave.
 
     Raises:
         InputError: there are no such items.
@@ -25,7 +44,8 @@ def wrong(r: EvolveRecipe, prepared: Prepared, session: Session, begin: int, end
     model = ShardedModel(session, tokenizer, stops, r.eval.batch_size)
     score = None
     if rank() == 0:
-        score = _score(r, prepared, model, begin, end)
+        assert benchmark is not None
+        score = _score(r, prepared, benchmark, model, begin, end)
         model.dismiss()
     else:
         model.serve()
@@ -38,13 +58,15 @@ def wrong(r: EvolveRecipe, prepared: Prepared, session: Session, begin: int, end
 
 
 def _score(
-    r: EvolveRecipe, prepared: Prepared, model: ShardedModel, begin: int, end: int | None
+    r: EvolveRecipe,
+    prepared: Prepared,
+    benchmark: Benchmark,
+    model: ShardedModel,
+    begin: int,
+    end: int | None,
 ) -> float | None:
-    benchmark, wanted = prepared.benchmark, prepared.wanted
-    assert benchmark is not None
-    assert wanted is not None
     lm = ShardedLM(model, prepared.tokenizer, Answers(None))
-    settings = harness.Settings(end, wanted.chat, r.eval.max_new_tokens)
+    settings = harness.Settings(end, benchmark.wanted.chat, r.eval.max_new_tokens)
     rows, items = harness.run(lm, benchmark, settings)
     main = next(row.metric for row in rows if row.main).partition(",")[0]
     scores = [float(item[main]) for item in items if item["item"] >= begin and main in item]

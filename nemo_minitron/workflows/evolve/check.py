@@ -5,6 +5,7 @@ from typing import Any
 
 from nemo_minitron.checkpoints.source import Source
 from nemo_minitron.config.evolve import EvolveRecipe
+from nemo_minitron.data.beginning import beginning
 from nemo_minitron.data.prepare import PreparedData, prepare_data
 from nemo_minitron.data.tokenizer import load_tokenizer
 from nemo_minitron.errors import InputError, of_setting
@@ -27,8 +28,8 @@ class Prepared:
     Attributes:
         merging: the models.
         source: the first of them in NeMo 2 form, for what a model is made of beside its weights.
-        data: of the fitness "lm_loss"; `task`, `held_out`: of "task"; `wanted`, `benchmark`: of "benchmark", whose items
-            one rank reads.
+        data: of the fitness "lm_loss"; `task`, `held_out`: of "task"; `wanted`, `benchmark`: of "benchmark", whose
+            items one rank reads.
     """
 
     merging: merging.Prepared
@@ -66,7 +67,7 @@ def check(r: EvolveRecipe) -> Prepared:
         )
     first, named = prepared.sources[0], prepared.named[0]
     for source in prepared.sources:
-        check_source("models", source, r.trainer, r.data.seq_length if r.evolve.fitness == "lm_loss" else 1)
+        check_source("model", source, r.trainer, r.data.seq_length if r.evolve.fitness == "lm_loss" else 1)
     data = _data(r, first, ready)
     tokenizer = load_tokenizer(prepared.tokenizer)
     task, held_out = _tasks(r, tokenizer, first)
@@ -82,8 +83,8 @@ def _check_space(r: EvolveRecipe, merge: Merge) -> None:
         check_size(Parameters(merge, e.groups), f"merge.method={merge.method} with evolve.groups={e.groups}")
     if e.space == LAYERS and merge.base is not None:
         raise InputError(
-            f"base={merge.base}: evolve.space=layers lays out models and has no base; say merge=linear and leave it out, "
-            "or name it among the models"
+            f"base={merge.base}: evolve.space=layers lays out models and has no base; say merge=linear and leave it "
+            "out, or name it among the models"
         )
 
 
@@ -91,8 +92,8 @@ def _check_layout(r: EvolveRecipe) -> None:
     t = r.trainer
     if r.evolve.space != PARAMETERS and t.pipeline_model_parallel_size > 1:
         raise InputError(
-            f"trainer.pipeline_model_parallel_size={t.pipeline_model_parallel_size}: paths of many lengths are tried on one "
-            f"stage; must be 1 for evolve.space={r.evolve.space}"
+            f"trainer.pipeline_model_parallel_size={t.pipeline_model_parallel_size}: paths of any length are tried on "
+            f"one stage; must be 1 for evolve.space={r.evolve.space}"
         )
     if t.context_parallel_size > 1:
         raise InputError(
@@ -123,10 +124,11 @@ def _tasks(r: EvolveRecipe, tokenizer: Any, source: Source) -> tuple[Task | None
         raise InputError(
             "evolve.fitness=task: needs evolve.task_file=FILE to search by and evolve.held_out_file=FILE for the result"
         )
+    begin = beginning(tokenizer, r.data.bos)
     with of_setting("evolve.task_file"):
-        task = load_task(e.task_file, tokenizer, source.seq_length)
+        task = load_task(e.task_file, tokenizer, source.seq_length, beginning=begin)
     with of_setting("evolve.held_out_file"):
-        held_out = load_task(e.held_out_file, tokenizer, source.seq_length)
+        held_out = load_task(e.held_out_file, tokenizer, source.seq_length, beginning=begin)
     if task.sha256 == held_out.sha256:
         raise InputError(
             f"evolve.held_out_file={e.held_out_file}: holds the questions of evolve.task_file; give others"

@@ -86,8 +86,10 @@ class Fitness:
     def _by_benchmark(self) -> Losses:
         from nemo_minitron.workflows.evolve import by_benchmark  # lm_eval, only for this fitness
 
+        benchmark = by_benchmark.read(self.r, self.prepared)
+
         def wrong(begin: int, end: int | None) -> float:
-            return by_benchmark.wrong(self.r, self.prepared, self.session, begin, end)
+            return by_benchmark.wrong(self.r, self.prepared, benchmark, self.session, begin, end)
 
         first = self.r.evolve.samples
         return Losses(lambda: wrong(0, first), lambda: wrong(first, None))

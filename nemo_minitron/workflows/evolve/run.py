@@ -7,6 +7,7 @@ from typing import Any
 from nemo_minitron.checkpoints import origin
 from nemo_minitron.config.evolve import EvolveRecipe
 from nemo_minitron.environment import peak_rss_gib, rank
+from nemo_minitron.merging.evolution import REFERENCE
 from nemo_minitron.merging.report import Shown, write_report
 from nemo_minitron.workflows.evolve.check import BOTH, LAYERS, PARAMETERS, Prepared
 from nemo_minitron.workflows.evolve.stages import Compared, Found, Stages
@@ -84,14 +85,14 @@ def _result(
         "source_sha256": prepared.merging.sha256[0],
         "models_sha256": prepared.merging.sha256,
         "data": r.data.name if prepared.data is not None else None,
-        "candidates_tried": sum(c.generation >= 0 for c in stages.memory.known.values()),
+        "candidates_tried": sum(c.generation != REFERENCE for c in stages.memory.known.values()),
         "compared": {c.name: {"seen": c.seen, "held_out": c.held_out} for c in compared},
         "evolved": {
             one.stage: {"seen": one.seen, "held_out": one.held_out, "merge": one.merge.plain()}
             for one in found
         },
         "best": best.stage,
-        "held_out_loss_best_model": min(c.held_out for c in compared if "(" in c.name),
+        "held_out_loss_best_model": min(c.held_out for c in compared if c.model),
         "held_out_loss": best.held_out,
         "ranks": r.trainer.ranks,
     }

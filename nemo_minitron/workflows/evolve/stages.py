@@ -10,7 +10,8 @@ from typing import Any
 from nemo_minitron import parallel
 from nemo_minitron.config.evolve import EvolveRecipe
 from nemo_minitron.environment import rank
-from nemo_minitron.merging.evolution import WORST, Candidate, Memory, reference, search
+from nemo_minitron.merging.evolution import WORST, Candidate, Memory, one_a_worker, reference, search
+from nemo_minitron.merging.methods import METHODS
 from nemo_minitron.merging.models import Kept, Merged, Read, Tensors
 from nemo_minitron.merging.path import Laid, every_layer, folds, text_of
 from nemo_minitron.merging.settings import PATH, Merge, number
@@ -18,7 +19,6 @@ from nemo_minitron.merging.spaces import Layers, Parameters, population_of
 from nemo_minitron.progress import progress_bar
 from nemo_minitron.workflows.evolve.check import LAYERS, PARAMETERS, Prepared, layers_space
 from nemo_minitron.workflows.evolve.fitness import Fitness
-from nemo_minitron.workflows.merge.check import tensors_of
 
 HISTORY = "candidates.jsonl"
 
@@ -36,11 +36,12 @@ class Found:
 
 @dataclass(frozen=True)
 class Compared:
-    """A model that the result is compared with."""
+    """A model that the result is compared with; `model`: whether it is one of the merged."""
 
     name: str
     seen: float
     held_out: float
+    model: bool
 
 
 class Stages:
@@ -59,22 +60,29 @@ class Stages:
         self.fitness = Fitness(r, prepared, prepared.merging.sources[0].architecture)
 
     def compared(self) -> list[Compared]:
-        """Each model, their plain mean, and the merge with the numbers that it has without a search."""
-        p, merge = self.prepared.merging, self.prepared.merging.merge
+        """Each model, their plain mean, and merges by every method with the numbers that the user gave."""
+        merge = self.prepared.merging.merge
         names = [Path(path).name for path in merge.paths]
-        single = [self._compare(f"{name} ({self._role(i)})", self._alone(i)) for i, name in enumerate(names)]
-        models = range(len(names))[-len(merge.models) :]
-        mean = Merge(
-            "linear",
-            merge.models,
-            None,
-            tuple(number(1.0) for _ in models),
-            tuple(number(1.0) for _ in models),
-        )
-        found = [*single, self._compare("plain mean", self._merged(mean))]
-        if self.r.evolve.space != LAYERS:
-            untuned = tensors_of(merge, p.sources, self.readers)
-            found.append(self._compare(f"{merge.method}, not tuned", untuned))
+        single = [
+            self._compare(f"{name} ({self._role(i)})", self._alone(i), model=True)
+            for i, name in enumerate(names)
+        ]
+        ones = tuple(number(1.0) for _ in merge.models)
+        mean = Merge("linear", merge.models, None, ones, ones)
+        untuned = [self._compare(f"{m.method}, not tuned", self._merged(m)) for m in self._untuned()]
+        return [*single, self._compare("plain mean", self._merged(mean)), *untuned]
+
+    def _untuned(self) -> list[Merge]:
+        """By each method that has the models it needs; of linear only where its weights are the recipe's own."""
+        merge, found = self.prepared.merging.merge, []
+        for name, method in METHODS.items():
+            most = method.most or len(merge.models)
+            if name == "linear" != merge.method or not method.least <= len(merge.models) <= most:
+                continue
+            if merge.base is not None or not method.base:
+                own = merge.normalize if name == merge.method else None
+                base = merge.base if method.base else None
+                found.append(replace(merge, method=name, base=base, normalize=own))
         return found
 
     def _role(self, index: int) -> str:
@@ -95,9 +103,9 @@ class Stages:
     def _arch(self) -> Any:
         return self.prepared.merging.sources[0].architecture
 
-    def _compare(self, name: str, tensors: Tensors) -> Compared:
+    def _compare(self, name: str, tensors: Tensors, *, model: bool = False) -> Compared:
         seen, held_out = self._both(name, tensors, lambda measure: measure())
-        return Compared(name, seen, held_out)
+        return Compared(name, seen, held_out, model)
 
     def _both(
         self, name: str, tensors: Tensors | None, within: Callable[[Callable[[], float]], float]
@@ -149,7 +157,7 @@ class Stages:
         layers = tuple(counts)
         space = layers_space(self.r, layers)
         every = Laid(every_layer(layers), readers, self._arch, folded=False)
-        # A model of another depth.
+        del self.fitness  # its memory goes before that of a model of another depth comes
         self.fitness = Fitness(self.r, self.prepared, every.architecture)
         self.fitness.fill(every)
 
@@ -181,16 +189,19 @@ class Stages:
     ) -> Candidate:
         e = self.r.evolve
         self.names[stage] = space.names
+        # A benchmark is asked by the first rank, and the others take part in every answer.
+        workers = 1 if e.fitness == "benchmark" else parallel.dp_size()
         count = e.generations * (e.population or population_of(len(space.names)))
         return search(
             stage,
             space,
-            evaluate,
+            one_a_worker(evaluate) if workers > 1 else lambda vectors: [evaluate(v) for v in vectors],
             self.memory,
             generations=e.generations,
             population=e.population,
             sigma=e.sigma,
             seed=self.r.seed,
+            workers=workers,
             progress=progress_bar(f"candidates of {stage}", count, unit="candidates"),
         )
 

@@ -20,7 +20,7 @@ from nemo_minitron.export.lineage import Lineage, lineage
 from nemo_minitron.export.target import bytes_of, check_target
 from nemo_minitron.export.tensors import parts
 from nemo_minitron.merging import mergekit_file
-from nemo_minitron.merging.models import Merged, Read, check_finite, opened
+from nemo_minitron.merging.models import Merged, Read, Tensors, check_finite, opened
 from nemo_minitron.merging.path import Laid, folds, read_path
 from nemo_minitron.merging.settings import PATH, Merge, Setting, check_models, number
 from nemo_minitron.progress import end_if_asked, open_bar

@@ -1,4 +1,4 @@
-"""A merged model on the disk: as a Hugging Face directory, as NeMo 2, or as distinct layers with the path beside them."""
+"""A merged model on the disk: a Hugging Face directory, NeMo 2, or distinct layers with the path beside them."""
 
 import dataclasses
 import json
