@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from nemo_minitron.merging.methods import METHODS
 from tests.functional.test_merge import missing, not_finite, other_tokenizer, with_config, with_tensor
 from tests.support import merge_models
 from tests.support.commands import Commands, tree
@@ -46,8 +47,8 @@ def test_a_killed_search_ends_as_a_whole_one(commands: Commands, models: list[Pa
         "evolve",
         *cut,
         log=home / "cut.log",
-        # The line at the top, both losses of five models, and some candidates.
-        when=lambda _: memory.exists() and len(memory.read_text().splitlines()) > 13,
+        # The line at the top, both losses of nine models, and some candidates.
+        when=lambda _: memory.exists() and len(memory.read_text().splitlines()) > 21,
     )
     assert not (home / "cut" / "result.json").exists()
     before = memory.read_text().splitlines()
@@ -88,6 +89,9 @@ def check_report(run: Path, result: dict[str, Any]) -> None:
     """The best of the table is what was written; transformers opens it, and the card holds the recipe."""
     from transformers import AutoModelForCausalLM
 
+    untuned = [f"{name}, not tuned" for name in METHODS if name != "linear"]
+    names = ["base (base)", "model0 (model 0)", "model1 (model 1)", "plain mean", *untuned]
+    assert list(result["compared"]) == sorted(names)
     best, text = result["best"], (run / "evolve.csv").read_text()
     rows = [row for row in csv.reader(text.splitlines()) if row[0] == best]
     assert len(rows) == 10

@@ -68,6 +68,7 @@ def _score(
     lm = ShardedLM(model, prepared.tokenizer, Answers(None))
     settings = harness.Settings(end, benchmark.wanted.chat, r.eval.max_new_tokens)
     rows, items = harness.run(lm, benchmark, settings)
-    main = next(row.metric for row in rows if row.main).partition(",")[0]
-    scores = [float(item[main]) for item in items if item["item"] >= begin and main in item]
+    main, _, chosen = next(row.metric for row in rows if row.main).partition(", ")
+    asked = (item for item in items if item["item"] >= begin and item["filter"] == (chosen or item["filter"]))
+    scores = [float(item[main]) for item in asked if main in item]
     return sum(scores) / len(scores) if scores else None

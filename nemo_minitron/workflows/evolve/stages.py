@@ -67,22 +67,27 @@ class Stages:
             self._compare(f"{name} ({self._role(i)})", self._alone(i), model=True)
             for i, name in enumerate(names)
         ]
-        ones = tuple(number(1.0) for _ in merge.models)
-        mean = Merge("linear", merge.models, None, ones, ones)
+        mean = self._compare("plain mean", self._merged(self._mean()))
         untuned = [self._compare(f"{m.method}, not tuned", self._merged(m)) for m in self._untuned()]
-        return [*single, self._compare("plain mean", self._merged(mean)), *untuned]
+        return [*single, mean, *untuned]
+
+    def _mean(self) -> Merge:
+        models = self.prepared.merging.merge.models
+        ones = tuple(number(1.0) for _ in models)
+        return Merge("linear", models, None, ones, ones)
 
     def _untuned(self) -> list[Merge]:
-        """By each method that has the models it needs; of linear only where its weights are the recipe's own."""
+        """By each method that has the models it needs, but for the mean."""
         merge, found = self.prepared.merging.merge, []
         for name, method in METHODS.items():
             most = method.most or len(merge.models)
-            if name == "linear" != merge.method or not method.least <= len(merge.models) <= most:
+            mean = name == "linear" and (merge.method != name or merge.weights == self._mean().weights)
+            lacks = method.base and merge.base is None
+            if mean or lacks or not method.least <= len(merge.models) <= most:
                 continue
-            if merge.base is not None or not method.base:
-                own = merge.normalize if name == merge.method else None
-                base = merge.base if method.base else None
-                found.append(replace(merge, method=name, base=base, normalize=own))
+            own = merge.normalize if name == merge.method else None
+            base = merge.base if method.base else None
+            found.append(replace(merge, method=name, base=base, normalize=own))
         return found
 
     def _role(self, index: int) -> str:
