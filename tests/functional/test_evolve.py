@@ -146,7 +146,7 @@ def test_refused(commands: Commands, models: list[Path]) -> None:
         shutil.copytree(models[2], places / name)
         damage(places / name)
         cases[name] = ([f"models=[{models[1]},{places / name}]", *more], says)
-    merge_models.saved(merge_models.model(intermediate_size=48), places / "wide")
+    merge_models.saved(merge_models.model(intermediate_size=48, num_hidden_layers=2), places / "wide")
     wide = [f"models=[{models[1]},{places / 'wide'}]", *LAYERS]
     cases["layers of another width"] = (wide, ["ffn_hidden_size is 48", "it is 40", "one architecture"])
     for name, (given, says) in SETTINGS.items():
