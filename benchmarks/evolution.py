@@ -11,7 +11,6 @@ import argparse
 import json
 import os
 import runpy
-import shutil
 import statistics
 import sys
 from importlib.util import find_spec
@@ -77,7 +76,6 @@ def trained(home: Path, part: str, seed: int, steps: int, *, students: bool) -> 
         recipe(home, "distill", run, f"student={home}/pruned", "distill=demo", *schedule)
     else:
         recipe(home, "correct_teacher", run, "distill.optim.lr=5e-4", "distill.optim.min_lr=5e-5", *schedule)
-    shutil.rmtree(home / run / "nemo", ignore_errors=True)  # optimizer states
     return home / run
 
 
