@@ -264,10 +264,12 @@ class DistillRecipe(CommonConfig):
 @dataclass
 class CacheTeacherRecipe(CommonConfig):
     """`recipes/cache_teacher.py`. `teacher`: a checkpoint. `distill`: of the runs that will read the cache: how many
-    sequences, which loss.
+    sequences, which loss. `stream`: the teacher is a Hugging Face directory of which one layer is in memory at a time,
+    in one process: for one that no memory here holds.
     """
 
     teacher: PathName = MISSING
+    stream: bool = False
     distill: DistillConfig = field(default_factory=DistillConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
 

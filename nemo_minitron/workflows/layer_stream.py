@@ -76,8 +76,8 @@ class LayerStream:
         self._progress, self._done = progress, 0
         self.kept = 0  # layers that an earlier run had finished
         self.seconds: list[float] = []  # of each layer since
-        config = one.module.config
-        self._width, self._dtype = config.hidden_size, config.params_dtype
+        # Not `config.params_dtype`, which NeMo sets to float32 for bf16-mixed.
+        self._width, self._dtype = one.module.config.hidden_size, next(one.module.parameters()).dtype
 
     def run(self, kinds: Sequence[Samples], look: Look) -> Figures:
         """Send all samples through all layers.
@@ -89,7 +89,7 @@ class LayerStream:
         Returns:
             The sums of what `look` found, by name.
         """
-        begin, figures = self._begun()
+        begin, figures = self._begun(kinds)
         self.kept = begin
         self._done = passes(kinds, begin)
         for number in range(begin, self.one.layers):
@@ -101,18 +101,25 @@ class LayerStream:
             self.seconds.append(time.monotonic() - started)
         return figures
 
-    def _begun(self) -> tuple[int, Figures]:
+    def _begun(self, kinds: Sequence[Samples]) -> tuple[int, Figures]:
         """Of how many layers the figures are there, and these."""
         try:
             with safe_open(self._directory / _PROGRESS, framework="pt") as file:
                 said = json.loads((file.metadata() or {})[_KEY])
-                if said["identity"] == self._identity:
+                if said["identity"] == self._identity and self._has_states(said["layers"], kinds):
                     return said["layers"], {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (OSError, LookupError, ValueError, TypeError):
             pass
         remove(self._directory)
         self._directory.mkdir(parents=True)
         return 0, {}
+
+    def _has_states(self, layers: int, kinds: Sequence[Samples]) -> bool:
+        """Whether all samples that are past a layer have their states before the next; after the last none are left."""
+        if layers == self.one.layers:
+            return True
+        begun = [kind for kind in kinds if kind.begin < layers]
+        return all(self._file(layers, kind).stat().st_size == self._bytes(kind) for kind in begun)
 
     def _finish(self, layers: int, figures: Figures) -> None:
         """From here on a run goes on after so many layers."""
@@ -152,13 +159,20 @@ class LayerStream:
 
     def _states(self, number: int, kind: Samples) -> Tensor:
         """The residual states before a layer, [samples, s, h], backed by a file."""
-        shape = kind.count, self._seq_length, self._width
-        values = math.prod(shape)
-        path = self._directory / f"{number}-{kind.name}.states"
+        path, shape = self._file(number, kind), self._shape(kind)
         # A full disk is an error here; where a mapped page finds no room, it is a signal.
         with open(path, "ab") as file:
-            os.posix_fallocate(file.fileno(), 0, values * self._dtype.itemsize)
-        return torch.from_file(str(path), shared=True, size=values, dtype=self._dtype).view(shape)
+            os.posix_fallocate(file.fileno(), 0, self._bytes(kind))
+        return torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=self._dtype).view(shape)
+
+    def _file(self, number: int, kind: Samples) -> Path:
+        return self._directory / f"{number}-{kind.name}.states"
+
+    def _shape(self, kind: Samples) -> tuple[int, int, int]:
+        return kind.count, self._seq_length, self._width
+
+    def _bytes(self, kind: Samples) -> int:
+        return math.prod(self._shape(kind)) * self._dtype.itemsize
 
 
 def _added(one: Figures, other: Figures) -> Figures:

@@ -131,4 +131,7 @@ def _built(source: Source, vocab_rows: int, precision: str) -> Any:
     model.trainer = made
     made.strategy.setup_environment()
     model.configure_model()
+    if precision.startswith("bf16"):
+        # NeMo leaves it to Megatron's wrapper (megatron/core/transformer/module.py@0.13.1, Float16Module).
+        model.module.bfloat16()
     return model.module.eval()

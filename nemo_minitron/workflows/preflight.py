@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from nemo_minitron.checkpoints.any_family import AnyModel
+from nemo_minitron.checkpoints.gguf import is_gguf
 from nemo_minitron.checkpoints.source import Source, find_source
 from nemo_minitron.config.recipes import DataConfig, cache_dir
 from nemo_minitron.config.trainer import TrainerConfig, check_stages, check_tensor_ranks
@@ -15,6 +16,8 @@ from nemo_minitron.environment import rank
 from nemo_minitron.errors import InputError
 
 logger = logging.getLogger("nemo_minitron")
+# Below a run directory: what `layer_stream.LayerStream` keeps until the run is done.
+STATES = ".states"
 
 
 def check_source(key: str, source: Source, t: TrainerConfig, seq_length: int) -> None:
@@ -35,6 +38,38 @@ def check_source(key: str, source: Source, t: TrainerConfig, seq_length: int) ->
     shared = {f"the {key}'s {axis}": getattr(arch, axis) for axis in ("num_query_groups", "ffn_hidden_size")}
     check_tensor_ranks("trainer.tensor_model_parallel_size", t.tensor_model_parallel_size, shared)
     check_stages(t, arch.num_layers, f"the {key}'s num_layers")
+
+
+def check_streamed(t: TrainerConfig) -> None:
+    """Refuse ranks, where a model goes through one process a layer at a time.
+
+    Raises:
+        InputError: there are several.
+    """
+    if t.ranks > 1:
+        raise InputError(
+            f"stream=true: works in one process, but the layout has {t.ranks} ranks; leave trainer.*_parallel_size at 1"
+        )
+
+
+def huggingface_source(path: str | Path, key: str, data: DataConfig) -> Source:
+    """The checkpoint that is streamed.
+
+    Args:
+        path, key, data: as of `find_source`.
+
+    Raises:
+        InputError: of another form than a Hugging Face directory; as `find_source`.
+    """
+    reads = f"{key}={path}: stream=true reads a Hugging Face directory"
+    if is_gguf(Path(path).expanduser()):
+        raise InputError(f"{reads}, this is a GGUF file")
+    source = find_source(path, key, data)
+    if source.kind != "huggingface":
+        raise InputError(
+            f"{reads}, this is a NeMo 2 checkpoint; make one of it with python recipes/export.py"
+        )
+    return source
 
 
 def check_vocabulary(source: Source | AnyModel, data: PreparedData, *, trained: bool = True) -> None:

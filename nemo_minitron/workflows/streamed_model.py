@@ -29,30 +29,33 @@ def held_out(r: CommonConfig, data: PreparedData, samples: int | None) -> Sample
     return Samples(VALID, valid, min(samples or len(valid), len(valid)))
 
 
-def stream_of(
-    r: CommonConfig, source: Source, kinds: list[Samples], directory: Path, identity: str, label: str
-) -> LayerStream:
-    """A stream through a model's layers, with progress.
-
-    Args:
-        source: of kind "huggingface".
-        kinds: that will be sent.
-        directory, identity: as of `LayerStream`.
-    """
+def one_layer(r: CommonConfig, source: Source) -> OneLayer:
+    """The model, of kind "huggingface", with one layer in memory and the next one on its way."""
     arch = source.architecture
-    one = OneLayer(
+    return OneLayer(
         source,
         HuggingFaceReader(arch, TensorFiles(source.path, arch, f"source={source.path}")),
         vocab_rows=arch.vocab_size,
         precision=r.trainer.precision,
     )
+
+
+def stream_of(
+    r: CommonConfig, one: OneLayer, kinds: list[Samples], directory: Path, identity: str, label: str
+) -> LayerStream:
+    """A stream through a model's layers, with progress.
+
+    Args:
+        kinds: that will be sent.
+        directory, identity: as of `LayerStream`.
+    """
     return LayerStream(
         one,
         directory,
         identity,
         seq_length=r.data.seq_length,
         micro_batch_size=r.trainer.micro_batch_size,
-        progress=progress_bar(label, passes(kinds, arch.num_layers), unit="samples x layers"),
+        progress=progress_bar(label, passes(kinds, one.layers), unit="samples x layers"),
     )
 
 
@@ -89,3 +92,26 @@ def loss_of(figures: Figures, kind: Samples) -> LMLoss:
     """The loss out of what `loss_through` found, which is taken out of the figures."""
     total, tokens = figures.pop(f"{kind.name}/loss")
     return LMLoss(float(total / tokens), int(tokens), kind.count)
+
+
+def streamed_loss(
+    r: CommonConfig,
+    source: Source,
+    one: OneLayer,
+    valid: Samples,
+    directory: Path,
+    identity: str,
+    label: str,
+) -> LMLoss:
+    """The loss on held-out text, and nothing else.
+
+    Args:
+        source, one: the model.
+        valid: of `held_out`.
+        directory, identity: as of `LayerStream`.
+    """
+
+    def look(number: int, model: Any, send: Callable[..., None]) -> Figures:
+        return loss_through(model, source, send, number == one.layers - 1)
+
+    return loss_of(stream_of(r, one, [valid], directory, identity, label).run([valid], look), valid)

@@ -24,18 +24,28 @@ def teacher_loss(
     micro_batch_size: int,
     where: str,
 ) -> float:
-    """LM loss in nats of a loaded teacher over the first `samples` held-out sequences; every rank calls.
+    """`checked` LM loss in nats of a loaded teacher over the first `samples` held-out sequences; every rank calls.
 
     Args:
         chunks: this rank's Megatron GPTModels.
+        where: as of `checked`.
+
+    Raises:
+        InputError: it guesses.
+    """
+    loss = split_loss(chunks, data, d, "valid", samples, micro_batch_size=micro_batch_size, label="teacher")
+    return checked(loss.nats, data, where)
+
+
+def checked(loss: float, data: PreparedData, where: str) -> float:
+    """A teacher's loss on held-out data, in nats a token, once it is known to be of use.
+
+    Args:
         where: how a refusal begins, such as "teacher=DIR".
 
     Raises:
         InputError: it guesses.
     """
-    loss = split_loss(
-        chunks, data, d, "valid", samples, micro_batch_size=micro_batch_size, label="teacher"
-    ).nats
     guess = math.log(len(data.tokenizer))
     if not loss < guess - BETTER_THAN_A_GUESS:
         raise InputError(

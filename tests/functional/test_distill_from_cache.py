@@ -13,7 +13,10 @@ import torch
 from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file
 
-from nemo_minitron.config.recipes import CacheTeacherRecipe, DistillRecipe, parse
+from nemo_minitron.config.recipes import CacheTeacherRecipe, DataConfig, DistillRecipe, parse
+from nemo_minitron.data.prepare import prepare_data
+from nemo_minitron.data.sequences import SplitSequences
+from nemo_minitron.distillation.cache.reader import TeacherCache
 from nemo_minitron.errors import InputError
 from nemo_minitron.run.main import register_resolvers
 from nemo_minitron.workflows.cache_teacher import check as cache_teacher
@@ -23,11 +26,7 @@ from tests.support.commands import ROOT, SEQ_LENGTH, SIZES, Commands
 from tests.support.kill_trials import unmeasured
 
 STEPS, K = 6, 16
-SCHEDULE = [
-    f"distill.max_steps={STEPS}",
-    "distill.optim.warmup_steps=1",
-    "distill.limit_val_batches=2",
-]
+SCHEDULE = [f"distill.max_steps={STEPS}", "distill.optim.warmup_steps=1", "distill.limit_val_batches=2"]
 LAYOUTS: dict[str, list[str]] = {
     "tp2-sp": ["tensor_model_parallel_size=2", "sequence_parallel=true"],
     "pp2": ["pipeline_model_parallel_size=2", "micro_batch_size=2"],
@@ -77,6 +76,11 @@ class Runs:
     def shards(self, name: str) -> list[dict[str, torch.Tensor]]:
         return [load_file(file) for file in sorted((self.path(name) / "cache").glob("shard-*.safetensors"))]
 
+    def same_states(self, name: str, expected: str) -> None:
+        for ours, theirs in zip(self.shards(name), self.shards(expected), strict=True):
+            assert torch.equal(ours["digests"], theirs["digests"])
+            torch.testing.assert_close(ours["hidden"], theirs["hidden"], rtol=0, atol=1e-5)
+
     def same_losses(self, name: str, expected: str, tolerance: float) -> None:
         """Every step's losses in nats, to an absolute tolerance."""
         for split, count in (("train", STEPS), ("valid", 1)):
@@ -95,10 +99,11 @@ class Runs:
 
 @pytest.fixture(scope="module")
 def runs(commands: Commands, teacher: Teacher, pruned: Pruned) -> Runs:
-    """A cache of hidden states; distillations from it and from the live teacher."""
+    """Caches of hidden states; distillations from one and from the live teacher."""
     made = Runs(commands, teacher, pruned)
     made.in_turn(
         ("cache_teacher", made.writing("hidden")),
+        ("cache_teacher", made.writing("streamed", "stream=true")),
         ("distill", made.live("live")),
         ("distill", made.from_cache("from-hidden", "hidden")),
     )
@@ -128,14 +133,21 @@ def test_the_result_says_what_was_kept(runs: Runs) -> None:
     assert result["tokens"] == (STEPS + 2) * 8 * SEQ_LENGTH
 
 
+def test_the_cache_of_a_teacher_that_no_one_loads(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A distillation knows the teacher by the hash of its files, and converts the student alone."""
+    runs.same_states("streamed", "hidden")
+    opened: list[Path] = []
+    monkeypatch.setattr(distill, "converted", lambda source, _: opened.append(source.path) or source)
+    monkeypatch.setenv("NEMO_MINITRON_HOME", str(runs.commands.home / "cache"))
+    asked = runs.from_cache("accepted", "streamed", f"teacher={runs.teacher.huggingface}")
+    prepared = distill.check(parse(DistillRecipe, composed("distill", asked)))
+    assert isinstance(prepared.teacher, TeacherCache)
+    assert opened == [(runs.student / "checkpoint").resolve()]
+
+
 def test_the_states_are_transformers_own(runs: Runs) -> None:
     """Logits out of the cache's states and output layer against Llama's in transformers."""
     from transformers import LlamaForCausalLM
-
-    from nemo_minitron.config.recipes import DataConfig
-    from nemo_minitron.data.prepare import prepare_data
-    from nemo_minitron.data.sequences import SplitSequences
-    from nemo_minitron.distillation.cache.reader import TeacherCache
 
     config = composed("cache_teacher", runs.writing("hidden")).data
     data = prepare_data(DataConfig(**config), str(runs.teacher.huggingface))
@@ -261,9 +273,7 @@ REFUSED_WRITING: dict[str, tuple[list[str], list[str]]] = {
     "k": (["cache=top_k", "distill.top_k=513"], ["distill.top_k=513", "at most 512"]),
     "documents apart": (
         ["data.reset_attention_mask=true"],
-        [
-            "data.reset_attention_mask=true: a cache holds a teacher whose documents see each other; must be false"
-        ],
+        ["data.reset_attention_mask=true: a cache holds a teacher whose documents see each other; must be"],
     ),
     "no sequences": (["cache.train_samples=0"], ["cache.train_samples=0", "at least 1"]),
     "no loss": (["distill.loss=cross_entropy"], ["distill.loss=cross_entropy", "no use"]),
@@ -323,9 +333,7 @@ def test_written_under_one_layout_and_read_under_it(runs: Runs, name: str) -> No
     written = f"hidden-{name}"
     result = runs.commands.run("cache_teacher", *runs.writing(written, *sizes), nproc=2).result()
     assert result["ranks"] == 2
-    for ours, theirs in zip(runs.shards(written), runs.shards("hidden"), strict=True):
-        assert torch.equal(ours["digests"], theirs["digests"])
-        torch.testing.assert_close(ours["hidden"], theirs["hidden"], rtol=0, atol=1e-5)
+    runs.same_states(written, "hidden")
     runs.commands.run("distill", *runs.from_cache(f"from-{name}", "hidden", *sizes), nproc=2).result()
     runs.same_losses(f"from-{name}", "live", 1e-4)
 
@@ -347,9 +355,9 @@ def test_another_batch_than_it_was_written_for(runs: Runs) -> None:
     batches = ["distill.max_steps=12", "distill.global_batch_size=4", "trainer.micro_batch_size=2"]
     runs.in_turn(
         ("distill", runs.live("live-4", *batches)),
-        ("distill", runs.from_cache("from-hidden-4", "hidden", *batches)),
+        ("distill", runs.from_cache("from-streamed-4", "streamed", *batches)),
     )
-    runs.same_losses("from-hidden-4", "live-4", 1e-4)
+    runs.same_losses("from-streamed-4", "live-4", 1e-4)
 
 
 @pytest.mark.slow

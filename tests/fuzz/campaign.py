@@ -34,6 +34,8 @@ from tests.fuzz.places import Places, make_places
 
 # A pipeline's check, and a plan's, starts the recipes of its steps, to compose them: programs are what is watched for.
 TRIED = [name for name in RECIPES if name not in ("pipeline", "plan_run")]
+# They also work on a Hugging Face directory that is not converted.
+STREAMED = ("prune", "cache_teacher")
 
 # CPU, since others may use the machine too; what waits, for a pipe say, waits for so many times as long.
 SECONDS, WAITING, BYTES, LONGEST_LINE = 60, 4, 2 << 30, 1500
@@ -205,7 +207,10 @@ def override_case(checks: Checks, rng: random.Random) -> Case:
     """Recipe, all overrides, those that are odd, what was done."""
     recipe = rng.choice(sorted(TRIED))
     given = overrides.draw(rng, checks.keys[recipe], checks.places.odd_paths())
-    return recipe, [*checks.places.base(recipe), *given], given, " ".join(given)[:300]
+    base = checks.places.base(recipe)
+    if recipe in STREAMED and rng.random() < 0.5:
+        base = [*checks.places.base(recipe, checks.places.huggingface), "stream=true"]
+    return recipe, [*base, *given], given, " ".join(given)[:300]
 
 
 def file_case(checks: Checks, rng: random.Random) -> Case:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 from collections import namedtuple
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,14 @@ from torch import Tensor
 
 from nemo_minitron.checkpoints.source import find_source
 from nemo_minitron.checkpoints.tensor_files import TensorFiles
-from nemo_minitron.config.recipes import PruneRecipe, parse
+from nemo_minitron.config.recipes import CacheTeacherRecipe, PruneRecipe, parse
 from nemo_minitron.errors import FailedRun, InputError
+from nemo_minitron.export.huggingface_reader import HuggingFaceReader
 from nemo_minitron.export.safetensors_writer import INDEX
 from nemo_minitron.pruning import PrunePlan, make_plan, resolve_target
 from nemo_minitron.pruning.streamed import PrunedWeights
 from nemo_minitron.workflows import preflight
+from nemo_minitron.workflows.cache_teacher import check as cache_teacher
 from nemo_minitron.workflows.prune import artifacts, check, run, streamed
 from tests.support import hf_families
 from tests.support.hf_families import CONFIGS, cut, make_model
@@ -161,6 +164,31 @@ def test_blocks_of_a_tensor_follow_each_other(llama: Path, monkeypatch: pytest.M
         assert torch.equal(torch.cat(blocks), tensor)
 
 
+def test_the_next_layer_is_fetched_while_one_is_used(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arch, by = find_source(llama).architecture, dict[str, str]()
+    read = TensorFiles.read
+
+    def reading(self: TensorFiles, name: str) -> Any:
+        by[name] = threading.current_thread().name
+        return read(self, name)
+
+    monkeypatch.setattr(TensorFiles, "read", reading)
+    reader = HuggingFaceReader(arch, TensorFiles(llama, arch, "source"))
+    key, names = (
+        "module.decoder.layers.mlp.linear_fc2.weight",
+        [f"model.layers.{n}.mlp.down_proj.weight" for n in (0, 1, 2)],
+    )
+    size = (1, arch.hidden_size, arch.ffn_hidden_size)
+    for number in (0, 1):
+        found = reader.read(key, (number, 0, 0), size)
+        assert torch.equal(found[0], all_of(llama)[names[number]])
+        assert reader._coming is not None
+        assert reader._coming[0] == number + 1
+        reader._coming[1].result(60)  # without being asked for
+        assert by[names[number + 1]] != threading.current_thread().name
+    assert by[names[0]] == threading.current_thread().name
+
+
 # ---- killed and typed again -----------------------------------------------------------------------------------
 
 
@@ -275,27 +303,40 @@ def test_what_cannot_be_streamed_is_refused(llama: Path, tmp_path: Path, name: s
     assert not (tmp_path / "run").exists()
 
 
+def refused(source: Path, run_dir: Path, says: str, **more: Any) -> None:
+    """By pruning and by caching, before anything is prepared."""
+    with pytest.raises(InputError, match=says.format(key="source")):
+        check.check(asked(source, run_dir, **more))
+    settings = {
+        "teacher": str(source),
+        "run_dir": str(run_dir),
+        "stream": True,
+        "distill": {"max_steps": 1, "global_batch_size": 8},
+        **more,
+    }
+    with pytest.raises(InputError, match=says.format(key="teacher")):
+        cache_teacher.check(parse(CacheTeacherRecipe, OmegaConf.create(settings)))
+    assert not run_dir.exists()
+
+
 def test_a_layout_of_ranks_is_refused(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NEMO_MINITRON_NPROC", "2")
-    with pytest.raises(InputError, match=r"^stream=true: works in one process, but the layout has 2 ranks"):
-        check.check(asked(llama, tmp_path / "run", trainer={"tensor_model_parallel_size": 2}))
+    says = "^stream=true: works in one process, but the layout has 2 ranks"
+    refused(llama, tmp_path / "run", says, trainer={"tensor_model_parallel_size": 2})
 
 
 def test_sources_of_other_forms_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "model.gguf"
     file.write_bytes(b"GGUF" + bytes(60))
-    with pytest.raises(
-        InputError, match=r"^source=.*: stream=true reads a Hugging Face directory, this is a GGUF"
-    ):
-        check.check(asked(file, tmp_path / "run"))
+    says = "^{key}=.*: stream=true reads a Hugging Face directory, this is a GGUF"
+    refused(file, tmp_path / "run", says)
 
 
 def test_two_weights_that_should_be_one(llama: Path, tmp_path: Path) -> None:
     source = shutil.copytree(llama, tmp_path / "source")
     config = json.loads((source / "config.json").read_text()) | {"tie_word_embeddings": True}
     (source / "config.json").write_text(json.dumps(config))
-    with pytest.raises(InputError, match=r"lm_head.weight differs from model.embed_tokens.weight"):
-        check.check(asked(source, tmp_path / "run"))
+    refused(source, tmp_path / "run", "^{key}=.*: .* lm_head.weight differs from model.embed_tokens.weight")
 
 
 def test_a_disk_that_is_too_small_is_refused_with_the_bytes(

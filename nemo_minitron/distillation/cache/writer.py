@@ -131,6 +131,11 @@ class CachePlan:
         write_text(_note(path), json.dumps(dataclasses.asdict(file)) + "\n")
         return file
 
+    def is_whole(self) -> bool:
+        """Whether only the manifest is missing."""
+        head = self.contents.form != "hidden" or self._entry(HEAD) is not None
+        return head and len(self.finished()) == len(self.shards)
+
     def finish(self, lm_loss_nats: float) -> Manifest:
         """Write the manifest over what all writers have finished; one process calls."""
         found = self.finished()

@@ -2,17 +2,19 @@
 
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nemo_minitron.checkpoints.source import Source, find_source
+from nemo_minitron.checkpoints.tensor_files import check_tied
+from nemo_minitron.checkpoints.weight_files import read_headers
 from nemo_minitron.config.document_limits import refuse_limits
 from nemo_minitron.config.recipes import CacheTeacherRecipe
 from nemo_minitron.data.chat.sequences import Conversations
 from nemo_minitron.data.prepare import PreparedData, prepare_data
-from nemo_minitron.distillation.cache.format import Contents
+from nemo_minitron.distillation.cache.format import DTYPES, Contents
 from nemo_minitron.distillation.cache.reader import CACHE
 from nemo_minitron.distillation.cache.writer import CachePlan
 from nemo_minitron.errors import InputError
@@ -24,13 +26,23 @@ from nemo_minitron.workflows.distill.cache import (
 )
 from nemo_minitron.workflows.distill.conversations import check_conversations, prepare_conversations
 from nemo_minitron.workflows.distill.settings import loss_settings
-from nemo_minitron.workflows.preflight import check_source, check_vocabulary, converted
+from nemo_minitron.workflows.preflight import (
+    STATES,
+    check_room,
+    check_source,
+    check_streamed,
+    check_vocabulary,
+    converted,
+    huggingface_source,
+)
+
+_BESIDE = 16 << 20  # bytes; progress, notes, log
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What is known and made before the teacher is loaded. `teacher` is of kind "nemo"; `finished`: shards that an
-    earlier run left, by number."""
+    """What is known and made before the teacher is loaded. `teacher` is of kind "nemo", with `stream=true` of kind
+    "huggingface"; `finished`: shards that an earlier run left, by number."""
 
     teacher: Source
     data: PreparedData
@@ -50,7 +62,8 @@ class Prepared:
 
 
 def check(r: CacheTeacherRecipe) -> Prepared:
-    """Refuse what cannot work or fit; say the size; convert the checkpoint and index the data once.
+    """Refuse what cannot work or fit; say the size; convert the checkpoint, unless it is streamed, and index the data
+    once.
 
     Raises:
         InputError: an impossible form or number; a teacher that does not fit the layout or the data; less free space
@@ -58,7 +71,7 @@ def check(r: CacheTeacherRecipe) -> Prepared:
     """
     ready = r.prepared or {}
     _check_settings(r)
-    teacher = find_source(ready.get("teacher") or r.teacher, "teacher", r.data)
+    teacher = _teacher(r, ready)
     check_source("teacher", teacher, r.trainer, r.data.seq_length)
     data = prepare_data(r.data, str(teacher.tokenizer), ready.get("data"))
     check_vocabulary(teacher, data)
@@ -67,13 +80,28 @@ def check(r: CacheTeacherRecipe) -> Prepared:
         plan = _plan(r, _contents(r, teacher, data, talks, ready["teacher_sha256"]))
         return Prepared(teacher, data, plan, tuple(ready["finished"]), talks)
     rough = _contents(r, teacher, data, talks, ())
+    if r.stream:
+        _check_room(r, rough)
     _check_space(r, rough)
     sha256 = [teacher.sha256()]
-    teacher = converted(teacher, r.data)
-    sha256 += [s for s in [teacher.sha256()] if s not in sha256]
+    if not r.stream:
+        teacher = converted(teacher, r.data)
+        sha256 += [s for s in [teacher.sha256()] if s not in sha256]
     plan = _plan(r, _contents(r, teacher, data, talks, sha256))
     finished = {} if r.overwrite else plan.finished()
     return Prepared(teacher, data, plan, tuple(finished), talks)
+
+
+def _teacher(r: CacheTeacherRecipe, ready: Mapping[str, Any]) -> Source:
+    path = ready.get("teacher") or r.teacher
+    if not r.stream:
+        return find_source(path, "teacher", r.data)
+    check_streamed(r.trainer)
+    teacher = huggingface_source(path, "teacher", r.data)
+    if teacher.architecture.share_embeddings_and_output_weights and not ready:
+        where = f"teacher={path}"
+        check_tied(read_headers(teacher.path, where), where)  # as converting does
+    return teacher
 
 
 def _check_settings(r: CacheTeacherRecipe) -> None:
@@ -129,6 +157,20 @@ def _plan(r: CacheTeacherRecipe, contents: Contents) -> CachePlan:
         max(1, (r.cache.shard_mib << 20) // contents.bytes_per_sequence),
         {split: max(drawn[split], contents.samples[split]) for split in drawn},
     )
+
+
+def _check_room(r: CacheTeacherRecipe, contents: Contents) -> None:
+    """Refuse a streamed cache whose residual states, or the last of them and itself, the disk cannot hold."""
+    run_dir = Path(r.run_dir)
+    states = contents.sequences * contents.seq_length * contents.hidden_size * DTYPES[contents.dtype].itemsize
+    needs = {
+        "residual states before a layer": states,
+        f"{'the cache' if contents.bytes > states else 'those'} after it": max(states, contents.bytes),
+        "files beside them": _BESIDE,
+    }
+    left = (run_dir / CACHE, run_dir / STATES)
+    there = sum(file.stat().st_size for place in left for file in place.rglob("*") if file.is_file())
+    check_room("run_dir", run_dir, needs, there)
 
 
 def _check_space(r: CacheTeacherRecipe, contents: Contents) -> None:

@@ -9,10 +9,12 @@ from nemo_minitron import parallel
 from nemo_minitron.config.recipes import CacheTeacherRecipe
 from nemo_minitron.data.sequences import SplitSequences
 from nemo_minitron.environment import peak_rss_gib, rank
-from nemo_minitron.files import remove_stale
+from nemo_minitron.files import remove, remove_stale
 from nemo_minitron.nemo.session import Session
+from nemo_minitron.workflows.cache_teacher import streamed
 from nemo_minitron.workflows.cache_teacher.check import Prepared
 from nemo_minitron.workflows.cache_teacher.teacher_states import write_states
+from nemo_minitron.workflows.preflight import STATES
 from nemo_minitron.workflows.teacher_loss import teacher_loss
 
 
@@ -22,34 +24,59 @@ def run(r: CacheTeacherRecipe, prepared: Prepared, directory: Path) -> dict[str,
     Returns:
         The fields of `result.json`.
     """
-    plan, mbs = prepared.plan, r.trainer.micro_batch_size
+    plan = prepared.plan
     if rank() == 0:
         if r.overwrite:
             remove_stale(plan.directory)
         plan.begin()
+    most = plan.contents.sequences
+    samples = min(r.eval.samples or most, most)  # a small cache is not made to wait for a large measurement
+    loss, fields = (_streamed if r.stream else _in_memory)(r, prepared, samples, directory)
+    if rank() == 0:
+        plan.finish(loss)
+        remove(directory / STATES)
+    parallel.barrier()
+    return {
+        **_result(r, prepared),
+        "lm_loss_nats_teacher": loss,
+        **fields,
+        "peak_rss_gib": peak_rss_gib(),
+    }
+
+
+def _in_memory(
+    r: CacheTeacherRecipe, prepared: Prepared, samples: int, _: Path
+) -> tuple[float, dict[str, Any]]:
+    """The teacher's loss, and how fast its states were written."""
+    plan, mbs = prepared.plan, r.trainer.micro_batch_size
     session = Session(prepared.teacher, r.trainer)
-    where, most = f"teacher={r.teacher}", plan.contents.sequences
-    loss = teacher_loss(
-        session.chunks,
-        prepared.data,
-        r.data,
-        min(r.eval.samples or most, most),  # a small cache is not made to wait for a large measurement
-        micro_batch_size=mbs,
-        where=where,
-    )
+    where = f"teacher={r.teacher}"
+    loss = teacher_loss(session.chunks, prepared.data, r.data, samples, micro_batch_size=mbs, where=where)
     begin, rest = time.monotonic(), [n for n in range(len(plan.shards)) if n not in prepared.finished]
     write_states(session.chunks[0], plan, rest, _sequences(r, prepared), micro_batch_size=mbs)
     parallel.barrier()
     seconds = time.monotonic() - begin
-    if rank() == 0:
-        plan.finish(loss)
-    parallel.barrier()
     written = sum(len(plan.shards[n]) for n in rest) * plan.contents.seq_length
-    return _result(r, prepared) | {
-        "lm_loss_nats_teacher": loss,
+    return loss, {"write_s": round(seconds, 2), "tokens_per_s": round(written / seconds, 1)}
+
+
+def _streamed(
+    r: CacheTeacherRecipe, prepared: Prepared, samples: int, directory: Path
+) -> tuple[float, dict[str, Any]]:
+    """The same of a teacher that is not loaded."""
+    one, states = streamed.teacher(r, prepared), directory / STATES
+    loss = streamed.loss(r, prepared, one, samples, states)
+    begin = time.monotonic()
+    stream = streamed.write_states(r, prepared, one, _sequences(r, prepared), states)
+    seconds = time.monotonic() - begin
+    tokens = prepared.plan.contents.sequences * r.data.seq_length
+    return loss, {
+        "stream": True,
+        "layers_kept": stream.kept,
+        "layer_s": [round(taken, 2) for taken in stream.seconds],
         "write_s": round(seconds, 2),
-        "tokens_per_s": round(written / seconds, 1),
-        "peak_rss_gib": peak_rss_gib(),
+        # Of a run that went on with another's states it would say nothing.
+        "tokens_per_s": None if stream.kept else round(tokens / seconds, 1),
     }
 
 

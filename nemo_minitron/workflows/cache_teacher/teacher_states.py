@@ -41,12 +41,10 @@ def write_states(
     if chunk.post_process:
         give_hidden_states(chunk)
         if plan.contents.form == "hidden":
-            head = torch.cat(parallel.all_gather_tp(output_weight(chunk).detach()))[
-                : plan.contents.vocab_size
-            ]
+            head = head_of(chunk, plan.contents)
             if writes and parallel.dp_rank() == 0:
                 plan.write_head(head)
-    keep = _keeper(plan.contents, chunk)
+    keep = keeper(plan.contents, chunk)
     mine = numbers[parallel.dp_rank() :: parallel.dp_size()]
     show, done = progress_bar("caching", sum(len(plan.shards[n]) for n in mine)), 0
     for number in mine:
@@ -59,7 +57,12 @@ def write_states(
             show(done)
 
 
-def _keeper(contents: Contents, chunk: Any) -> Keep:
+def head_of(chunk: Any, contents: Contents) -> Tensor:
+    """The whole output layer [v, h] of a GPTModel, without padding; every tensor-parallel rank calls."""
+    return torch.cat(parallel.all_gather_tp(output_weight(chunk).detach()))[: contents.vocab_size]
+
+
+def keeper(contents: Contents, chunk: Any) -> Keep:
     """From a microbatch's final hidden states, [s, b, h] or [s/tp, b, h], to what is kept, [b, s, ...] on the CPU."""
 
     def keep(hidden: Tensor) -> dict[str, Tensor]:

@@ -18,8 +18,9 @@ from nemo_minitron.files import put, read_text, remove, write_text
 from nemo_minitron.progress import progress_bar
 from nemo_minitron.pruning import PrunePlan
 from nemo_minitron.pruning.streamed import PrunedWeights
+from nemo_minitron.workflows.preflight import STATES
 from nemo_minitron.workflows.prune import artifacts, plans
-from nemo_minitron.workflows.prune.streamed_check import STATES, StreamedPrepared
+from nemo_minitron.workflows.prune.streamed_check import StreamedPrepared
 
 
 def run(r: PruneRecipe, prepared: StreamedPrepared, directory: Path) -> dict[str, Any]:

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 
 from nemo_minitron.arch import Architecture
-from nemo_minitron.checkpoints.gguf import is_gguf
-from nemo_minitron.checkpoints.source import CHECKPOINT, Source, find_source
+from nemo_minitron.checkpoints.source import CHECKPOINT, Source
 from nemo_minitron.checkpoints.tensor_files import check_tied
 from nemo_minitron.checkpoints.weight_files import read_headers
 from nemo_minitron.config.prune import PruneConfig
@@ -20,11 +19,17 @@ from nemo_minitron.export.huggingface import generation_settings
 from nemo_minitron.export.target import bytes_of
 from nemo_minitron.importance import block_influence
 from nemo_minitron.pruning import PrunePlan, compose
-from nemo_minitron.workflows.preflight import check_room, check_source, say_corpus
+from nemo_minitron.workflows.preflight import (
+    STATES,
+    check_room,
+    check_source,
+    check_streamed,
+    huggingface_source,
+    say_corpus,
+)
 from nemo_minitron.workflows.prune import artifacts, plans
 from nemo_minitron.workflows.prune.data import check_data
 
-STATES = ".states"
 _BESIDE_WEIGHTS = 64 << 20  # bytes; tokenizer, plan, scores
 
 
@@ -62,7 +67,7 @@ def check(r: PruneRecipe) -> StreamedPrepared:
     _check_settings(r)
     shard_bytes = bytes_of("shard_size", r.shard_size)
     ready = r.prepared or {}
-    source = _source(ready.get("source", r.source), r)
+    source = huggingface_source(ready.get("source", r.source), "source", r.data)
     arch, where = source.architecture, f"source={r.source}"
     target, keep_layers = plans.resolve(r.prune, arch)
     steps = plans.targets(r, arch, target, keep_layers)
@@ -93,11 +98,8 @@ def check(r: PruneRecipe) -> StreamedPrepared:
 
 def _check_settings(r: PruneRecipe) -> None:
     """What needs the model in memory, or ranks."""
-    t, p = r.trainer, r.prune
-    if t.ranks > 1:
-        raise InputError(
-            f"stream=true: works in one process, but the layout has {t.ranks} ranks; leave trainer.*_parallel_size at 1"
-        )
+    p = r.prune
+    check_streamed(r.trainer)
     for key, value in (("prune.task_file", p.task_file), ("prune.control_seeds", p.control_seeds or None)):
         if value is not None:
             raise InputError(f"{key}={value}: needs the model in memory; with stream=true leave it out")
@@ -105,18 +107,6 @@ def _check_settings(r: PruneRecipe) -> None:
         raise InputError(
             f"data.tokenizer={r.data.tokenizer}: with stream=true the student has its source's; leave it out"
         )
-
-
-def _source(path: str | Path, r: PruneRecipe) -> Source:
-    if is_gguf(Path(path).expanduser()):
-        raise InputError(f"source={path}: stream=true reads a Hugging Face directory, this is a GGUF file")
-    source = find_source(path, data=r.data)
-    if source.kind != "huggingface":
-        raise InputError(
-            f"source={path}: stream=true reads a Hugging Face directory, this is a NeMo 2 checkpoint; make one of it "
-            "with python recipes/export.py"
-        )
-    return source
 
 
 def _chooses_layers(source: Architecture, target: Architecture, keep_layers: list[int] | None) -> bool:

@@ -18,8 +18,16 @@ from nemo_minitron.importance.depth_metrics import layers_by_loss
 from nemo_minitron.importance.scores import Scores
 from nemo_minitron.nemo.session import packed
 from nemo_minitron.workflows.layer_stream import Figures, Samples
-from nemo_minitron.workflows.prune.streamed_check import STATES, StreamedPrepared
-from nemo_minitron.workflows.streamed_model import held_out, loss_of, loss_through, stream_of
+from nemo_minitron.workflows.preflight import STATES
+from nemo_minitron.workflows.prune.streamed_check import StreamedPrepared
+from nemo_minitron.workflows.streamed_model import (
+    held_out,
+    loss_of,
+    loss_through,
+    one_layer,
+    stream_of,
+    streamed_loss,
+)
 
 _TRAIN = "train"
 
@@ -43,7 +51,8 @@ def before(r: PruneRecipe, prepared: StreamedPrepared, directory: Path) -> tuple
     without = _without(train, source.architecture.num_layers) if prepared.by_removal(r.prune) else []
     kinds = [train, valid, *without]
     identity = _identity(r, prepared, prepared.source_sha256)
-    stream = stream_of(r, source, kinds, directory / STATES / "before", identity, "scoring")
+    one = one_layer(r, source)
+    stream = stream_of(r, one, kinds, directory / STATES / "before", identity, "scoring")
     figures = stream.run(kinds, lambda *asked: _look(r, source, without, *asked))
     loss = loss_of(figures, valid)
     if without:
@@ -114,12 +123,9 @@ def after(r: PruneRecipe, prepared: StreamedPrepared, state: str, directory: Pat
     assert prepared.data is not None
     student = find_source(directory / CHECKPOINT, "checkpoint")
     valid, place = held_out(r, prepared.data, r.eval.samples), directory / STATES / "after"
-    stream = stream_of(r, student, [valid], place, _identity(r, prepared, state), "loss after")
-
-    def look(number: int, model: Any, send: Callable[..., None]) -> Figures:
-        return loss_through(model, student, send, number == stream.one.layers - 1)
-
-    return {"lm_loss_nats_after": loss_of(stream.run([valid], look), valid).nats}
+    identity = _identity(r, prepared, state)
+    loss = streamed_loss(r, student, one_layer(r, student), valid, place, identity, "loss after")
+    return {"lm_loss_nats_after": loss.nats}
 
 
 def _identity(r: PruneRecipe, prepared: StreamedPrepared, weights: str) -> str:
