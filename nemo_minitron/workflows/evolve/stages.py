@@ -1,5 +1,6 @@
 """The searches of `recipes/evolve.py`: each fills a model with candidates, and remembers what they are measured as."""
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Sequence
@@ -194,6 +195,11 @@ class Stages:
     ) -> Candidate:
         e = self.r.evolve
         self.names[stage] = space.names
+
+        @functools.cache  # made when there is something to show: a refusal is one line
+        def bar() -> Callable[[int], None]:
+            return progress_bar(f"candidates of {stage}", count, unit="candidates")
+
         # A benchmark is asked by the first rank, and the others take part in every answer.
         workers = 1 if e.fitness == "benchmark" else parallel.dp_size()
         count = e.generations * (e.population or population_of(len(space.names)))
@@ -207,7 +213,7 @@ class Stages:
             sigma=e.sigma,
             seed=self.r.seed,
             workers=workers,
-            progress=progress_bar(f"candidates of {stage}", count, unit="candidates"),
+            progress=lambda done: bar()(done),
         )
 
     def _fingerprint(self) -> str:
