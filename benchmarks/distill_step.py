@@ -10,6 +10,7 @@ optimizer in one process; forward, loss, backward and update are all in the step
 The models are Llamas of random weights, made once in a temporary directory; the text is Python's standard library.
 Sides take turns, each run in a process of its own; a run's figures are the median step after the first two, and the
 peak resident memory of the process. Prints one JSON line with medians over runs, and ratios ours / nemo.
+With --profile a run of each side says where a step's CPU time goes: seconds by kind, and the dearest operations.
 """
 
 import argparse
@@ -31,6 +32,13 @@ from benchmarks import models
 ROOT = Path(__file__).resolve().parent.parent
 SIDES = ("ours", "nemo")
 NOT_COUNTED = 2
+KINDS = {
+    "products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::_mkl_linear", "aten::mkldnn_linear"),
+    "attention": (
+        "aten::_scaled_dot_product_flash_attention_for_cpu",
+        "aten::_scaled_dot_product_flash_attention_for_cpu_backward",
+    ),
+}
 
 
 def make_model(directory: Path, a: argparse.Namespace, hidden_size: int) -> None:
@@ -70,24 +78,41 @@ def settings(a: argparse.Namespace) -> tuple[Any, Any, Any]:
     return layout, DataConfig(seq_length=a.seq_length), OptimConfig(warmup_steps=1)
 
 
-def clock() -> Any:
-    """A callback that notes the seconds of each step."""
+def clock(profile: bool) -> Any:
+    """A callback that notes the seconds of each step, and with `profile` the operations of those that count."""
     import lightning.pytorch as pl
+    import torch
 
     class Clock(pl.Callback):
         def __init__(self) -> None:
             self.seconds: list[float] = []
+            self.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
 
         def on_train_batch_start(self, *_: Any) -> None:
+            if profile and len(self.seconds) == NOT_COUNTED:
+                self.profiler.start()
             self.begin = time.perf_counter()
 
         def on_train_batch_end(self, *_: Any) -> None:
             self.seconds.append(time.perf_counter() - self.begin)
 
+        def on_train_end(self, *_: Any) -> None:
+            if profile:
+                self.profiler.stop()
+
     return Clock()
 
 
-def run_side(a: argparse.Namespace, directory: Path) -> dict[str, float]:
+def by_kind(watch: Any) -> dict[str, Any]:
+    """CPU seconds a step by kind of operation, and the dearest operations of the rest."""
+    steps = len(watch.seconds) - NOT_COUNTED
+    own = {e.key: e.self_cpu_time_total / 1e6 / steps for e in watch.profiler.key_averages()}
+    found: dict[str, Any] = {kind: sum(own.pop(name, 0.0) for name in names) for kind, names in KINDS.items()}
+    dearest = sorted(own.items(), key=lambda item: -item[1])[:8]
+    return {**found, "rest": sum(own.values()), "of the rest": {name: round(s, 3) for name, s in dearest}}
+
+
+def run_side(a: argparse.Namespace, directory: Path) -> dict[str, Any]:
     """Train for the steps in this process."""
     from nemo_minitron import cpu_compat
     from nemo_minitron.cpu_compat import product_choice
@@ -105,7 +130,7 @@ def run_side(a: argparse.Namespace, directory: Path) -> dict[str, float]:
     layout, data, optim = settings(a)
     student, teacher = (find_source(directory / name / "nemo") for name in ("student", "teacher"))
     prepared = prepare_data(data, str(student.tokenizer), None)
-    tokenizer, watch = nemo_tokenizer(student.tokenizer), clock()
+    tokenizer, watch = nemo_tokenizer(student.tokenizer), clock(a.profile)
     module = trainer.training_data(prepared.indexed, tokenizer, data, layout, prepared.index_cache)
     trainer.seed_everything(1)
     weights = nl.RestoreConfig(path=str(student.path), load_optim_state=False, load_artifacts=False)
@@ -122,6 +147,8 @@ def run_side(a: argparse.Namespace, directory: Path) -> dict[str, float]:
         nemos = trainer.trainer(layout, training=True, callbacks=[watch])
         paths = str(student.path), str(teacher.path)
         llm.distill(*paths, module, nemos, optim=optimizer, tokenizer=tokenizer, **common)
+    if a.profile:
+        return by_kind(watch)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {"seconds": statistics.median(watch.seconds[NOT_COUNTED:]), "peak_rss_bytes": peak}
 
@@ -138,16 +165,16 @@ def ours(
     return nemo_models.to_model(config, tokenizer, optimizer), DistillTransform(teacher, LossSettings())
 
 
-def in_turn(a: argparse.Namespace, directory: Path) -> dict[str, list[dict[str, float]]]:
+def in_turn(a: argparse.Namespace, directory: Path) -> dict[str, list[dict[str, Any]]]:
     """Each side in processes of its own, one after the other."""
     from nemo_minitron.cpu_compat import attention, product_choice
 
-    found: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
+    found: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
     # Making the models, Lightning took a port and said so in the environment.
     environment = {key: value for key, value in os.environ.items() if not key.startswith("MASTER_")}
     plain = {attention.SWITCH: "megatron", product_choice.SWITCH: "mkl"}
     switches = {"ours": {}, "nemo": plain if a.plain else {}}
-    for _ in range(a.runs):
+    for _ in range(1 if a.profile else a.runs):
         for side in SIDES:
             command = [sys.executable, __file__, *sys.argv[1:], "--side", side, "--directory", str(directory)]
             ended = subprocess.run(command, capture_output=True, text=True, env=environment | switches[side])
@@ -175,6 +202,7 @@ def arguments() -> argparse.ArgumentParser:
         runs=3,
     )
     parser.add_argument("--plain", action="store_true", help="NeMo's side without our products and attention")
+    parser.add_argument("--profile", action="store_true", help="where a step's CPU time goes, one run a side")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
     return parser
@@ -190,6 +218,10 @@ def main() -> None:
             (Path(name) / model).mkdir()
             make_model(Path(name) / model, a, hidden_size)
         found = in_turn(a, Path(name))
+    if a.profile:
+        for side, (kinds,) in found.items():
+            print(json.dumps({"side": side, "plain": a.plain, **kinds}))
+        return
     line: dict[str, Any] = {
         key: value for key, value in vars(a).items() if key not in ("side", "directory", "bf16")
     }

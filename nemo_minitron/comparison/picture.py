@@ -9,6 +9,7 @@ from nemo_minitron.comparison.rows import TEXT_GROUP, Model, Row, quality
 
 _MARKERS = "osD^vP*Xhd"
 _WIDE = 3.0  # a range so many times as wide as its start is drawn on a logarithmic axis
+_BESIDE = 5  # points between models that stand at the same place of an axis
 
 
 def draw(models: Sequence[Model], scores: Sequence[Row], text: Sequence[Row], path: Path) -> bool:
@@ -63,24 +64,42 @@ def _qualities(
     return found
 
 
-def _across(models: Sequence[Model]) -> list[tuple[str, dict[str, float]]]:
-    """(label of the axis, value by model), empty where a model has none."""
-    sizes = {m.name: m.parameters / 1e6 for m in models if m.parameters is not None}
-    speeds = {m.name: statistics.median(m.speed.tokens_per_s) for m in models if m.speed is not None}
-    whole = [("parameters, millions", sizes), ("decoded tokens/s", speeds)]
+def _across(models: Sequence[Model]) -> list[tuple[str, dict[str, list[float]]]]:
+    """(label of the axis, what was measured by model), empty where a model has none."""
+    sizes = {m.name: [m.parameters / 1e6] for m in models if m.parameters is not None}
+    speeds = {m.name: list(m.speed.tokens_per_s) for m in models if m.speed is not None}
+    whole = [("parameters, millions", sizes), ("decoded tokens/s, slowest to fastest round", speeds)]
     return [(label, values if len(values) == len(models) else {}) for label, values in whole]
 
 
-def _panel(
-    plot: Any, models: Sequence[Model], across: dict[str, float], values: dict[str, tuple[float, float]]
-) -> None:
-    from matplotlib.ticker import FuncFormatter, NullFormatter
+def beside(values: Sequence[float]) -> list[float]:
+    """Points to the right of its place for each value: equal ones stand beside each other, around the place."""
+    same: dict[float, list[int]] = {}
+    for number, value in enumerate(values):
+        same.setdefault(value, []).append(number)
+    found = [0.0] * len(values)
+    for numbers in same.values():
+        for place, number in enumerate(numbers):
+            found[number] = _BESIDE * (2 * place - len(numbers) + 1)
+    return found
 
-    for number, model in enumerate(models):
+
+def _panel(
+    plot: Any,
+    models: Sequence[Model],
+    across: dict[str, list[float]],
+    values: dict[str, tuple[float, float]],
+) -> None:
+    from matplotlib.transforms import ScaledTranslation
+
+    places = [statistics.median(across[model.name]) for model in models]
+    for number, (model, place, right) in enumerate(zip(models, places, beside(places), strict=True)):
         value, error = values[model.name]
-        plot.errorbar(
-            across[model.name],
+        measured = across[model.name]
+        drawn = plot.errorbar(
+            place,
             value,
+            xerr=[[place - min(measured)], [max(measured) - place]] if len(measured) > 1 else None,
             yerr=error or None,
             marker=_MARKERS[number % len(_MARKERS)],
             markersize=7,
@@ -88,7 +107,17 @@ def _panel(
             linestyle="none",
             label=model.name,
         )
-    low, high = min(across.values()), max(across.values())
+        aside = ScaledTranslation(right / 72, 0, plot.figure.dpi_scale_trans)
+        for part in drawn.get_children():
+            part.set_transform(part.get_transform() + aside)
+    every = [value for measured in across.values() for value in measured]
+    _scale(plot, min(every), max(every))
+
+
+def _scale(plot: Any, low: float, high: float) -> None:
+    """The axis of sizes or speeds, with plain numbers, logarithmic where they differ much."""
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
     plain = FuncFormatter(lambda value, _: f"{value:g}")
     if high > _WIDE * low > 0:
         plot.set_xscale("log", subs=(2, 3, 5))

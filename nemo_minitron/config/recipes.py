@@ -15,6 +15,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_minitron.config.budget import settle_tokens
+from nemo_minitron.config.by_size import RULES, check_decay, check_given
 from nemo_minitron.config.cluster import ClusterConfig, check_cluster
 from nemo_minitron.config.data import DataConfig
 from nemo_minitron.config.document_limits import check_limits
@@ -50,13 +51,15 @@ Width = Annotated[int, Range(least=1, most=1_000_000)]
 class OptimConfig:
     """Megatron-core's Adam under warm-up and cosine decay from `lr` to `min_lr`; `warmup_steps` are optimizer steps.
 
+    What of these three is null goes by the size of what learns, by the table that `by_size` names; null: by none.
     `weight_decay`, `adam_beta1` and `adam_beta2` are Adam's. `clip_grad`: the largest norm of all gradients; 0: any.
     `use_distributed_optimizer`: its states are divided among the data-parallel ranks.
     """
 
-    lr: AboveZero = 1e-4
-    min_lr: NotNegative = 1e-5
-    warmup_steps: Count = 40
+    lr: AboveZero | None = 1e-4
+    min_lr: NotNegative | None = 1e-5
+    warmup_steps: Count | None = 40
+    by_size: Annotated[str, Choice(*RULES)] | None = None
     weight_decay: NotNegative = 0.1
     adam_beta1: Annotated[float, Range(least=0, below=1)] = 0.9
     adam_beta2: Annotated[float, Range(least=0, below=1)] = 0.95
@@ -345,11 +348,11 @@ def _check_together(recipe: Any) -> None:
     check_limits(recipe.data, t.context_parallel_size)
     for group in ("", "distill", "align"):
         o = getattr(getattr(recipe, group) if group else recipe, "optim", None)
-        if isinstance(o, OptimConfig) and o.min_lr > o.lr:
+        if isinstance(o, OptimConfig):
             key = f"{group}.optim".lstrip(".")
-            raise InputError(
-                f"{key}.lr={o.lr}, {key}.min_lr={o.min_lr}: the second must be at most the first"
-            )
+            check_decay(o, key)
+            if not group:
+                check_given(o, key)
 
 
 def cache_dir(data: DataConfig, part: str) -> Path:

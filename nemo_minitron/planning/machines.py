@@ -59,7 +59,7 @@ def gpu(name: str, memory_gib: float | None = None, tflops: float | None = None)
 
 
 def this_machine(memory_gib: float | None = None) -> Device:
-    """One process here; how fast it is must be measured (`planning.calibration`)."""
+    """One process here; how fast it is must be measured (`workflows.plan_run.calibration`)."""
     total = memory_gib * GIB if memory_gib is not None else _memory()
     return Device(HERE, total, {}, 0.0)
 

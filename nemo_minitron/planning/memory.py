@@ -18,6 +18,9 @@ from nemo_minitron.padding import padded_rows
 _VALUE = {"32": 4, "bf16-mixed": 2}
 _GRADIENT = 4
 _STATES = {"32": 8, "bf16-mixed": 12}
+# What glibc holds beside the tensors of a training on a CPU, in their bytes: 0.28 and 0.36 were measured
+# (docs/planning.md). Its memalign, by which torch allocates, finds no use for a hole of just the size asked for.
+_HOLES = 0.3
 
 
 @dataclass(frozen=True)
@@ -169,7 +172,7 @@ def training_memory(t: Training, layout: Layout, *, cuda: bool = True) -> Memory
     """Of the fullest pipeline stage.
 
     Args:
-        cuda: whether a GPU trains; the loss's chunks are smaller on CPUs.
+        cuda: whether a GPU trains; on CPUs the loss's chunks are smaller, and the C library holds more than is in use.
     """
     return max((_stage_memory(t, layout, stage, cuda) for stage in range(layout.pp)), key=lambda m: m.total)
 
@@ -178,17 +181,16 @@ def _stage_memory(t: Training, layout: Layout, stage: int, cuda: bool) -> Memory
     own, value = parameters_on_rank(t.student, layout, stage), _VALUE[t.precision]
     sharing = layout.dp if t.shared_optimizer else 1
     teacher = 0 if t.teacher is None else parameters_on_rank(t.teacher, layout, stage) * value
-    return Memory(
-        {
-            "weights": own * value * (2 if t.reference else 1),
-            "gradients": own * _GRADIENT,
-            "optimizer": own * _STATES[t.precision] / sharing,
-            "activations": _activations(t, layout, stage),
-            "loss": _loss(t, layout, cuda=cuda) if stage == layout.pp - 1 else 0.0,
-            "teacher": teacher,
-            "waiting_states": _waiting_states(t, layout, stage),
-        }
-    )
+    parts = {
+        "weights": own * value * (2 if t.reference else 1),
+        "gradients": own * _GRADIENT,
+        "optimizer": own * _STATES[t.precision] / sharing,
+        "activations": _activations(t, layout, stage),
+        "loss": _loss(t, layout, cuda=cuda) if stage == layout.pp - 1 else 0.0,
+        "teacher": teacher,
+        "waiting_states": _waiting_states(t, layout, stage),
+    }
+    return Memory(parts if cuda else {**parts, "allocator": _HOLES * sum(parts.values())})
 
 
 def forward_memory(models: list[Architecture], layout: Layout, tokens: int, precision: str = "32") -> Memory:

@@ -24,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_minitron import __version__, cpu_compat, progress
+from nemo_minitron.config import by_size
 from nemo_minitron.config.recipes import CommonConfig, SchemaT, parse
 from nemo_minitron.cpu_compat import imports, product_choice
 from nemo_minitron.environment import COMPOSE, INTERRUPTED, INTERRUPTED_BY_USER, PREPARE, PYTHON, RESULT, rank
@@ -229,6 +230,7 @@ class _Run:
             if (directory / LOCK).exists():  # at once, before a long check
                 claim(directory)
         prepared = self.check(parsed)
+        by_size.keep(config, parsed)
         if rank() == 0:
             self._take(directory, config)
         choice = product_choice.settle(directory, write=rank() == 0)

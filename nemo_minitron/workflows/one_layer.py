@@ -15,6 +15,7 @@ from megatron.core.dist_checkpointing.mapping import apply_factories
 from torch import Tensor
 from torch.nn import ModuleList
 
+from nemo_minitron.arch import Architecture
 from nemo_minitron.checkpoints.source import Source
 from nemo_minitron.config.trainer import TrainerConfig
 from nemo_minitron.megatron_gpt import give_hidden_states, output_weight
@@ -51,7 +52,8 @@ class OneLayer:
     ) -> None:
         self.layers = source.architecture.num_layers
         self._reader, self._rounded = reader, rounded
-        self.module = _built(source, vocab_rows, precision)
+        arch = source.architecture.replace(num_layers=1, vocab_size=vocab_rows)
+        self.module = built(arch, source.seq_length, nemo_tokenizer(source.tokenizer), precision).eval()
         self._states: list[Tensor] = []
         # What the final norm is given, [s, b, h], is the layer's output, or its input where the layer is left out.
         self.module.decoder.final_layernorm.register_forward_pre_hook(
@@ -121,11 +123,15 @@ class OneLayer:
     _beside_is_loaded = False
 
 
-def _built(source: Source, vocab_rows: int, precision: str) -> Any:
-    """The model, its weights not yet set."""
-    arch = source.architecture.replace(num_layers=1, vocab_size=vocab_rows)
-    config = models.to_config(arch, seq_length=source.seq_length, precision=precision)
-    model = models.to_model(config, nemo_tokenizer(source.tokenizer))
+def built(arch: Architecture, seq_length: int, tokenizer: Any = None, precision: str = "32") -> Any:
+    """Megatron's GPTModel of these sizes in one process, its weights not those of any checkpoint.
+
+    Args:
+        tokenizer: NeMo's; None for a model that reads no text.
+        precision: as `trainer.precision`.
+    """
+    config = models.to_config(arch, seq_length=seq_length, precision=precision)
+    model = models.to_model(config, tokenizer)
     made = trainer.trainer(TrainerConfig(precision=precision), training=False)
     made.strategy.connect(model)
     model.trainer = made
@@ -134,4 +140,4 @@ def _built(source: Source, vocab_rows: int, precision: str) -> Any:
     if precision.startswith("bf16"):
         # NeMo leaves it to Megatron's wrapper (megatron/core/transformer/module.py@0.13.1, Float16Module).
         model.module.bfloat16()
-    return model.module.eval()
+    return model.module

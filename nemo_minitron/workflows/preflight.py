@@ -8,7 +8,8 @@ from pathlib import Path
 from nemo_minitron.checkpoints.any_family import AnyModel
 from nemo_minitron.checkpoints.gguf import is_gguf
 from nemo_minitron.checkpoints.source import Source, find_source
-from nemo_minitron.config.recipes import DataConfig, cache_dir
+from nemo_minitron.config import by_size
+from nemo_minitron.config.recipes import DataConfig, OptimConfig, cache_dir
 from nemo_minitron.config.trainer import TrainerConfig, check_stages, check_tensor_ranks
 from nemo_minitron.data.prepare import PreparedData
 from nemo_minitron.data.tokenizer import is_trained_here, load_tokenizer
@@ -129,6 +130,20 @@ def say_repeats(d: DataConfig, data: PreparedData, tokens: float, *, prepared: b
             f"{int(tokens):,}",
             ", ".join(repeated),
         )
+
+
+def settle_rates(o: OptimConfig, key: str, parameters: int, steps: int, *, prepared: bool) -> None:
+    """`config.by_size.settle` for a model that learns, with a line about it where it is larger than the demo's.
+
+    Args:
+        prepared: whether a launcher's check has said it.
+
+    Raises:
+        InputError: as `settle`.
+    """
+    chosen = by_size.settle(o, key, parameters, steps)
+    if chosen and not prepared and rank() == 0 and not by_size.is_small(parameters):
+        logger.warning("%s", chosen)
 
 
 def converted(source: Source, d: DataConfig) -> Source:

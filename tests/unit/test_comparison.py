@@ -232,6 +232,12 @@ def test_one_model_alone_is_shown(tmp_path: Path) -> None:
     assert "No benchmark was run" in page
 
 
+def test_models_of_one_size_stand_beside_each_other_in_the_picture() -> None:
+    right = picture.beside([81.4, 134.5, 81.4, 81.4])
+    assert right[1] == 0 == sum(right)  # around their place
+    assert len({right[0], right[2], right[3]}) == 3
+
+
 def test_the_picture_shows_each_model_over_size_and_speed(tmp_path: Path) -> None:
     speed = Speed("transformers", "cpu", [0.1], [30.0], [1.0])
     made = [

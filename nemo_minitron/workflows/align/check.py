@@ -20,7 +20,7 @@ from nemo_minitron.environment import RESULT
 from nemo_minitron.errors import InputError
 from nemo_minitron.files import remove_stale
 from nemo_minitron.workflows.conversations import files_of, prepared_tokenizer
-from nemo_minitron.workflows.preflight import check_source, check_vocabulary, converted
+from nemo_minitron.workflows.preflight import check_source, check_vocabulary, converted, settle_rates
 
 
 def prepare(
@@ -64,6 +64,8 @@ def prepare(
     if not ready:
         train = _replayed(r, train, corpus)
     trainer, epochs = schedule(r.align, r.trainer, train.samples, valid.samples, whole_batches=whole_batches)
+    size = student.architecture.parameters()
+    settle_rates(r.align.optim, "align.optim", size, trainer.max_steps, prepared=bool(ready))
     if not ready:
         keep_resumable(r)
     return Prepared(converted(student, r.data), tokenizer, corpus, train, valid, trainer, epochs)

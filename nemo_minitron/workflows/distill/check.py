@@ -23,6 +23,7 @@ from nemo_minitron.workflows.preflight import (
     converted,
     say_corpus,
     say_repeats,
+    settle_rates,
 )
 
 
@@ -67,8 +68,7 @@ def check(r: DistillRecipe) -> Prepared:
     trainer, settings = checks.training_layout(r), checks.loss_settings(r)
     check_mixture(r.sdg, r.distill.sdg_weight)
     check_conversations(r.distill.conversations)
-    student = find_source(ready.get("student", r.student), "student", r.data)
-    check_source("student", student, trainer, r.data.seq_length)
+    student = _student(r, trainer)
     teacher, cache = None, cache_checks.open_cache(r, student, settings)
     named = ready.get("teacher_named") or r.teacher
     if settings is not None and cache is None:
@@ -102,6 +102,16 @@ def check(r: DistillRecipe) -> Prepared:
         named,
         talks,
     )
+
+
+def _student(r: DistillRecipe, t: TrainerConfig) -> Source:
+    """What learns; what its schedule leaves open goes by its size."""
+    ready = r.prepared or {}
+    student = find_source(ready.get("student", r.student), "student", r.data)
+    check_source("student", student, t, r.data.seq_length)
+    size = student.architecture.parameters()
+    settle_rates(r.distill.optim, "distill.optim", size, t.max_steps, prepared=bool(ready))
+    return student
 
 
 def _say_data(r: DistillRecipe, t: TrainerConfig, data: PreparedData, *, prepared: bool) -> None:

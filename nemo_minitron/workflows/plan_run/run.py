@@ -1,12 +1,12 @@
 """The work of `recipes/plan_run.py`: say what a pipeline or a run will need, before it is started."""
 
+import importlib
 import sys
 from pathlib import Path
 from typing import Any
 
 from nemo_minitron.config.plan import HERE, PlanRecipe
 from nemo_minitron.files import write_text
-from nemo_minitron.planning import calibration
 from nemo_minitron.planning.layouts import Option, step_flops
 from nemo_minitron.planning.machines import GIB, Cluster
 from nemo_minitron.workflows.plan_run.check import Planned, Prepared
@@ -80,7 +80,7 @@ def _step_seconds(planned: Planned, cluster: Cluster) -> float | None:
     if training is None:
         return None
     if cluster.device.name == HERE:
-        return calibration.step_seconds(training, planned.layout.micro_batch)
+        return float(_calibration().step_seconds(training, planned.layout.micro_batch))
     return planned.options[0].step_s
 
 
@@ -88,10 +88,15 @@ def _pass_seconds(planned: Planned, cluster: Cluster) -> float:
     """Of what is not training."""
     work = planned.work
     if cluster.device.name == HERE:
-        of = (calibration.pass_seconds(p.model, p.tokens, work.micro_batch, work.length) for p in work.passes)
-        return sum(of)
+        taken = _calibration().pass_seconds
+        return float(sum(taken(p.model, p.tokens, work.micro_batch, work.length) for p in work.passes))
     rate = cluster.device.peak[work.precision] * cluster.efficiency * _devices(planned, cluster)
     return work.pass_flops / rate
+
+
+def _calibration() -> Any:
+    """What times this machine; a plan for GPUs need not wait for NeMo's imports."""
+    return importlib.import_module(f"{__package__}.calibration")
 
 
 def _devices(planned: Planned, cluster: Cluster) -> int:

@@ -20,7 +20,7 @@ from nemo_minitron.search.candidates import (
     make_budget,
 )
 from nemo_minitron.workflows.distill import settings as distill_checks
-from nemo_minitron.workflows.preflight import check_source, converted, say_corpus
+from nemo_minitron.workflows.preflight import check_source, converted, say_corpus, settle_rates
 from nemo_minitron.workflows.prune import data as prune
 from nemo_minitron.workflows.prune import plans
 
@@ -114,11 +114,7 @@ def check_distillation(r: SearchRecipe, source: Architecture, found: list[Candid
             f"distill.conversations.weight={r.distill.conversations.weight}: candidates are compared on the corpus; "
             "must be 0"
         )
-    if r.distill.optim.warmup_steps >= s.distill_steps:
-        raise InputError(
-            f"search.distill_steps={s.distill_steps}: must be above distill.optim.warmup_steps="
-            f"{r.distill.optim.warmup_steps}"
-        )
+    _settle_rates(r, found)
     training = short_distillation(r, "", r.run_dir)
     distill_checks.training_layout(training)
     if distill_checks.loss_settings(training) is None:
@@ -128,6 +124,22 @@ def check_distillation(r: SearchRecipe, source: Architecture, found: list[Candid
         )
     for candidate in found:
         distill_checks.intermediate(training, candidate.architecture, source)
+
+
+def _settle_rates(r: SearchRecipe, found: list[Candidate]) -> None:
+    """One learning rate for all candidates, which are compared: that of the largest.
+
+    Raises:
+        InputError: no step is left after the warm-up.
+    """
+    o, steps = r.distill.optim, r.search.distill_steps
+    size = max(candidate.architecture.parameters() for candidate in found)
+    settle_rates(o, "distill.optim", size, steps, prepared=r.prepared is not None)
+    assert o.warmup_steps is not None, "settled"
+    if o.warmup_steps >= steps:
+        raise InputError(
+            f"search.distill_steps={steps}: must be above distill.optim.warmup_steps={o.warmup_steps}"
+        )
 
 
 def short_distillation(r: SearchRecipe, student: str, run_dir: str) -> DistillRecipe:

@@ -1,4 +1,4 @@
-"""How fast this machine is: one layer and the output layer of a model, timed with torch's own operations and our loss.
+"""How fast this machine is: Megatron's layer of a model's sizes, the output layer with our loss, and Adam, timed.
 
 A step's products are not all of one shape, and on a CPU norms, attention and activations take a third of it: so a layer
 of the model's own sizes is run, as many tokens at a time as a microbatch has.
@@ -18,57 +18,12 @@ from nemo_minitron.arch import Architecture
 from nemo_minitron.distillation.loss.losses import HiddenTeacher, distillation_loss
 from nemo_minitron.distillation.loss.settings import LossSettings
 from nemo_minitron.planning.memory import Training
+from nemo_minitron.workflows.one_layer import built
 
 _RUNS = 3
 # What Adam is timed on.
 _PARAMETERS = 4_000_000
-
-
-class Layer:
-    """Random weights of one layer; forward as the local layers compute it, less the positions' own table."""
-
-    def __init__(self, a: Architecture) -> None:
-        self.a = a
-        gates = 2 if a.gated_linear_unit else 1
-        shapes = {
-            "qkv": (a.query_size + 2 * a.key_value_size, a.hidden_size),
-            "proj": (a.hidden_size, a.query_size),
-            "fc1": (gates * a.ffn_hidden_size, a.hidden_size),
-            "fc2": (a.hidden_size, a.ffn_hidden_size),
-            "norm1": (a.hidden_size,),
-            "norm2": (a.hidden_size,),
-        }
-        self.weights = {name: torch.randn(shape).mul_(0.02) for name, shape in shapes.items()}
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[s, b, h] to the same."""
-        a, w, (s, b, _) = self.a, self.weights, x.shape
-        mixed = F.linear(F.rms_norm(x, (a.hidden_size,), w["norm1"]), w["qkv"])
-        q, k, v = mixed.split([a.query_size, a.key_value_size, a.key_value_size], dim=-1)
-        groups = a.num_query_groups
-
-        def heads(t: Tensor, number: int) -> Tensor:
-            return t.reshape(s, b * groups, number, a.kv_channels).permute(1, 2, 0, 3)
-
-        q, k, v = heads(q, a.heads_per_group), heads(k, 1), heads(v, 1)
-        q, k = _rotated(q), _rotated(k)
-        shared = (-1, a.heads_per_group, -1, -1)
-        context = F.scaled_dot_product_attention(q, k.expand(shared), v.expand(shared), is_causal=True)
-        x = x + F.linear(context.permute(2, 0, 1, 3).reshape(s, b, -1), w["proj"])
-        inner = F.linear(F.rms_norm(x, (a.hidden_size,), w["norm2"]), w["fc1"])
-        if a.gated_linear_unit:
-            gate, up = inner.chunk(2, dim=-1)
-            inner = F.silu(gate) * up
-        else:
-            inner = F.gelu(inner)
-        return x + F.linear(inner, w["fc2"])
-
-
-def _rotated(t: Tensor) -> Tensor:
-    """Work of rotary positions: [..., s, d] turned by angles that stand for any."""
-    angles = torch.arange(t.size(-2), dtype=t.dtype).unsqueeze(1).expand(-1, t.size(-1))
-    first, second = t.chunk(2, dim=-1)
-    return t * angles.cos() + torch.cat((-second, first), dim=-1) * angles.sin()
+_ROWS = 128  # of a vocabulary that is not used
 
 
 def _seconds(work: Callable[[], Any]) -> float:
@@ -86,15 +41,26 @@ def _seconds(work: Callable[[], Any]) -> float:
 @functools.cache
 def layer_seconds(a: Architecture, micro_batch: int, length: int, *, backward: bool) -> float:
     """Of one layer over a microbatch, forward, or forward and backward."""
-    layer = Layer(a)
+    model = _one_layer(a, length)
+    positions = getattr(model, "rotary_pos_emb", None)
+    rotary = None if positions is None else positions(length)
     x = torch.randn(length, micro_batch, a.hidden_size)
+
+    def forward() -> Tensor:
+        """[s, b, h] of the layer, which also gives a context that decoders do not have."""
+        return model.decoder.layers[0](x, attention_mask=None, rotary_pos_emb=rotary)[0]
+
     if not backward:
         with torch.no_grad():
-            return _seconds(lambda: layer.forward(x))
+            return _seconds(forward)
     x.requires_grad_()
-    for weight in layer.weights.values():
-        weight.requires_grad_()
-    return _seconds(lambda: layer.forward(x).sum().backward())
+    return _seconds(lambda: forward().sum().backward())
+
+
+@functools.cache
+def _one_layer(a: Architecture, length: int) -> Any:
+    """Megatron's GPTModel with one layer of random weights, and next to no vocabulary."""
+    return built(a.replace(num_layers=1, vocab_size=_ROWS), length)
 
 
 @functools.cache
