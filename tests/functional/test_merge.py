@@ -213,6 +213,7 @@ DAMAGES: dict[str, tuple[Damage, list[str]]] = {
 SETTINGS: dict[str, tuple[list[str], list[str]]] = {
     "no base": (["merge=ties", "base=null"], ["base=null", "merge.method=ties", "base=DIR"]),
     "method": (["merge.method=passthrough"], ["merge.method=passthrough", "slerp"]),
+    "null": (["merge=ties", "merge.density=null"], ["merge.density=null", "finite number"]),
     "t": (["merge=slerp", "base=null", "merge.t=[0,2]"], ["merge.t: 2", "at most 1"]),
     "tokenizer": (["merge=ties", "merge.tokenizer=else"], ["merge.tokenizer=else", "one of the models"]),
     "file and models": (["merge.file=x.yml"], ["merge.file=x.yml", "leave models and base out"]),

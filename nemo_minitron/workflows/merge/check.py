@@ -124,7 +124,14 @@ def merge_of(r: MergeRecipe) -> Merge:
 
 
 def of_config(c: MergeConfig, models: list[str], base: str | None, seed: int) -> Merge:
-    """The merge that a configuration without a file describes."""
+    """The merge that a configuration without a file describes.
+
+    Raises:
+        InputError: null in the place of a number.
+    """
+    for name in ("weight", "density", "t"):
+        if getattr(c, name) is None:
+            raise InputError(f"merge.{name}=null: must be a finite number, or a list of them")
     return Merge(
         method=c.method,
         models=tuple(models),
