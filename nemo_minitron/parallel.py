@@ -6,6 +6,8 @@ communication. Tensors stay on their device: the same calls run on NCCL and on g
 """
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -21,10 +23,24 @@ _GETTERS = {
     "dp": "get_data_parallel_group",
     "cp": "get_context_parallel_group",
 }
+# Groups whose ranks work each by itself for now.
+_apart: set[str] = set()
+
+
+@contextmanager
+def apart(name: GroupName) -> Iterator[None]:
+    """Within it the ranks of the group are each alone: its size is 1, and nothing is sent."""
+    _apart.add(name)
+    try:
+        yield
+    finally:
+        _apart.discard(name)
 
 
 def process_group(name: GroupName) -> dist.ProcessGroup | None:
-    """The calling rank's group, None where Megatron's parallel state is not initialised."""
+    """The calling rank's group, None where Megatron's parallel state is not initialised, and within `apart`."""
+    if name in _apart:
+        return None
     # Whoever initialised the parallel state has imported the module; importing it here would cost seconds.
     state = sys.modules.get("megatron.core.parallel_state")
     if state is None or not dist.is_initialized() or not state.model_parallel_is_initialized():

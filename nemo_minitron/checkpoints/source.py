@@ -36,6 +36,8 @@ from nemo_minitron.errors import InputError
 from nemo_minitron.files import file_sha256
 
 CHECKPOINT = "checkpoint"
+# Beside layers that are no model by themselves: the way through them, which only data-flow merges know.
+PATH_FILE = "path.json"
 _ACTIVATIONS = {
     "torch.nn.functional.silu": "silu",
     "torch._C._nn.silu": "silu",
@@ -124,6 +126,11 @@ def find_source(path: str | Path, key: str = "source", data: DataConfig | None =
 
 
 def _huggingface(directory: Path, where: str) -> Source:
+    if (directory / PATH_FILE).exists():
+        raise InputError(
+            f"{where}: holds layers and a path through them with a scale of 0 ({PATH_FILE}), which is no plain model: "
+            "it is neither opened nor exported; choose scales that are not 0"
+        )
     check_regular(directory, where)
     config = read_json(directory / "config.json", where)
     architecture = families.architecture_of(config, where)

@@ -28,7 +28,9 @@ ByModel = Annotated[
     Kind("a finite number, or a list with one a model: a number, or a list of numbers by layer", _by_model),
 ]
 ByLayer = Annotated[Any, Kind("a finite number, or a list of them by layer", _by_layer)]
-Method = Annotated[str, Choice("linear", "task_arithmetic", "slerp", "ties", "dare_ties", "model_stock")]
+Method = Annotated[
+    str, Choice("linear", "task_arithmetic", "slerp", "ties", "dare_ties", "model_stock", "path")
+]
 
 
 @dataclass
@@ -38,10 +40,10 @@ class MergeConfig:
     `method`: "linear" (the weighted mean of the models), "task_arithmetic" (the base and the weighted sum of the
     models' differences to it), "ties" (the same of the largest values of each difference, as far as they agree in their
     sign), "dare_ties" (of values drawn at random), "model_stock" (between the base and the mean, by the angles between
-    the differences) or "slerp" (between two models on the sphere). `weight`: of each model. `density`: the share of a
-    difference's values that is kept, in 0 .. 1. `t`: of slerp, 0 is the first model and 1 the second. A list in the
-    place of a model's number is spread over the layers: `spread` is "gradient" (on straight lines, as mergekit does
-    it) or "steps" (each value for as many layers).
+    the differences), "slerp" (between two models on the sphere) or "path" (layers of the models in sequence).
+    `weight`: of each model. `density`: the share of a difference's values that is kept, in 0 .. 1. `t`: of slerp, 0 is
+    the first model and 1 the second. A list in the place of a model's number is spread over the layers: `spread` is
+    "gradient" (on straight lines, as mergekit does it) or "steps" (each value for as many layers).
 
     `normalize`: divide by the weights; null: linear and ties do. `rescale`: what a thinned difference is scaled by:
     "none", "density" (1 / density, as in DARE's paper) or "l1" (so that its sum of magnitudes stays); null: dare_ties
@@ -50,7 +52,9 @@ class MergeConfig:
 
     `dtype`: of what is written; "source": as the base, or the first model, has it. `tokenizer`: the model whose
     tokenizer and chat template the result has; null: the base, or the first. `shard_size`: of a file of weights.
-    `file`: a YAML file of mergekit, which then says all of this, and `models` and `base`.
+    `file`: a YAML file of mergekit, which then says all of this, and `models` and `base`. `path`: the way through the
+    layers, such as "0:0-7,1:4-7*0.9": layers 0 to 7 of the first model, then 4 to 7 of the second, whose first gets 0.9
+    times the state; embeddings and output layer are those of the first model.
     """
 
     method: Method = "linear"
@@ -66,6 +70,7 @@ class MergeConfig:
     tokenizer: PathName | None = None
     shard_size: str = "5GB"
     file: PathName | None = None
+    path: str | None = None
 
 
 @dataclass

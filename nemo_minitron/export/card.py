@@ -53,11 +53,13 @@ class MergeFacts:
         method: its name.
         models: by which the card calls them, the base first.
         recipe: the merge as YAML.
+        note: lines of Markdown on how the recipe was found; "" where a user gave it.
     """
 
     method: str
     models: tuple[str, ...]
     recipe: str
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -214,6 +216,7 @@ def _merge(f: Facts) -> Iterator[str]:
         return
     yield "## Recipe of the merge"
     yield ""
+    yield from filter(None, [f.merge.note])
     yield from _block("yaml", without_directories(f.merge.recipe.rstrip()))
 
 

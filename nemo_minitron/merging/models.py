@@ -58,6 +58,19 @@ def check_finite(values: Tensor, name: str, where: str) -> None:
         )
 
 
+class Kept:
+    """A model's tensors in memory, each from when it is first asked for: a search reads them again and again."""
+
+    def __init__(self, reader: Read) -> None:
+        self._reader, self._kept = reader, dict[str, Tensor]()
+
+    def read(self, name: str) -> Tensor:
+        """The tensor; not to be changed."""
+        if name not in self._kept:
+            self._kept[name] = self._reader.read(name).clone()
+        return self._kept[name]
+
+
 @dataclass(frozen=True)
 class Merged:
     """The tensors of a merge, each made when it is asked for: in memory are one tensor of each model and the result.

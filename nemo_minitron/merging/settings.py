@@ -9,7 +9,7 @@ from nemo_minitron.checkpoints.weight_files import EMBEDDING
 from nemo_minitron.errors import InputError
 from nemo_minitron.merging.methods import METHODS, Mask, Values
 
-GRADIENT, STEPS = "gradient", "steps"
+GRADIENT, STEPS, PATH = "gradient", "steps", "path"
 LAYERS = "model.layers."
 
 
@@ -106,6 +106,7 @@ class Merge:
         tokenizer: the model whose tokenizer the result has; None: the base, or the first.
         seed: of DARE's masks.
         layers: that the models are to have; None: any.
+        path: of method "path", see `path.read_path`.
     """
 
     method: str
@@ -122,6 +123,7 @@ class Merge:
     tokenizer: str | None = None
     seed: int = 1234
     layers: int | None = None
+    path: str | None = None
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -178,6 +180,9 @@ class Merge:
 
     def plain(self) -> dict[str, Any]:
         """As mergekit's YAML says it; what mergekit has no word for has this project's."""
+        if self.method == PATH:
+            named = [{"model": model} for model in self.models]
+            return {"merge_method": PATH, "models": named, "parameters": {"path": self.path}}
         uses = METHODS[self.method].uses
         models: list[dict[str, Any]] = []
         for number, model in enumerate(self.models):
@@ -222,6 +227,9 @@ def check_models(merge: Merge) -> None:
     Raises:
         InputError: no base, or too few or too many models.
     """
+    if merge.method == PATH:
+        _check_path(merge)
+        return
     method, count = METHODS[merge.method], len(merge.models)
     if method.base and merge.base is None:
         raise InputError(f"base=null: merge.method={merge.method} starts from a base model; say base=DIR")
@@ -237,3 +245,14 @@ def check_models(merge: Merge) -> None:
                 f"merge.{name}: {len(settings)} values for {count} models{beside}; give one number for all, or one a "
                 "model"
             )
+
+
+def _check_path(merge: Merge) -> None:
+    if merge.path is None:
+        raise InputError(
+            "merge.path=null: merge.method=path needs the way through the layers, as 0:0-7,1:4-7"
+        )
+    if merge.base is not None:
+        raise InputError(f"base={merge.base}: merge.method=path has no base; leave it out")
+    if not merge.models:
+        raise InputError("models: 0: merge.method=path takes at least 1")

@@ -50,6 +50,7 @@ class Session:
         layout: TrainerConfig,
         seq_length: int | None = None,
         tokenizer: str | None = None,
+        architecture: Architecture | None = None,
     ) -> None:
         """Build the model from the checkpoint's architecture and restore its weights with NeMo.
 
@@ -57,15 +58,20 @@ class Session:
             source: a checkpoint of kind "nemo" (see `huggingface.import_checkpoint` for the other kind).
             layout: under which it is opened; every rank of it makes this call.
             tokenizer: what the data was read with, and a saved student carries; None: the source's own.
+            architecture: of a model that whoever asks will fill; its weights are random. None: the source's, restored.
         """
         assert source.kind == "nemo", source
         self.layout, self.source = layout, source
         config = models.to_config(
-            source.architecture, seq_length=seq_length or source.seq_length, precision=layout.precision
+            architecture or source.architecture,
+            seq_length=seq_length or source.seq_length,
+            precision=layout.precision,
         )
         own = source.tokenizer
         self.model = models.to_model(config, nemo_tokenizer(tokenizer or own, own if tokenizer else None))
         self.trainer = trainer.trainer(layout, training=False)
+        if architecture is not None:
+            self.trainer.strategy.selective_restore = lambda: None
         with weights_may_only_be_tensors():
             _setup_trainer_and_restore_model(source.path, self.trainer, self.model)
 

@@ -63,6 +63,8 @@ def _work(f: dict[str, Any]) -> Iterator[str]:
 def _scores(f: dict[str, Any]) -> Iterator[str]:
     if f.get("recipe") == "merge":
         yield f"{len(f['models'])} models by {f['method']}"
+    if f.get("recipe") == "evolve":
+        yield f"held out {f['held_out_loss']:.3f}, the best of its models {f['held_out_loss_best_model']:.3f}"
     if f.get("recipe") == "pipeline":
         yield f"{len(f['runs'])} runs, {sum(run['kept'] for run in f['runs'])} of them kept"
     if f.get("recipe") == "compare":

@@ -17,6 +17,7 @@ RECIPES = {
     "preference": "align:PreferenceRecipe",
     "export": "export:ExportRecipe",
     "merge": "merge:MergeRecipe",
+    "evolve": "evolve:EvolveRecipe",
     "pipeline": "pipeline:PipelineRecipe",
     "plan_run": "plan:PlanRecipe",
     "chat": "chat:ChatRecipe",

@@ -1,8 +1,11 @@
 """The collectives on two and four ranks, and that they do nothing where there is one."""
 
+from collections.abc import Sequence
+
 import torch
 
 from nemo_minitron import parallel
+from nemo_minitron.merging.evolution import one_a_worker
 from tests.support.ranks import layout
 
 
@@ -54,6 +57,23 @@ def reductions() -> None:
     assert [t.tolist() for t in parallel.all_gather_tp(one)] == [[0.0, pp], [1.0, pp]]
     assert parallel.gather_over_pp((tp, pp)) == [(tp, 0), (tp, 1)]
     assert parallel.broadcast_pp(one.clone(), 1).tolist() == [tp, 1.0]
+
+
+def one_each() -> list[float]:
+    """Three candidates on two workers, each the mean over a worker's two stages."""
+    layout(pp=2)
+
+    def loss(vector: Sequence[float]) -> float:
+        assert parallel.dp_size() == 1
+        return float(parallel.all_reduce(torch.tensor(vector[0] + parallel.pp_rank()), "pp"))
+
+    measure = one_a_worker(loss)
+    assert parallel.dp_size() == 2
+    return [*measure([[1.0], [2.0]]), *measure([[3.0]])]
+
+
+def test_workers_measure_a_candidate_each(run_on_ranks):
+    assert run_on_ranks(4, one_each) == [[3.0, 5.0, 7.0]] * 4
 
 
 def test_groups_are_megatrons(run_on_ranks):

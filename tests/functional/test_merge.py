@@ -15,7 +15,7 @@ from nemo_minitron.checkpoints.source import contents, find_source
 from nemo_minitron.export.distributed_reader import DistributedReader
 from nemo_minitron.export.tensors import Weights
 from tests.functional.conftest import Pruned
-from tests.support import merge_models, merge_reference
+from tests.support import merge_models, merge_paths, merge_reference
 from tests.support.commands import Commands, tree
 
 
@@ -46,15 +46,22 @@ def test_what_is_written_is_the_formula(commands: Commands, models: list[Path]) 
         ),
         "ties": arguments(models, "merge=ties", "merge.density=[0.3,[0.5,1.0]]", f"to={home}/elsewhere"),
         "slerp": [f"merge.file={file}"],
+        "path": arguments(models, "base=null", "merge=path", "merge.path=0:0-2,1:1*0.5,0:1-2*-1.5"),
+        "stored": arguments(models, "base=null", "merge=path", "merge.path=0:0-2,1:1*0,0:1"),
     }
     asked = [
         {"recipe": "merge", "overrides": [*given, f"run_dir={home}/{name}"], "env": {}}
         for name, given in cases.items()
     ]
-    for name, answer in zip(cases, commands.ask(asked), strict=True):
+    given = [f"source={home}/stored/checkpoint", "license=none", f"to={home}/out", f"run_dir={home}/export"]
+    *answers, export = commands.ask([*asked, {"recipe": "export", "overrides": given, "env": {}}])
+    assert export["code"] == 2
+    assert "path.json" in export["err"].splitlines()[-1]
+    for name, answer in zip(cases, answers, strict=True):
         assert answer["code"] == 0, (name, answer["err"])
         assert not answer["nemo"], name
         assert answer["out"].splitlines()[-2].startswith("merge: "), answer["out"]
+    check_paths(home, models)
     base, one, two = map(merge_models.weights_of, models)
     linear = merge_models.weights_of(home / "linear" / "checkpoint")
     ties = merge_models.weights_of(home / "elsewhere")
@@ -75,6 +82,22 @@ def test_what_is_written_is_the_formula(commands: Commands, models: list[Path]) 
     card = (home / "slerp" / "checkpoint" / "README.md").read_text()
     assert "merge_method: slerp" in card
     assert str(commands.home) not in card
+
+
+def check_paths(home: Path, models: list[Path]) -> None:
+    """Folded into the weights of a plain model; with a scale of 0 each layer once, which no recipe opens."""
+    from transformers import AutoModelForCausalLM
+
+    folded = AutoModelForCausalLM.from_pretrained(home / "path" / "checkpoint", attn_implementation="eager")
+    two = [AutoModelForCausalLM.from_pretrained(p, attn_implementation="eager") for p in models[1:]]
+    slots = [(0, 0, 1.0), (0, 1, 1.0), (0, 2, 1.0), (1, 1, 0.5), (0, 1, -1.5), (0, 2, 1.0)]
+    tokens = torch.randint(1024, (2, 16), generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        wanted = merge_paths.by_hand(two, slots, tokens)
+        torch.testing.assert_close(folded(tokens).logits, wanted, rtol=1e-3, atol=1e-3)
+    stored = home / "stored" / "checkpoint"
+    assert json.loads((stored / "path.json").read_text()) == {"path": "0:0-2,0:3*0.0,0:1"}
+    assert len({name.split(".")[2] for name in merge_models.weights_of(stored) if ".layers." in name}) == 4
 
 
 def check_directory(run: Path, models: list[Path]) -> None:
@@ -190,6 +213,7 @@ DAMAGES: dict[str, tuple[Damage, list[str]]] = {
 SETTINGS: dict[str, tuple[list[str], list[str]]] = {
     "no base": (["merge=ties", "base=null"], ["base=null", "merge.method=ties", "base=DIR"]),
     "method": (["merge.method=passthrough"], ["merge.method=passthrough", "slerp"]),
+    "null": (["merge=ties", "merge.density=null"], ["merge.density=null", "finite number"]),
     "t": (["merge=slerp", "base=null", "merge.t=[0,2]"], ["merge.t: 2", "at most 1"]),
     "tokenizer": (["merge=ties", "merge.tokenizer=else"], ["merge.tokenizer=else", "one of the models"]),
     "file and models": (["merge.file=x.yml"], ["merge.file=x.yml", "leave models and base out"]),

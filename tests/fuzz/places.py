@@ -92,6 +92,11 @@ class Places:
             "report": [f"source={self.home}/reported"],
             "compare": [f"models=[{model}]", "compare.prompt_tokens=8", "compare.new_tokens=4"],
             "merge": [f"models=[{self.huggingface},{self.huggingface}]", "license=none"],
+            "evolve": [
+                f"models=[{self.nemo},{self.huggingface}]",
+                *("license=none", "merge=linear", "evolve.space=layers"),
+                *("evolve.generations=1", "evolve.population=2", "evolve.samples=2"),
+            ],
             "evaluate_instruct": [f"source={model}", f"instruct.file={self.home}/instruct.jsonl"],
             "instruct_data": [f"instruct_data.input={self.home}/conversations.jsonl"],
             "pretrain": [

@@ -14,7 +14,7 @@ from nemo_minitron.errors import FailedRun, InputError
 from nemo_minitron.export.tensors import Weights
 from nemo_minitron.merging.methods import METHODS, Values, drawn
 from nemo_minitron.merging.models import Checked, Merged, opened
-from nemo_minitron.merging.settings import Merge, Place, Setting, check_models, number, place_of
+from nemo_minitron.merging.settings import PATH, Merge, Place, Setting, check_models, number, place_of
 from tests.support import merge_reference as reference
 from tests.support.merge_models import simple
 from tests.support.stacked_weights import of_family, saved, stacked
@@ -131,7 +131,7 @@ def test_a_mask_is_drawn_by_its_tensor_alone() -> None:
 
 def test_the_schema_names_the_methods() -> None:
     (choice,) = MethodName.__metadata__
-    assert choice.names == tuple(METHODS)
+    assert choice.names == (*METHODS, PATH)
 
 
 # ---- numbers by layer ----------------------------------------------------------------------------------------

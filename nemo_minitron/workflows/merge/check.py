@@ -20,8 +20,9 @@ from nemo_minitron.export.lineage import Lineage, lineage
 from nemo_minitron.export.target import bytes_of, check_target
 from nemo_minitron.export.tensors import parts
 from nemo_minitron.merging import mergekit_file
-from nemo_minitron.merging.models import Merged, Read, check_finite, opened
-from nemo_minitron.merging.settings import Merge, Setting, check_models, number
+from nemo_minitron.merging.models import Merged, Read, Tensors, check_finite, opened
+from nemo_minitron.merging.path import Laid, folds, read_path
+from nemo_minitron.merging.settings import PATH, Merge, Setting, check_models, number
 from nemo_minitron.progress import end_if_asked, open_bar
 from nemo_minitron.workflows.one_process import OneProcess, check_one_process
 
@@ -67,8 +68,11 @@ def check(r: MergeRecipe) -> Prepared:
     return prepare(r, merge_of(r))
 
 
-def prepare(r: MergeRecipe, merge: Merge) -> Prepared:
+def prepare(r: MergeRecipe, merge: Merge, ready: dict[str, Any] | None = None) -> Prepared:
     """Open the models of a merge and hold everything against them.
+
+    Args:
+        ready: what a launcher's check has found: the models' hashes; their values are then not read again.
 
     Raises:
         InputError: names the value.
@@ -79,7 +83,7 @@ def prepare(r: MergeRecipe, merge: Merge) -> Prepared:
         find_source(path, name.removesuffix(f"={path}"), r.data)
         for path, name in zip(merge.paths, named, strict=True)
     ]
-    check_alike(sources, named)
+    check_alike(sources, named, depth=merge.method != PATH)
     _check_layers(r, merge, sources)
     lineages = [lineage(path) for path in merge.paths]
     licence = _licence(r, lineages, named)
@@ -89,8 +93,9 @@ def prepare(r: MergeRecipe, merge: Merge) -> Prepared:
     huggingface.generation_settings(tokenizer, merged.architecture.vocab_size)
     dtype = huggingface.DTYPES[sources[0].dtype if merge.dtype == huggingface.SOURCE_DTYPE else merge.dtype]
     target = _target(r, merge, merged.architecture.parameters() * dtype.itemsize)
-    check_weights(sources, readers, named)
-    sha256 = [source.sha256() for source in sources]
+    if ready is None:
+        check_weights(sources, readers, named)
+    sha256 = ready["models_sha256"] if ready else [source.sha256() for source in sources]
     return Prepared(
         merge, sources, named, readers, sha256, dtype, tokenizer, target, shard_bytes, lineages, licence
     )
@@ -109,6 +114,8 @@ def merge_of(r: MergeRecipe) -> Merge:
         raise InputError(f"merge.file={c.file}: says which models are merged; leave models and base out")
     else:
         merge = mergekit_file.read(c.file, r.seed)
+    if c.path is not None and merge.method != PATH:
+        raise InputError(f"merge.path={c.path}: is of merge.method=path; the method is {merge.method}")
     check_models(merge)
     if merge.tokenizer is not None and merge.tokenizer not in merge.paths:
         legal = ", ".join(dict.fromkeys(merge.paths))
@@ -117,7 +124,14 @@ def merge_of(r: MergeRecipe) -> Merge:
 
 
 def of_config(c: MergeConfig, models: list[str], base: str | None, seed: int) -> Merge:
-    """The merge that a configuration without a file describes."""
+    """The merge that a configuration without a file describes.
+
+    Raises:
+        InputError: null in the place of a number.
+    """
+    for name in ("weight", "density", "t"):
+        if getattr(c, name) is None:
+            raise InputError(f"merge.{name}=null: must be a finite number, or a list of them")
     return Merge(
         method=c.method,
         models=tuple(models),
@@ -132,6 +146,7 @@ def of_config(c: MergeConfig, models: list[str], base: str | None, seed: int) ->
         dtype=c.dtype,
         tokenizer=c.tokenizer,
         seed=seed,
+        path=c.path,
     )
 
 
@@ -154,8 +169,11 @@ def names_of(r: MergeRecipe, merge: Merge) -> list[str]:
     return [f"{key}={path}" for key, path in zip(keys, merge.paths, strict=True)]
 
 
-def check_alike(sources: Sequence[Source], named: Sequence[str]) -> None:
+def check_alike(sources: Sequence[Source], named: Sequence[str], *, depth: bool = True) -> None:
     """Whether all models have one architecture of a family, and one tokenizer.
+
+    Args:
+        depth: whether they must have the same number of layers.
 
     Raises:
         InputError: names the first that differs, and in what.
@@ -166,7 +184,7 @@ def check_alike(sources: Sequence[Source], named: Sequence[str]) -> None:
     wanted = dataclasses.asdict(first.architecture)
     for source, name in others:
         for field, value in dataclasses.asdict(source.architecture).items():
-            if value != wanted[field]:
+            if value != wanted[field] and (depth or field != "num_layers"):
                 raise InputError(
                     f"{name}: {field} is {value}, of {named[0]} it is {wanted[field]}; models of one architecture are "
                     "merged"
@@ -190,13 +208,16 @@ def _check_layers(r: MergeRecipe, merge: Merge, sources: Sequence[Source]) -> No
         )
 
 
-def tensors_of(merge: Merge, sources: Sequence[Source], readers: Sequence[Read]) -> Merged:
+def tensors_of(merge: Merge, sources: Sequence[Source], readers: Sequence[Read]) -> Tensors:
     """The tensors of a merge of opened models, every number of it checked.
 
     Raises:
         InputError: a number is not legal, or a layer that no model has.
     """
     arch = sources[0].architecture
+    if merge.method == PATH:
+        path = read_path(str(merge.path), [source.architecture.num_layers for source in sources])
+        return Laid(path, readers, arch, folded=folds(path))
     models = readers if merge.base is None else readers[1:]
     merged = Merged(arch, merge, readers[0] if merge.base is not None else None, models)
     merged.check()

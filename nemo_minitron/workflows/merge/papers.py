@@ -21,11 +21,16 @@ def recipe_text(merge: Merge) -> str:
     return yaml.safe_dump(named.plain(), sort_keys=False, allow_unicode=True)
 
 
-def write(prepared: Prepared, arch: Architecture, place: Path) -> None:
+def write(
+    prepared: Prepared, merge: Merge, recipe: str, arch: Architecture, place: Path, note: str = ""
+) -> None:
     """Write the card and the legal files into the model's directory.
 
     Args:
+        merge: that made it.
+        recipe: as the card has it.
         arch: of the result.
+        note: lines of Markdown that tell how the recipe was found.
     """
     for found in prepared.lineages:
         for legal in found.legal:
@@ -47,6 +52,6 @@ def write(prepared: Prepared, arch: Architecture, place: Path) -> None:
         file=None,
         has_template=bool(settings.get("chat_template")),
         picture=False,
-        merge=card.MergeFacts(prepared.merge.method, tuple(names), recipe_text(prepared.merge)),
+        merge=card.MergeFacts(merge.method, tuple(names), recipe, note),
     )
     (place / card.FILE).write_text(card.card(facts), encoding="utf-8")

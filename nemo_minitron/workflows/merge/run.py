@@ -23,7 +23,7 @@ def run(r: MergeRecipe, prepared: Prepared, directory: Path) -> dict[str, Any]:
     begin = time.monotonic()
     merge = prepared.merge
     tensors = tensors_of(merge, prepared.sources, prepared.readers)
-    fields = written.write(r, prepared, tensors, directory)
+    fields = written.write(r, prepared, merge, tensors, directory)
     return {
         "recipe": "merge",
         "method": merge.method,

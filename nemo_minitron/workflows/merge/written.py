@@ -1,18 +1,21 @@
-"""A merged model on the disk: as a Hugging Face directory or as NeMo 2."""
+"""A merged model on the disk: a Hugging Face directory, NeMo 2, or distinct layers with the path beside them."""
 
 import dataclasses
+import json
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 from nemo_minitron.checkpoints.families import config_of
-from nemo_minitron.checkpoints.source import find_source
+from nemo_minitron.checkpoints.source import PATH_FILE, find_source
 from nemo_minitron.config.merge import MergeRecipe
 from nemo_minitron.export import huggingface
 from nemo_minitron.export.target import under_another_name
 from nemo_minitron.files import remove
 from nemo_minitron.merging.models import Checked, Tensors
+from nemo_minitron.merging.path import Laid, distinct, folds, text_of
+from nemo_minitron.merging.settings import Merge
 from nemo_minitron.progress import progress_bar
 from nemo_minitron.workflows.merge import papers
 from nemo_minitron.workflows.merge.check import Prepared
@@ -21,12 +24,23 @@ from nemo_minitron.workflows.preflight import converted
 NEMO = "nemo"
 
 
-def write(r: MergeRecipe, prepared: Prepared, tensors: Tensors, directory: Path) -> dict[str, Any]:
+def write(
+    r: MergeRecipe,
+    prepared: Prepared,
+    merge: Merge,
+    tensors: Tensors,
+    directory: Path,
+    recipe: str | None = None,
+    note: str = "",
+) -> dict[str, Any]:
     """Write the model to where the recipe says, with its card.
 
     Args:
+        merge: that made it.
         tensors: of the result.
         directory: of the run.
+        recipe: what the card shows; None: the merge.
+        note: as `papers.write`.
 
     Returns:
         Fields of `result.json`.
@@ -34,15 +48,21 @@ def write(r: MergeRecipe, prepared: Prepared, tensors: Tensors, directory: Path)
     Raises:
         FailedRun: a tensor is not finite.
     """
+    whole = not isinstance(tensors, Laid) or folds(tensors.path)
     with under_another_name(prepared.target) as temporary:
         temporary.mkdir()
-        files = _write_directory(prepared, tensors, temporary)
+        stored, places = (tensors, None) if whole else distinct(tensors)  # type: ignore[arg-type]
+        files = _write_directory(prepared, stored, temporary)
         weight_bytes = sum(file.stat().st_size for file in files)
-        if r.format == NEMO:
+        if places is not None:
+            text = json.dumps({"path": text_of(places)}, indent=2) + "\n"
+            (temporary / PATH_FILE).write_text(text, encoding="utf-8")
+        elif r.format == NEMO:
             _to_nemo(r, temporary, directory)
-        papers.write(prepared, tensors.architecture, temporary)
+        shown = papers.recipe_text(merge) if recipe is None else recipe
+        papers.write(prepared, merge, shown, tensors.architecture, temporary, note)
     return {
-        "format": r.format,
+        "format": r.format if whole else PATH_FILE,
         "params": tensors.architecture.parameters(),
         "dtype": str(prepared.dtype).removeprefix("torch."),
         "license": None if prepared.licence is None else prepared.licence.name,
