@@ -11,7 +11,8 @@ every 20 ms). A student's sizes are read off its files, some of its tensors are 
 indices, and one run is killed and typed again: its files must have the bytes of the run before.
 
 With `--score N` the model is scored layer by layer instead, over N samples of 512 tokens: every axis, block influence
-and the loss. `hours` is what 32 layers and 1,024 samples would take at the median layer's pace; `--layers 4` is enough.
+and the loss. `hours` is what 32 layers and 1,024 samples would take at the median layer's pace, `cpu_hours` what they
+would work, which other programs on the machine hardly change; `--layers 4` is enough.
 """
 
 import argparse
@@ -303,13 +304,14 @@ def scored(model: Path, home: Path, samples: int) -> dict[str, Any]:
     ended = run([*line, "stream=true", "shard_size=500MB", *own, *sizes, f"run_dir={run_dir}"])
     result = json.loads((run_dir / "result.json").read_text())
     shutil.rmtree(run_dir)
-    layer_s = result["layer_s"]
+    took = {"hours": result["layer_s"], "cpu_hours": result["layer_cpu_s"]}
     # Each layer takes one sample of held-out text besides.
-    hours = statistics.median(layer_s) / (samples + 1) * 1024 * 32 / 3600
+    all_of_it = 1024 * 32 / (samples + 1) / 3600
     return {
         "scored": samples,
-        "layer_s": layer_s,
-        "hours": round(hours, 1),
+        "layer_s": result["layer_s"],
+        "layer_cpu_s": result["layer_cpu_s"],
+        **{key: round(statistics.median(layers) * all_of_it, 1) for key, layers in took.items()},
         "lm_loss_nats_before": result["lm_loss_nats_before"],
         "lm_loss_nats_after": result["lm_loss_nats_after"],
         "peak_anonymous_gib": round(ended.anonymous / 2**30, 3),

@@ -76,8 +76,17 @@ class LayerStream:
         self._progress, self._done = progress, 0
         self.kept = 0  # layers that an earlier run had finished
         self.seconds: list[float] = []  # of each layer since
+        self.cpu_seconds: list[float] = []  # of all threads: other work on the machine hardly changes them
         # Not `config.params_dtype`, which NeMo sets to float32 for bf16-mixed.
         self._width, self._dtype = one.module.config.hidden_size, next(one.module.parameters()).dtype
+
+    def facts(self) -> dict[str, Any]:
+        """Fields of `result.json`: of how many layers an earlier run had been through, and what each took since."""
+        return {
+            "layers_kept": self.kept,
+            "layer_s": [round(seconds, 2) for seconds in self.seconds],
+            "layer_cpu_s": [round(seconds, 2) for seconds in self.cpu_seconds],
+        }
 
     def run(self, kinds: Sequence[Samples], look: Look) -> Figures:
         """Send all samples through all layers.
@@ -93,12 +102,13 @@ class LayerStream:
         self.kept = begin
         self._done = passes(kinds, begin)
         for number in range(begin, self.one.layers):
-            started = time.monotonic()
+            started, worked = time.monotonic(), time.process_time()
             with torch.no_grad(), self.one.as_layer(number) as model:
                 found = look(number, model, self._sender(number, {kind.name: kind for kind in kinds}))
             figures = _added(figures, found)
             self._finish(number + 1, figures)
             self.seconds.append(time.monotonic() - started)
+            self.cpu_seconds.append(time.process_time() - worked)
         return figures
 
     def _begun(self, kinds: Sequence[Samples]) -> tuple[int, Figures]:

@@ -53,7 +53,8 @@ class OneLayer:
         self.layers = source.architecture.num_layers
         self._reader, self._rounded = reader, rounded
         arch = source.architecture.replace(num_layers=1, vocab_size=vocab_rows)
-        self.module = built(arch, source.seq_length, nemo_tokenizer(source.tokenizer), precision).eval()
+        tokenizer = nemo_tokenizer(source.tokenizer)
+        self.module = built(arch, source.seq_length, tokenizer, precision, drawn=False).eval()
         self._states: list[Tensor] = []
         # What the final norm is given, [s, b, h], is the layer's output, or its input where the layer is left out.
         self.module.decoder.final_layernorm.register_forward_pre_hook(
@@ -123,14 +124,23 @@ class OneLayer:
     _beside_is_loaded = False
 
 
-def built(arch: Architecture, seq_length: int, tokenizer: Any = None, precision: str = "32") -> Any:
+def built(
+    arch: Architecture,
+    seq_length: int,
+    tokenizer: Any = None,
+    precision: str = "32",
+    *,
+    drawn: bool = True,
+) -> Any:
     """Megatron's GPTModel of these sizes in one process, its weights not those of any checkpoint.
 
     Args:
         tokenizer: NeMo's; None for a model that reads no text.
         precision: as `trainer.precision`.
+        drawn: whether the weights are random; False: they are anything. Megatron draws whole tables in float32.
     """
     config = models.to_config(arch, seq_length=seq_length, precision=precision)
+    config.perform_initialization = drawn
     model = models.to_model(config, tokenizer)
     made = trainer.trainer(TrainerConfig(precision=precision), training=False)
     made.strategy.connect(model)

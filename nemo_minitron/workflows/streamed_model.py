@@ -1,5 +1,6 @@
 """A Hugging Face directory whose layers samples go through one by one, and its loss on held-out text."""
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ def held_out(r: CommonConfig, data: PreparedData, samples: int | None) -> Sample
 def one_layer(r: CommonConfig, source: Source) -> OneLayer:
     """The model, of kind "huggingface", with one layer in memory and the next one on its way."""
     arch = source.architecture
+    gc.collect()  # an earlier model of this process refers to itself, and has gigabytes
     return OneLayer(
         source,
         HuggingFaceReader(arch, TensorFiles(source.path, arch, f"source={source.path}")),

@@ -155,7 +155,7 @@ def _cached(directory: Path, home: Path, *, killed: bool) -> None:
     assert found is not None
     same_cache(by_layer, whole)
     assert torch.equal(found["tokens"], expected["tokens"])
-    assert found.keys() - expected.keys() == {"stream", "layers_kept", "layer_s"}
+    assert found.keys() - expected.keys() == {"stream", "layers_kept", "layer_s", "layer_cpu_s"}
     for key in ("bytes", "shards", "sequences", "data_sha256", "teacher"):
         assert found[key] == expected[key]
     assert not list(by_layer.glob(".*"))

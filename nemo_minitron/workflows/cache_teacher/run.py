@@ -72,8 +72,7 @@ def _streamed(
     tokens = prepared.plan.contents.sequences * r.data.seq_length
     return loss, {
         "stream": True,
-        "layers_kept": stream.kept,
-        "layer_s": [round(taken, 2) for taken in stream.seconds],
+        **stream.facts(),
         "write_s": round(seconds, 2),
         # Of a run that went on with another's states it would say nothing.
         "tokens_per_s": None if stream.kept else round(tokens / seconds, 1),

@@ -64,8 +64,7 @@ def before(r: PruneRecipe, prepared: StreamedPrepared, directory: Path) -> tuple
         "lm_loss_nats_before": loss.nats,
         "eval_samples": loss.samples,
         "eval_tokens": loss.tokens,
-        "layers_kept": stream.kept,
-        "layer_s": [round(seconds, 2) for seconds in stream.seconds],
+        **stream.facts(),
     }
 
 
