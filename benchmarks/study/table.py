@@ -104,10 +104,10 @@ def _minutes(home: Home, last: str, seeds: Sequence[int]) -> str:
 
 
 def picture(home: Home, seeds: Sequence[int], file: Path) -> None:
-    """Arms of all rows with their error bars, one row below the other; none where nothing is done."""
+    """Arms of all rows with their error bars, one row below the other, of which two arms are done."""
     measured = [(row, arms(home, row, seeds)) for row in home.study.rows]
     measured = [(row, {name: arm for name, arm in found.items() if arm.gaps}) for row, found in measured]
-    measured = [(row, found) for row, found in measured if found]
+    measured = [(row, found) for row, found in measured if len(found) > 1]
     if not measured:
         return
     import matplotlib
