@@ -34,6 +34,7 @@ TAKES: dict[str, list[str]] = {
     "evaluate_instruct": ["source={}", "instruct.file=/nowhere"],
     "export": ["source={}", "to={}", "license=none"],
     "merge": ["models=[{},/nowhere]"],
+    "evolve": ["models=[{},/nowhere]", "merge=linear"],
 }
 LONGER = 2 * gguf_files.CONTEXT
 

@@ -287,6 +287,7 @@ _UNKNOWN = {
     "report": "text that is written a token at a time",
     "export": "reading and writing",
     "merge": "reading and writing",
+    "evolve": "the candidates of a search",
     "compare": "evaluations of several models, one after the other",
 }
 
