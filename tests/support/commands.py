@@ -161,6 +161,19 @@ class Commands:
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
 
+    def refuse(self, recipe: str, cases: dict[str, tuple[list[str], list[str]]]) -> None:
+        """Hold that a recipe refuses each case's overrides in a line with each of its texts, without NeMo or a file."""
+        before = tree(self.home)
+        asked = [{"recipe": recipe, "overrides": overrides, "env": {}} for overrides, _ in cases.values()]
+        for (name, (_, says)), answer in zip(cases.items(), self.ask(asked), strict=True):
+            assert answer["code"] == 2, (name, answer)
+            assert not answer["nemo"], name
+            lines = answer["err"].splitlines()
+            assert lines[-1].startswith("error: "), (name, lines)
+            for part in says:
+                assert part in lines[-1], (name, lines)
+        assert tree(self.home) == before
+
     def prune(self, source: Path, run_dir: Path, *overrides: str, **options: Any) -> Ended:
         """recipes/prune.py +conf=width over 32 calibration sequences."""
         return self.run("prune", *self.pruning(source, run_dir), *overrides, **options)
