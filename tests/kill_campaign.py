@@ -157,7 +157,7 @@ class Campaign:
 
     def __init__(self, home: Path) -> None:
         home.mkdir(parents=True, exist_ok=True)
-        self.commands = Commands(home)
+        self.commands = Commands(home, home / "cache")
         self.subjects = subjects(self.commands)
         self.expected: dict[str, tuple[Any, float]] = {}
 

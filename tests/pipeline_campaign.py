@@ -25,7 +25,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=random.randrange(10_000))
     a = parser.parse_args()
     a.home.mkdir(parents=True, exist_ok=True)
-    commands, export = Commands(a.home), a.home / "teacher-hf"
+    commands, export = Commands(a.home, a.home / "cache"), a.home / "teacher-hf"
     ended = commands.pretrain(a.home / "teacher", "trainer.max_steps=10", f"export_dir={export}")
     teacher = Teacher(a.home / "teacher", export, ended, ended.result())
     straight = a.home / "straight"

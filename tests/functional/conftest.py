@@ -29,19 +29,27 @@ class Pruned:
 
 
 @pytest.fixture(scope="session")
-def commands(tmp_path_factory: pytest.TempPathFactory) -> Commands:
-    return Commands(tmp_path_factory.mktemp("user"))
+def founder(tmp_path_factory: pytest.TempPathFactory) -> Commands:
+    """Who made the models that serve all tests."""
+    home = tmp_path_factory.mktemp("founder")
+    return Commands(home, home / "cache")
+
+
+@pytest.fixture(scope="module")
+def commands(tmp_path_factory: pytest.TempPathFactory, founder: Commands) -> Commands:
+    """A user for each file of tests: two files may name their run directories alike."""
+    return Commands(tmp_path_factory.mktemp("user"), founder.cache)
 
 
 @pytest.fixture(scope="session")
-def teacher(commands: Commands) -> Teacher:
-    run_dir, export = commands.home / "teacher", commands.home / "teacher-hf"
-    ended = commands.pretrain(run_dir, "trainer.max_steps=30", f"export_dir={export}")
+def teacher(founder: Commands) -> Teacher:
+    run_dir, export = founder.home / "teacher", founder.home / "teacher-hf"
+    ended = founder.pretrain(run_dir, "trainer.max_steps=30", f"export_dir={export}")
     return Teacher(run_dir, export, ended, ended.result())
 
 
 @pytest.fixture(scope="session")
-def pruned(commands: Commands, teacher: Teacher) -> Pruned:
-    run_dir = commands.home / "pruned"
-    ended = commands.prune(teacher.huggingface, run_dir)
+def pruned(founder: Commands, teacher: Teacher) -> Pruned:
+    run_dir = founder.home / "pruned"
+    ended = founder.prune(teacher.huggingface, run_dir)
     return Pruned(run_dir, ended, ended.result())

@@ -304,19 +304,21 @@ CASES: dict[str, Case] = {
 
 @pytest.fixture(scope="module")
 def places(commands: Commands, teacher: Teacher, pruned: Pruned) -> Places:
+    (commands.home / "teacher-hf").symlink_to(teacher.huggingface)
     checkpoint = commands.home / "bad" / "nemo"
     shutil.copytree((teacher.run_dir / "checkpoint").resolve(), checkpoint)
     return Places(commands.home, teacher.huggingface, checkpoint, teacher.run_dir, pruned.run_dir)
 
 
-def arguments(commands: Commands, case: Case, overrides: list[str], run_dir: Path) -> list[str]:
+def arguments(
+    commands: Commands, places: Places, case: Case, overrides: list[str], run_dir: Path
+) -> list[str]:
     if case.recipe == "pretrain":
         return [*commands.data(), *commands.sizes(), f"run_dir={run_dir}", *overrides]
-    teacher = commands.home / "teacher-hf"
     models = {
-        "distill": [f"student={commands.home / 'pruned'}", f"teacher={teacher}"],
-        "correct_teacher": [f"teacher={teacher}"],
-    }.get(case.recipe, [f"source={teacher}"])
+        "distill": [f"student={places.pruned}", f"teacher={places.huggingface}"],
+        "correct_teacher": [f"teacher={places.huggingface}"],
+    }.get(case.recipe, [f"source={places.huggingface}"])
     return [case.preset, *commands.data(), *models, f"run_dir={run_dir}", *overrides]
 
 
@@ -327,7 +329,7 @@ def answers(commands: Commands, places: Places) -> dict[str, dict[str, Any]]:
     for name, case in CASES.items():
         made = case.overrides if isinstance(case.overrides, list) else case.overrides(places)
         run_dir = commands.home / "refused" / name.replace(" ", "_")
-        overrides = arguments(commands, case, made, run_dir)
+        overrides = arguments(commands, places, case, made, run_dir)
         asked.append({"recipe": case.recipe, "overrides": overrides, "env": case.env})
     before = tree(places.pruned)
     found = commands.ask(asked)

@@ -31,7 +31,7 @@ def under(
     run_dir = commands.home / f"conditions-{name}"
     made = [
         *test_distill.overrides(commands, student, teacher, run_dir),
-        f"data.cache_dir={commands.home}/cache",
+        f"data.cache_dir={commands.cache}",
         *more,
     ]
     result, *_ = ranks.run_on_ranks(

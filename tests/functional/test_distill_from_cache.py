@@ -138,7 +138,7 @@ def test_the_cache_of_a_teacher_that_no_one_loads(runs: Runs, monkeypatch: pytes
     runs.same_states("streamed", "hidden")
     opened: list[Path] = []
     monkeypatch.setattr(distill, "converted", lambda source, _: opened.append(source.path) or source)
-    monkeypatch.setenv("NEMO_MINITRON_HOME", str(runs.commands.home / "cache"))
+    monkeypatch.setenv("NEMO_MINITRON_HOME", str(runs.commands.cache))
     asked = runs.from_cache("accepted", "streamed", f"teacher={runs.teacher.huggingface}")
     prepared = distill.check(parse(DistillRecipe, composed("distill", asked)))
     assert isinstance(prepared.teacher, TeacherCache)
@@ -293,7 +293,7 @@ def refusal(recipe: str, overrides: list[str]) -> str:
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused(runs: Runs, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NEMO_MINITRON_HOME", str(runs.commands.home / "cache"))
+    monkeypatch.setenv("NEMO_MINITRON_HOME", str(runs.commands.cache))
     make, says = REFUSED[name]
     line = refusal("distill", make(runs))
     for part in says:
@@ -302,7 +302,7 @@ def test_refused(runs: Runs, name: str, monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.parametrize("name", REFUSED_WRITING)
 def test_writing_refused(runs: Runs, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NEMO_MINITRON_HOME", str(runs.commands.home / "cache"))
+    monkeypatch.setenv("NEMO_MINITRON_HOME", str(runs.commands.cache))
     overrides, says = REFUSED_WRITING[name]
     line = refusal("cache_teacher", runs.writing("refused", *overrides))
     for part in says:

@@ -44,6 +44,13 @@ class Global:
         return out
 
 
+@pytest.fixture(scope="module", autouse=True)
+def models(commands: Commands, teacher: Teacher) -> None:
+    """The teacher beside what is made of it."""
+    (commands.home / "teacher-hf").symlink_to(teacher.huggingface)
+    (commands.home / "teacher").symlink_to(teacher.run_dir)
+
+
 def huggingface(home: Path, name: str) -> Path:
     shutil.copytree(home / "teacher-hf", home / "hostile" / name)
     return home / "hostile" / name

@@ -21,7 +21,7 @@ def output(commands: Commands, teacher: Teacher) -> Path:
     directory = commands.home / "plain"
     directory.mkdir()
     # The corpus of the recipes, indexed by them.
-    manifests = (commands.home / "cache" / "data").rglob("manifest.json")
+    manifests = (commands.cache / "data").rglob("manifest.json")
     (train,) = (m.with_name("train.bin") for m in manifests if teacher.result["data_sha256"] in m.read_text())
     arguments = [teacher.run_dir / "checkpoint", train.with_suffix(""), train.with_name("valid"), directory]
     done = subprocess.run(

@@ -33,7 +33,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 
 def overrides(commands: Commands, teacher: Teacher, preset: str, run_dir: Path) -> list[str]:
     """As `Commands.prune` for any preset; the source is the NeMo 2 run."""
-    usual = [*commands.pruning(teacher.run_dir, run_dir), f"data.cache_dir={commands.home}/cache"]
+    usual = [*commands.pruning(teacher.run_dir, run_dir), f"data.cache_dir={commands.cache}"]
     return [f"+conf={preset}", *(part for part in usual if not part.startswith("+conf="))]
 
 

@@ -56,7 +56,7 @@ def real(commands: Commands) -> Real:
     model = AutoModelForCausalLM.from_pretrained(
         file.parent, gguf_file=file.name, torch_dtype=torch.float32, attn_implementation="eager"
     )
-    directory = to_huggingface(file, commands.home / "cache" / "gguf", "real model", architecture_of)
+    directory = to_huggingface(file, commands.cache / "gguf", "real model", architecture_of)
     return Real(file, directory, model.eval())
 
 
@@ -87,7 +87,7 @@ def overrides(corpus: dict[str, Any]) -> list[str]:
 @pytest.fixture(scope="module")
 def data(commands: Commands, corpus: dict[str, Any], real: Real) -> PreparedData:
     """The data as the recipes have prepared it."""
-    return prepare_data(DataConfig(**corpus, cache_dir=str(commands.home / "cache")), str(real.directory))
+    return prepare_data(DataConfig(**corpus, cache_dir=str(commands.cache)), str(real.directory))
 
 
 def tokens_of(data: PreparedData, split: str, samples: int) -> Tensor:

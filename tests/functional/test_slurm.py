@@ -175,14 +175,14 @@ def steps(run_dir: Path) -> dict[tuple[str, int], dict[str, Any]]:
     return found
 
 
-def distilling(commands: Commands, student: object, run_dir: Path) -> list[object]:
+def distilling(commands: Commands, teacher: Teacher, student: object, run_dir: Path) -> list[object]:
     return [
         *commands.data(),
         "+conf=width",
         TENSOR_RANKS,
         *SITE,
         f"student={student}",
-        f"teacher={commands.home}/teacher-hf",
+        f"teacher={teacher.huggingface}",
         f"run_dir={run_dir}",
         f"distill.max_steps={STEPS}",
         "distill.val_check_interval=5",
@@ -197,7 +197,7 @@ def chained(slurm: Slurm, commands: Commands, teacher: Teacher) -> Path:
     base = commands.home / "chained"
     shared = [*commands.data(), TENSOR_RANKS]
     pruning = commands.pruning(teacher.huggingface, base / "prune")
-    learning = distilling(commands, "@prune", base / "distill")
+    learning = distilling(commands, teacher, "@prune", base / "distill")
     steps = [
         f"pipeline.steps.{name}." + text.replace("+conf", "preset")
         if "+conf" in text
@@ -259,14 +259,16 @@ def go_on_at(slurm: Slurm, job: str, pid: int, number: signal.Signals) -> None:
     os.kill(pid, signal.SIGCONT)
 
 
-def test_preempted_and_out_of_time_and_yet_the_same(slurm: Slurm, commands: Commands, chained: Path) -> None:
+def test_preempted_and_out_of_time_and_yet_the_same(
+    slurm: Slurm, commands: Commands, teacher: Teacher, chained: Path
+) -> None:
     """A more urgent job drives the training away; later its time limit comes. Every loss is that of the run that was
     left alone, and so is the student."""
     run_dir = commands.home / "disturbed"
     distill = commands.command("distill")[-1]
     # A signal so long before the limit that an update of the limit brings it at once.
     site = ["cluster.signal_s=290"]
-    submitted = slurm.submit(distill, *distilling(commands, chained / "prune", run_dir), *site)
+    submitted = slurm.submit(distill, *distilling(commands, teacher, chained / "prune", run_dir), *site)
     assert submitted.returncode == 0, submitted.stderr
     job = submitted.stdout.strip()
 

@@ -46,9 +46,13 @@ class Ended:
 
 @dataclass(frozen=True)
 class Commands:
-    """A user with a home directory and a small corpus: Python's own `email` to train on, `json` held out."""
+    """A user with a home directory and a small corpus: Python's own `email` to train on, `json` held out.
+
+    What was prepared once lies in `cache`, which users may share.
+    """
 
     home: Path
+    cache: Path
 
     def environment(self, **more: str) -> dict[str, str]:
         inherited = {
@@ -59,7 +63,7 @@ class Commands:
         }
         return {
             **inherited,
-            "NEMO_MINITRON_HOME": str(self.home / "cache"),
+            "NEMO_MINITRON_HOME": str(self.cache),
             "NEMO_MINITRON_PYTHON": sys.executable,
             "OMP_NUM_THREADS": "1",
             **more,
@@ -136,12 +140,12 @@ class Commands:
         return log.read_text(errors="replace")
 
     def wait_for_orphans(self, timeout: float = 30) -> None:
-        """Until nothing runs any more that was started with this user's environment.
+        """Until nothing runs any more that was started with this user's cache.
 
         Raises:
             AssertionError: something does, after `timeout` seconds: its command line.
         """
-        mark = f"NEMO_MINITRON_HOME={self.home / 'cache'}".encode()
+        mark = f"NEMO_MINITRON_HOME={self.cache}".encode()
         deadline = time.monotonic() + timeout
         while left := _processes_with(mark):
             assert time.monotonic() < deadline, f"left behind: {left}"
@@ -163,7 +167,7 @@ class Commands:
 
     def refuse(self, recipe: str, cases: dict[str, tuple[list[str], list[str]]]) -> None:
         """Hold that a recipe refuses each case's overrides in a line with each of its texts, without NeMo or a file."""
-        before = tree(self.home)
+        before = tree(self.home), tree(self.cache)
         asked = [{"recipe": recipe, "overrides": overrides, "env": {}} for overrides, _ in cases.values()]
         for (name, (_, says)), answer in zip(cases.items(), self.ask(asked), strict=True):
             assert answer["code"] == 2, (name, answer)
@@ -172,7 +176,7 @@ class Commands:
             assert lines[-1].startswith("error: "), (name, lines)
             for part in says:
                 assert part in lines[-1], (name, lines)
-        assert tree(self.home) == before
+        assert (tree(self.home), tree(self.cache)) == before
 
     def prune(self, source: Path, run_dir: Path, *overrides: str, **options: Any) -> Ended:
         """recipes/prune.py +conf=width over 32 calibration sequences."""

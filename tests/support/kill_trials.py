@@ -191,7 +191,8 @@ def tuning(commands: Commands, student: Path, steps: int) -> Subject:
 
 def main(trials: int, first_seed: int) -> int:
     """Trials until so many were killed, in turn on each recipe; 1 if one of them ended differently."""
-    commands = Commands(Path(tempfile.mkdtemp(prefix="kill-trials-")))
+    home = Path(tempfile.mkdtemp(prefix="kill-trials-"))
+    commands = Commands(home, home / "cache")
     teacher, student = commands.home / "teacher-hf", commands.home / "student"
     commands.pretrain(commands.home / "teacher", "trainer.max_steps=10", f"export_dir={teacher}").result()
     commands.prune(teacher, student).result()
