@@ -207,6 +207,29 @@ def test_the_norm_is_what_its_definition_says(
         torch.testing.assert_close(mine.grad.double(), other.grad, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(("of_x", "of_gamma"), [(True, False), (False, True)])
+def test_a_frozen_norm_or_input_has_no_gradient(of_x: bool, of_gamma: bool) -> None:
+    norm = HostNorm(config("RMSNorm", False), 6)
+    x, upstream = (torch.randn(3, 2, 6, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
+    ours = [x.requires_grad_(of_x), norm.weight.requires_grad_(of_gamma)]
+    norm(x).backward(upstream)
+    theirs = [tensor.detach().double().requires_grad_() for tensor in ours]
+    expected(*theirs, None, 1e-5).backward(upstream.double())
+    for mine, other, wanted in zip(ours, theirs, (of_x, of_gamma), strict=True):
+        assert (mine.grad is not None) is wanted
+        if wanted:
+            torch.testing.assert_close(mine.grad.double(), other.grad, rtol=1e-5, atol=1e-5)
+
+
+def test_the_norm_keeps_its_input_alone() -> None:
+    norm, kept = HostNorm(config("RMSNorm", False), 64), []
+    x = torch.randn(8, 2, 64, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        norm(x)
+    large = {tensor.data_ptr() for tensor in kept if tensor.numel() == x.numel()}
+    assert large == {x.data_ptr()}
+
+
 @pytest.mark.parametrize(("normalization", "zero_centered"), KINDS)
 def test_a_fresh_norm_scales_by_one(normalization: str, zero_centered: bool) -> None:
     norm = HostNorm(config(normalization, zero_centered, dtype=torch.bfloat16), 8)
