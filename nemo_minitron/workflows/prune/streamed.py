@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +36,12 @@ def run(r: PruneRecipe, prepared: StreamedPrepared, directory: Path) -> dict[str
     for path in artifacts.stale(directory):
         remove(path)
     unfinished, mark = _begun(directory, prepared, plan)
-    plan.save(directory / "plan.json")
     artifacts.keep_scores([(scores, plan)], directory)
     begin = time.monotonic()
     kept, files = _write(prepared, plan, unfinished)
     written_s = time.monotonic() - begin
     _verify(unfinished, prepared, plan)
+    replace(plan, source_sha256=prepared.source_sha256).save(directory / "plan.json")
     put(unfinished, directory / CHECKPOINT)
     if prepared.plan is None:
         measured |= _scoring().after(r, prepared, mark.read_text(), directory)
@@ -102,10 +103,13 @@ def _begun(directory: Path, prepared: StreamedPrepared, plan: PrunePlan) -> tupl
 
 
 def _state(prepared: StreamedPrepared, plan: PrunePlan) -> str:
-    """All that decides the bytes of the files."""
-    text = json.dumps(plan.to_dict(), sort_keys=True)
+    """All that decides the bytes of the files; the source by its files' sizes and times, since its hash may still be at
+    work."""
+    text = json.dumps(plan.to_dict() | {"source_sha256": None}, sort_keys=True)
+    stats = {file.name: file.stat() for file in prepared.source.files}
     state = {
         "plan": hashlib.sha256(text.encode()).hexdigest(),
+        "source": {name: [found.st_size, found.st_mtime_ns] for name, found in stats.items()},
         "dtype": str(prepared.dtype),
         "shard_bytes": prepared.shard_bytes,
     }

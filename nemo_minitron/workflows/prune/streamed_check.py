@@ -1,8 +1,10 @@
 """What a pruning with `stream=true` refuses and prepares, before anything is written."""
 
+from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
@@ -31,15 +33,17 @@ from nemo_minitron.workflows.prune import artifacts, plans
 from nemo_minitron.workflows.prune.data import check_data
 
 _BESIDE_WEIGHTS = 64 << 20  # bytes; tokenizer, plan, scores
+_PENDING = ""  # in the place of the source's sha256, in a plan that is made before that is known
 
 
 @dataclass(frozen=True)
 class StreamedPrepared:
     """What is known before a streamed pruning writes. `source`: of kind "huggingface"; `plan`: None where scores have
-    to be made first, on `data`; `scores`: those given, or None; `dtype`, `shard_bytes`: of what is written."""
+    to be made first, on `data`; `scores`: those given, or None; `dtype`, `shard_bytes`: of what is written; `hashed`:
+    the source's sha256, which may still be at work. A `plan` need not name it yet."""
 
     source: Source
-    source_sha256: str
+    hashed: "Future[str]"
     target: Architecture
     keep_layers: list[int] | None
     plan: PrunePlan | None
@@ -47,6 +51,11 @@ class StreamedPrepared:
     data: PreparedData | None
     dtype: torch.dtype
     shard_bytes: int
+
+    @property
+    def source_sha256(self) -> str:
+        """Waits for it."""
+        return self.hashed.result()
 
     def by_removal(self, p: PruneConfig) -> bool:
         """Whether layers are chosen by the loss without each."""
@@ -80,7 +89,9 @@ def check(r: PruneRecipe) -> StreamedPrepared:
     _check_room(r, size)
     if arch.share_embeddings_and_output_weights:
         check_tied(read_headers(source.path, where), where)
-    sha256 = ready.get("source_sha256") or source.sha256()
+    hashed = _hashed(source, ready.get("source_sha256"))
+    # Only scores from a file have to be compared with it before anything else is done.
+    sha256 = hashed.result() if r.prune.scores is not None else _PENDING
     scores, data, plan = None, None, None
     if scored:
         plans.check_importance(r.prune, arch, sha256)
@@ -93,7 +104,21 @@ def check(r: PruneRecipe) -> StreamedPrepared:
     else:
         scores = plans.check_importance(r.prune, arch, sha256)
         plan = _plan(r.prune, [arch, *steps], keep_layers, scores, sha256)
-    return StreamedPrepared(source, sha256, target, keep_layers, plan, scores, data, dtype, shard_bytes)
+    return StreamedPrepared(source, hashed, target, keep_layers, plan, scores, data, dtype, shard_bytes)
+
+
+def _hashed(source: Source, known: str | None) -> "Future[str]":
+    """The sha256 of a source's weights, read behind whatever else is done."""
+    found: Future[str] = Future()
+
+    def work() -> None:
+        try:
+            found.set_result(known or source.sha256())
+        except BaseException as error:
+            found.set_exception(error)
+
+    Thread(target=work, daemon=True).start()
+    return found
 
 
 def _check_settings(r: PruneRecipe) -> None:
