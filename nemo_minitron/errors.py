@@ -1,5 +1,6 @@
 """What a recipe's exit code tells: the exceptions behind 2, 1 and 75."""
 
+import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -26,6 +27,21 @@ def of_setting(key: str) -> Iterator[None]:
         yield
     except InputError as error:
         raise InputError(f"{key}: {error}") from None
+
+
+def need_package(name: str, where: str, extras: str = "dev,search,device") -> None:
+    """Refuse what needs a package that `make setup` installs only where it is asked to.
+
+    Args:
+        name: as it is imported.
+        where: the setting, and what it stands for.
+        extras: those to ask for.
+
+    Raises:
+        InputError: it is not installed.
+    """
+    if importlib.util.find_spec(name) is None:
+        raise InputError(f"{where}: needs the package {name} (make setup EXTRAS={extras})")
 
 
 def first_line(error: BaseException) -> str:

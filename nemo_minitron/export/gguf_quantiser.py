@@ -5,7 +5,7 @@ import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
-from nemo_minitron.errors import InputError
+from nemo_minitron.errors import InputError, need_package
 from nemo_minitron.export.gguf_model import name_of
 from nemo_minitron.export.huggingface import Model
 
@@ -25,18 +25,14 @@ def check_packages(kind: str, quantised: Sequence[str], perplexity: bool) -> Non
     Raises:
         InputError: names the package.
     """
-    extra = "make setup EXTRAS=dev,search,device"
-    if importlib.util.find_spec("gguf") is None:
-        raise InputError(f"format=gguf: needs the package gguf ({extra})")
+    need_package("gguf", "format=gguf")
     if kind in quantised and importlib.util.find_spec(_PACKAGE) is None:
         raise InputError(
             f"export.quantization={kind}: llama.cpp's own quantiser makes it; needs the package llama-cpp-python "
             "(pip install llama-cpp-python, which compiles it)"
         )
-    if perplexity and importlib.util.find_spec("xllamacpp") is None:
-        raise InputError(
-            f"export.perplexity_tokens: needs the package xllamacpp ({extra}); 0 leaves the perplexity out"
-        )
+    if perplexity:
+        need_package("xllamacpp", "export.perplexity_tokens, which 0 leaves out")
 
 
 def estimate(model: Model, kind: str, measured: bool) -> int:

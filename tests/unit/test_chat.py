@@ -124,7 +124,7 @@ def test_refused(student: Student, gguf: Path, tmp_path: Path, monkeypatch: pyte
     ):
         with pytest.raises(InputError, match=words):
             check.check(r)
-    monkeypatch.setattr(check.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match="needs the package gguf"):
         check.check(asking(gguf))
 

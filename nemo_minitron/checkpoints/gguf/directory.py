@@ -1,7 +1,6 @@
 """A GGUF file as a Hugging Face directory in the cache."""
 
 import hashlib
-import importlib.util
 import json
 import sys
 from collections.abc import Callable, Mapping
@@ -12,7 +11,7 @@ from nemo_minitron.arch import Architecture
 from nemo_minitron.checkpoints.gguf import config, reader, tokenizer, weights
 from nemo_minitron.checkpoints.gguf.settings import Settings
 from nemo_minitron.checkpoints.untrusted import check_no_pointer
-from nemo_minitron.errors import InputError
+from nemo_minitron.errors import InputError, need_package
 from nemo_minitron.files import file_sha256, making_once
 
 # How a converted file is laid out; part of the cache's key.
@@ -49,10 +48,7 @@ def to_huggingface(path: Path, cache: Path, where: str, architecture_of: Archite
     Raises:
         InputError: damaged, not one of the families, or something in it that is not converted.
     """
-    if importlib.util.find_spec("gguf") is None:
-        raise InputError(
-            f"{where}: reading GGUF files needs the package gguf (make setup EXTRAS=dev,search,device)"
-        )
+    need_package("gguf", f"{where}, a GGUF file")
     final = cache / _key(path, where)
     if (final / "config.json").is_file():
         return final

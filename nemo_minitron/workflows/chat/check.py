@@ -1,6 +1,5 @@
 """What can be refused before a model is asked anything."""
 
-import importlib.util
 import json
 import os
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from nemo_minitron.checkpoints.source import find_source
 from nemo_minitron.config.chat import ChatRecipe
 from nemo_minitron.data.chat.encoding import render_prompt
 from nemo_minitron.environment import RESULT
-from nemo_minitron.errors import InputError
+from nemo_minitron.errors import InputError, need_package
 from nemo_minitron.export import huggingface
 from nemo_minitron.files import read_text
 from nemo_minitron.workflows.one_process import OneProcess, check_one_process
@@ -84,10 +83,7 @@ def gguf_at(path: Path, key: str = "source") -> Path | None:
 
 def _of_file(r: ChatRecipe, file: Path) -> Prepared:
     for package in ("gguf", "xllamacpp"):
-        if importlib.util.find_spec(package) is None:
-            raise InputError(
-                f"source={r.source}: a GGUF file needs the package {package} (make setup EXTRAS=dev,search,device)"
-            )
+        need_package(package, f"source={r.source}, a GGUF file")
 
     where = f"source={r.source}"
     settings = Settings(read_header(file, where).metadata, where)

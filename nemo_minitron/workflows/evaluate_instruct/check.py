@@ -1,6 +1,5 @@
 """What `recipes/evaluate_instruct.py` refuses, and prepares, before a model is loaded."""
 
-import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from nemo_minitron.config.recipes import cache_dir
 from nemo_minitron.data.chat.template import with_template
 from nemo_minitron.data.instruct import cached_instruct_set
 from nemo_minitron.data.tokenizer import load_tokenizer
-from nemo_minitron.errors import InputError, of_setting
+from nemo_minitron.errors import InputError, need_package, of_setting
 from nemo_minitron.evaluation import instruct
 from nemo_minitron.workflows.one_process import check_one_process
 
@@ -74,10 +73,7 @@ def gguf_of(e: InstructEvalConfig) -> Path | None:
     found = sorted(place.glob("*.gguf")) if place.is_dir() else [place]
     if len(found) != 1 or not is_gguf(found[0]):
         raise InputError(f"instruct.gguf={e.gguf}: must be a GGUF file, or a directory with one")
-    if importlib.util.find_spec("xllamacpp") is None:
-        raise InputError(
-            f"instruct.gguf={e.gguf}: needs the package xllamacpp (make setup EXTRAS=dev,search,device)"
-        )
+    need_package("xllamacpp", f"instruct.gguf={e.gguf}")
     return found[0]
 
 
