@@ -32,7 +32,7 @@ def check_packages(kind: str, quantised: Sequence[str], perplexity: bool) -> Non
             "(pip install llama-cpp-python, which compiles it)"
         )
     if perplexity:
-        need_package("xllamacpp", "export.perplexity_tokens, which 0 leaves out")
+        need_package("xllamacpp", "export.perplexity_tokens")
 
 
 def estimate(model: Model, kind: str, measured: bool) -> int:

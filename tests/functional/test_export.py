@@ -190,7 +190,7 @@ def test_refused(commands: Commands, teacher: Teacher, pruned: Pruned) -> None:
         "push": (["push=true"], ["push=true", "publish=ORG/NAME"]),
         "no source": (["source=null"], ["source", "missing"]),
         "inside": ([f"to={source}/checkpoint/hf"], ["inside the source"]),
-        "around": ([f"to={home}"], ["holds the source"]),
+        "around": ([f"to={teacher.huggingface.parent}"], ["holds the source"]),
         "there": ([f"to={teacher.huggingface}"], ["there already", "overwrite=true"]),
         "below a file": ([f"to={source}/../teacher/result.json/x"], ["no directory"]),
         "killed": ([f"source={interrupted(home, pruned)}"], ["did not finish"]),
