@@ -29,19 +29,21 @@ def of_setting(key: str) -> Iterator[None]:
         raise InputError(f"{key}: {error}") from None
 
 
-def need_package(name: str, where: str, extras: str = "dev,search,device") -> None:
+def need_package(name: str, where: str, extras: str = "dev,search,device", instead: str = "") -> None:
     """Refuse what needs a package that `make setup` installs only where it is asked to.
 
     Args:
         name: as it is imported.
         where: the setting, and what it stands for.
         extras: those to ask for.
+        instead: what would do without it.
 
     Raises:
         InputError: it is not installed.
     """
     if importlib.util.find_spec(name) is None:
-        raise InputError(f"{where}: needs the package {name} (make setup EXTRAS={extras})")
+        way_out = f"; {instead}" if instead else ""
+        raise InputError(f"{where}: needs the package {name} (make setup EXTRAS={extras}){way_out}")
 
 
 def first_line(error: BaseException) -> str:

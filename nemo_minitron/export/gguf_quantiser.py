@@ -32,7 +32,7 @@ def check_packages(kind: str, quantised: Sequence[str], perplexity: bool) -> Non
             "(pip install llama-cpp-python, which compiles it)"
         )
     if perplexity:
-        need_package("xllamacpp", "export.perplexity_tokens")
+        need_package("xllamacpp", "export.perplexity_tokens", instead="0 leaves the perplexity out")
 
 
 def estimate(model: Model, kind: str, measured: bool) -> int:

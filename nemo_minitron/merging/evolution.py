@@ -8,13 +8,12 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 
 from nemo_minitron import parallel
-from nemo_minitron.errors import InputError
+from nemo_minitron.errors import InputError, need_package
 from nemo_minitron.files import read_steps, write_text
 from nemo_minitron.merging.spaces import Space, population_of
 
@@ -94,8 +93,7 @@ def check_package() -> None:
     Raises:
         InputError: it is not installed.
     """
-    if find_spec("cma") is None:
-        raise InputError("evolve: needs the package cma (make setup EXTRAS=dev,search)")
+    need_package("cma", "evolve", "dev,search")
 
 
 def check_size(space: Space, why: str) -> None:

@@ -118,15 +118,12 @@ def parameters_on_rank(a: Architecture, layout: Layout, stage: int) -> int:
 def kept_values(a: Architecture, layout: Layout) -> float:
     """Values that one layer keeps of a token for its backward pass, on a rank.
 
-    Of each norm its input and what it makes of it (LayerNorm: before the weight too); merged q, k, v and, rotated, q and k; the
-    context of attention as its kernel and as the next product has it; both halves of the MLP's first product, what the
-    activation makes and what the gate makes of it.
+    Of each norm its input and what it makes of it, of LayerNorm also that before the weight; merged q, k, v and,
+    rotated, q and k; the context of attention as its kernel and as the next product has it; both halves of the MLP's
+    first product, what the activation makes and what the gate makes of it.
     """
-    whole = (
-        (4 if a.normalization == "RMSNorm" else 6)
-        * a.hidden_size
-        / (layout.tp if layout.sequence_parallel else 1)
-    )
+    norms = 4 if a.normalization == "RMSNorm" else 6
+    whole = norms * a.hidden_size / (layout.tp if layout.sequence_parallel else 1)
     attention = 4 * a.query_size + 3 * a.key_value_size
     if layout.recompute == "selective":  # the kernel's own context is made again
         attention -= a.query_size

@@ -7,7 +7,6 @@ import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -15,7 +14,7 @@ from urllib.request import getproxies
 
 from nemo_minitron.config.recipes import DataConfig
 from nemo_minitron.data.records import TEXT, kind_of
-from nemo_minitron.errors import InputError, first_line
+from nemo_minitron.errors import InputError, first_line, need_package
 from nemo_minitron.evaluation.benchmarks import judged
 from nemo_minitron.evaluation.benchmarks.items import tasks_of_harness
 from nemo_minitron.evaluation.benchmarks.local import ACC_NORM, LOCAL, multiple_choice
@@ -124,10 +123,7 @@ def load(wanted: Sequence[Wanted], data: DataConfig) -> list[Benchmark]:
     """
     if not wanted:
         return []
-    if find_spec("lm_eval") is None:
-        raise InputError(
-            "eval.tasks: need the package lm_eval (make setup EXTRAS=dev,search,device,evaluation)"
-        )
+    need_package("lm_eval", "eval.tasks", "dev,search,device,evaluation")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     return [Benchmark(one, _task(one, data)) for one in wanted]
 
