@@ -21,6 +21,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from nemo_minitron import cpu_compat
 from nemo_minitron.alignment import loaders, runs, training
 from nemo_minitron.alignment.prepared import has_cuda
 from nemo_minitron.checkpoints.source import Source, find_source
@@ -104,6 +105,7 @@ def configuration(source: Source, a: argparse.Namespace, directory: Path, tokeni
         max_epochs=1,
         seed=1234,
         cuda=has_cuda(),
+        fused=cpu_compat.has_transformer_engine(),
         data={"num_workers": 0, "chat": True, "train_ds": split, "validation_ds": split},
     )
 

@@ -7,9 +7,12 @@ optimizer in one process; forward, loss, backward and update are all in the step
 * nemo: `nemo.collections.llm.distill`, that is ModelOpt's `DistillationModel` and NeMo's `LogitsKLLoss`; with our
   products and attention, or with --plain on torch's products and Megatron-core's attention, as they are without us.
 
+--bf16 is the recipes' bf16-mixed, on a GPU.
+
 The models are Llamas of random weights, made once in a temporary directory; the text is Python's standard library.
 Sides take turns, each run in a process of its own; a run's figures are the median step after the first two, and the
-peak resident memory of the process. Prints one JSON line with medians over runs, and ratios ours / nemo.
+peak of memory, the process's or what torch gave out on a GPU. Prints one JSON line with medians over runs, and ratios
+ours / nemo.
 With --profile a run of each side says where a step's CPU time goes: seconds by kind, and the dearest operations.
 """
 
@@ -73,7 +76,10 @@ def settings(a: argparse.Namespace) -> tuple[Any, Any, Any]:
     from nemo_minitron.config.trainer import TrainerConfig
 
     layout = TrainerConfig(
-        micro_batch_size=a.micro_batch_size, global_batch_size=a.global_batch_size, max_steps=a.steps
+        micro_batch_size=a.micro_batch_size,
+        global_batch_size=a.global_batch_size,
+        max_steps=a.steps,
+        precision="bf16-mixed" if a.bf16 else "32",
     )
     return layout, DataConfig(seq_length=a.seq_length), OptimConfig(warmup_steps=1)
 
@@ -89,11 +95,13 @@ def clock(profile: bool) -> Any:
             self.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
 
         def on_train_batch_start(self, *_: Any) -> None:
+            wait_for_gpu()
             if profile and len(self.seconds) == NOT_COUNTED:
                 self.profiler.start()
             self.begin = time.perf_counter()
 
         def on_train_batch_end(self, *_: Any) -> None:
+            wait_for_gpu()
             self.seconds.append(time.perf_counter() - self.begin)
 
         def on_train_end(self, *_: Any) -> None:
@@ -101,6 +109,23 @@ def clock(profile: bool) -> Any:
                 self.profiler.stop()
 
     return Clock()
+
+
+def wait_for_gpu() -> None:
+    """Until it has done what it was given, where there is one."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def peak_bytes() -> int:
+    """The most memory that was held at once."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def by_kind(watch: Any) -> dict[str, Any]:
@@ -149,8 +174,7 @@ def run_side(a: argparse.Namespace, directory: Path) -> dict[str, Any]:
         llm.distill(*paths, module, nemos, optim=optimizer, tokenizer=tokenizer, **common)
     if a.profile:
         return by_kind(watch)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"seconds": statistics.median(watch.seconds[NOT_COUNTED:]), "peak_rss_bytes": peak}
+    return {"seconds": statistics.median(watch.seconds[NOT_COUNTED:]), "peak_bytes": peak_bytes()}
 
 
 def ours(
@@ -222,10 +246,8 @@ def main() -> None:
         for side, (kinds,) in found.items():
             print(json.dumps({"side": side, "plain": a.plain, **kinds}))
         return
-    line: dict[str, Any] = {
-        key: value for key, value in vars(a).items() if key not in ("side", "directory", "bf16")
-    }
-    for key, unit in (("seconds", "step_s"), ("peak_rss_bytes", "peak_rss_bytes")):
+    line: dict[str, Any] = {key: value for key, value in vars(a).items() if key not in ("side", "directory")}
+    for key, unit in (("seconds", "step_s"), ("peak_bytes", "peak_bytes")):
         medians = {side: statistics.median(run[key] for run in found[side]) for side in SIDES}
         ratios = [o[key] / n[key] for o, n in zip(found["ours"], found["nemo"], strict=True)]
         line |= {f"{unit}_{side}": round(medians[side], 4) for side in SIDES}

@@ -83,7 +83,8 @@ def gpt(arch: Architecture, dtype: torch.dtype = torch.float32, *, initialised: 
 
 def random_batch(vocab_size: int, samples: int, seq_length: int) -> dict[str, torch.Tensor]:
     """A microbatch as GPTDataset's: tokens, labels and position_ids int64 [b, s], loss_mask float32 [b, s]."""
-    text = torch.randint(vocab_size, (samples, seq_length + 1), device=device())
+    # Drawn on the CPU, so that a GPU works on the same tokens.
+    text = torch.randint(vocab_size, (samples, seq_length + 1)).to(device())
     return {
         "tokens": text[:, :-1].contiguous(),
         "labels": text[:, 1:].contiguous(),

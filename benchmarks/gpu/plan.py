@@ -1,12 +1,12 @@
 """Everything that is measured on one GPU, as one command of half an hour:
 
-    python benchmarks/gpu/plan.py --model M.gguf --llama DIR --out OUT        # M: `make real-model`
+    python benchmarks/gpu/plan.py --model M.gguf --out OUT        # M: `make real-model`
     python benchmarks/gpu/plan.py ... --only parity_cpu parity_gpu            # a part, where a command has a limit
     python benchmarks/gpu/plan.py ... --list                                  # what would run
 
 **Not run so far on a GPU: no figure in docs comes from it.** It needs an environment as `make setup` makes it, or the
-machine's own torch with the wheels of `pack.py`; Transformer Engine is not needed. DIR is the Hugging Face form of M
-(`recipes/prune.py` leaves it in the cache).
+machine's own torch with the wheels of `pack.py`; Transformer Engine is not needed. Without --model only what needs no
+real weights runs.
 
 Each step is a process of its own with a limit; the limits add up to less than --budget. OUT/steps.jsonl gets a line for
 each step (name, exit code, seconds, its own last JSON line), OUT/NAME.log all that it said. A step that fails does not
@@ -25,7 +25,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 VERSIONS = """
-import json, torch
+import json, logging, torch
+logging.basicConfig(level=logging.INFO)
 from nemo_minitron import cpu_compat
 print(json.dumps({"torch": torch.__version__, "cuda": torch.version.cuda, "device": torch.cuda.get_device_name(),
                   "stand_ins": cpu_compat.prepare_nemo()}))
@@ -42,35 +43,54 @@ class Step:
     environment: dict[str, str] = field(default_factory=dict)
 
 
-def steps(model: Path, llama: Path, out: Path) -> list[Step]:
+# Llama-3.2-1B's sizes with random weights, and a tokenizer of fewer entries.
+MAKE_1B = """
+import sys, torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+torch.manual_seed(1)
+config = LlamaConfig(
+    num_hidden_layers=16, hidden_size=2048, intermediate_size=8192, num_attention_heads=32, num_key_value_heads=8,
+    head_dim=64, vocab_size=128256, max_position_embeddings=8192, rms_norm_eps=1e-5, rope_theta=500000.0,
+    tie_word_embeddings=True, torch_dtype=torch.bfloat16)
+LlamaForCausalLM(config).bfloat16().save_pretrained(sys.argv[1])
+AutoTokenizer.from_pretrained("assets/demo-teacher").save_pretrained(sys.argv[1])
+"""
+
+
+def steps(model: Path | None, out: Path) -> list[Step]:
     """All of them, in the order of what would be missed most."""
+    real = real_recipes(model, out) if model else []
     return [
-        Step("environment", 60, ["-c", VERSIONS]),
-        *parity(llama),
-        *whole_steps(llama),
+        Step("environment", 90, ["-c", VERSIONS]),
+        *parity(),
+        *real,
+        *whole_steps(),
         *losses(),
-        *recipes(model, out),
+        *large(out),
     ]
 
 
-def parity(llama: Path) -> list[Step]:
-    """The same losses (`value_ours`) of three distillation steps on the CPU and on the GPU, float32."""
-    arguments = ["benchmarks/steps.py", "distill", "--model", str(llama), "--runs", "2"]
+def parity() -> list[Step]:
+    """The same losses (`value_ours`, `value_transformers`) of three distillation steps on the CPU and on the GPU:
+    float32, random weights and tokens."""
+    arguments = ["benchmarks/steps.py", "distill", "--tokens", "512", "--batch", "2", "--runs", "2"]
     return [
-        Step("parity_gpu", 90, arguments),
+        Step("parity_gpu", 120, arguments),
         Step("parity_cpu", 180, arguments, {"CUDA_VISIBLE_DEVICES": ""}),
     ]
 
 
-def whole_steps(llama: Path) -> list[Step]:
+def whole_steps() -> list[Step]:
     """Tokens a second, memory, `tflop` (for the MFU: tflop / wall_s / the card's peak) beside transformers; and a whole
     step beside NeMo's `llm.distill`."""
     made = []
-    for size, batch, own in (("135m", 8, ["--model", str(llama)]), ("1b", 4, [])):
-        for work in ("forward", "train", "distill"):
-            arguments = ["benchmarks/steps.py", work, "--size", size, *own, "--bf16"]
-            made.append(Step(f"{work}_{size}", 100, [*arguments, "--tokens", "2048", "--batch", str(batch)]))
-    sizes = ["--num-layers", "16", "--hidden-size", "1536", "--teacher-hidden-size", "2048"]
+    for size, batch in (("135m", 8), ("1b", 4)):
+        for work in ("distill", "train", "forward"):
+            arguments = ["benchmarks/steps.py", work, "--size", size, "--bf16"]
+            made.append(
+                Step(f"step_{work}_{size}", 100, [*arguments, "--tokens", "2048", "--batch", str(batch)])
+            )
+    sizes = ["--num-layers", "16", "--hidden-size", "1536", "--teacher-hidden-size", "2048", "--bf16"]
     sizes += ["--vocab-size", "128256", "--seq-length", "2048", "--runs", "1"]
     return [*made, Step("nemo_distill", 240, ["benchmarks/distill_step.py", *sizes])]
 
@@ -81,39 +101,56 @@ def losses() -> list[Step]:
     return [Step("loss", 120, ["benchmarks/kd_loss.py", "--bf16", "--tokens", "8192", *sizes])]
 
 
-def recipes(model: Path, out: Path) -> list[Step]:
+def real_recipes(model: Path, out: Path) -> list[Step]:
     """The real model through prune, distil and SFT, as the README has it, with more tokens."""
     data = ["data.seq_length=512", "trainer.micro_batch_size=8"]
-    pruned, distilled, tuned = out / "pruned", out / "distilled", out / "tuned"
+    tuned = ["align.max_steps=20", "align.optim.warmup_steps=2", "align.optim.lr=1e-4"]
     return [
-        Step(
-            "prune",
-            150,
-            [
-                *("recipes/prune.py", "+conf=width", f"source={model}", *data),
-                *("prune.calibration_samples=128", "eval.samples=64", f"run_dir={pruned}"),
-            ],
-        ),
-        Step(
-            "distill",
-            180,
-            [
-                *("recipes/distill.py", "+conf=width", f"student={pruned}", f"teacher={model}", *data),
-                *("eval.samples=64", "distill.global_batch_size=8", "distill.max_steps=100"),
-                *("distill.optim.warmup_steps=10", "distill.optim.lr=3e-4", "distill.val_check_interval=50"),
-                *("distill.limit_val_batches=1", f"run_dir={distilled}"),
-            ],
-        ),
+        Step("prune", 150, pruned("", str(model), out, *data)),
+        Step("distill", 180, distilled("", str(model), out, *data, "distill.max_steps=100")),
         Step(
             "sft",
             150,
             [
-                *("recipes/sft.py", "+conf=instruct", f"student={distilled}", "align.global_batch_size=8"),
-                *("align.max_steps=20", "align.optim.warmup_steps=2", "align.optim.lr=1e-4"),
-                *("align.limit_val_batches=2", "eval.samples=8", f"run_dir={tuned}"),
+                *(
+                    "recipes/sft.py",
+                    "+conf=instruct",
+                    f"student={out / 'distilled'}",
+                    "align.global_batch_size=8",
+                ),
+                *(*tuned, "align.limit_val_batches=2", "eval.samples=8", f"run_dir={out / 'tuned'}"),
             ],
         ),
     ]
+
+
+def large(out: Path) -> list[Step]:
+    """A 1B of random weights through prune and distil in bf16-mixed; each step's seconds and memory in steps.jsonl."""
+    teacher, bf16 = str(out / "1b"), ["trainer.precision=bf16-mixed", "trainer.micro_batch_size=2"]
+    data = ["data.seq_length=2048", *bf16]
+    return [
+        Step("make_1b", 90, ["-c", MAKE_1B, teacher]),
+        Step("prune_1b", 180, pruned("_1b", teacher, out, *data)),
+        Step("distill_1b", 180, distilled("_1b", teacher, out, *data, "distill.max_steps=20")),
+    ]
+
+
+def pruned(suffix: str, source: str, out: Path, *more: str) -> list[str]:
+    """Arguments of a pruning into OUT/pruned."""
+    few = ("prune.calibration_samples=64", "eval.samples=64", f"run_dir={out / 'pruned'}{suffix}")
+    return ["recipes/prune.py", "+conf=width", f"source={source}", *more, *few]
+
+
+def distilled(suffix: str, teacher: str, out: Path, *more: str) -> list[str]:
+    """Arguments of a distillation into OUT/distilled."""
+    where = (
+        f"student={out / 'pruned'}{suffix}",
+        f"teacher={teacher}",
+        f"run_dir={out / 'distilled'}{suffix}",
+    )
+    schedule = ("distill.optim.warmup_steps=10", "distill.optim.lr=3e-4", "distill.val_check_interval=50")
+    few = ("distill.limit_val_batches=1", "distill.global_batch_size=8", "eval.samples=64")
+    return ["recipes/distill.py", "+conf=width", *where, *more, *schedule, *few]
 
 
 def run(step: Step, out: Path) -> dict[str, Any]:
@@ -149,8 +186,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", type=Path, required=True, help="SmolLM2-135M-Instruct as a GGUF file")
-    parser.add_argument("--llama", type=Path, required=True, help="the same as a Hugging Face directory")
+    parser.add_argument("--model", type=Path, help="SmolLM2-135M-Instruct as a GGUF file")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these steps, in the plan's order")
     parser.add_argument(
@@ -158,7 +194,7 @@ def main() -> int:
     )
     parser.add_argument("--list", action="store_true", help="print the steps, run none")
     a = parser.parse_args()
-    planned = steps(a.model.resolve(), a.llama.resolve(), a.out.resolve())
+    planned = steps(a.model and a.model.resolve(), a.out.resolve())
     if unknown := set(a.only or []) - {step.name for step in planned}:
         parser.error(f"--only {' '.join(sorted(unknown))}: {', '.join(s.name for s in planned)} are legal")
     planned = [step for step in planned if not a.only or step.name in a.only]

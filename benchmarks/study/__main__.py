@@ -3,7 +3,8 @@
     make reproduce                                          # all rows of the demo teacher, three seeds
     make reproduce ARGS='--only origin,shape --seeds 2'     # some of them
     make reproduce ARGS='--list'                            # what is done, CPU hours that are left; runs nothing
-    make reproduce ARGS='--real FILE --steps 100'           # the real 135M's (make real-model); STUDY=DIR: elsewhere
+    make reproduce ARGS='--real FILE --steps 200'           # the real 135M's (make real-model); STUDY=DIR: elsewhere
+    make reproduce ARGS='--real FILE --steps 640 --at-once 8'   # where a GPU has room for eight runs
 
 A row is made of runs of the recipes, each in HOME/STUDY/seed-N/RUN, which rows share. A run that was killed goes on.
 The seed decides the order of the corpus, which sequences are held out for the losses, random prunings and weights; all
@@ -14,12 +15,14 @@ two standard errors of the mean over seeds. HOME/STUDY/study.md and study.png ha
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from benchmarks.study import rows, table
 from benchmarks.study.home import Home
 from benchmarks.study.hours import hours_left
-from benchmarks.study.rows import Row
+from benchmarks.study.rows import Row, Run
 from nemo_minitron.environment import BAD_INPUT, INTERRUPTED_BY_USER
 from nemo_minitron.errors import FailedRun, InputError, InterruptedRun
 from nemo_minitron.files import write_text
@@ -45,6 +48,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--only", default="", help="rows, comma-separated; else all of the teacher's")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=40, help="of every arm")
+    parser.add_argument("--at-once", type=int, default=1, help="runs at a time")
     parser.add_argument("--real", metavar="FILE", help="a checkpoint of 135M: its rows instead of the demo's")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="to every run")
     return parser
@@ -56,7 +60,7 @@ def main() -> int:
     try:
         home, chosen, seeds = opened(a)
         if not (a.list or a.table):
-            failed = carry_out(home, chosen, seeds)
+            failed = carry_out(home, chosen, seeds, a.at_once)
             write(home, seeds, {})
             print(f"{home.place / 'study.md'}", flush=True)
             return failed
@@ -80,9 +84,10 @@ def opened(a: argparse.Namespace) -> tuple[Home, list[Row], range]:
     Raises:
         InputError: a row or a teacher that there is not, no seed, too few steps.
     """
-    for name, least in (("seeds", 1), ("steps", 2)):
+    for name, least in (("seeds", 1), ("steps", 2), ("at_once", 1)):
         if getattr(a, name) < least:
-            raise InputError(f"--{name} {getattr(a, name)}: must be at least {least}")
+            option = name.replace("_", "-")
+            raise InputError(f"--{option} {getattr(a, name)}: must be at least {least}")
     study = rows.real(str(Path(a.real).expanduser().absolute()), a.steps) if a.real else rows.demo(a.steps)
     if (teacher := content_of(Path(study.teacher))) is None:
         raise InputError(f"--real {a.real}: is no checkpoint and no file; make real-model fetches one")
@@ -94,26 +99,30 @@ def opened(a: argparse.Namespace) -> tuple[Home, list[Row], range]:
     return Home(a.home, study, teacher, a.set), chosen, range(_FIRST_SEED, _FIRST_SEED + a.seeds)
 
 
-def carry_out(home: Home, chosen: Sequence[Row], seeds: Sequence[int]) -> int:
-    """Make all runs, a line for each; 1 where one failed."""
-    failed = 0
+def carry_out(home: Home, chosen: Sequence[Row], seeds: Sequence[int], at_once: int = 1) -> int:
+    """Make all runs, a line for each; 1 where one failed.
+
+    Args:
+        at_once: runs at a time; of more than one, those that others need come first, whatever their seed.
+    """
     wanted = list(home.wanted(chosen, seeds))
     for run, seed in wanted:  # another study's runs are refused before any work
         home.result(run, seed)
-    for number, (run, seed) in enumerate(wanted, 1):
-        where = f"{number}/{len(wanted)} {home.study.name} seed {seed} {run.name}"
+    if at_once > 1:
+        wanted.sort(key=lambda each: len(list(home.study.chain(each[0].name))))
+    made: dict[tuple[str, int], Future[bool]] = {}
+    with ThreadPoolExecutor(at_once) as pool:
+        for number, (run, seed) in enumerate(wanted, 1):
+            # What it needs was handed in before it, so that a worker that waits here waits for one at work.
+            needs = [made[name, seed] for name in run.needs]
+            where = f"{number}/{len(wanted)} {home.study.name} seed {seed} {run.name}"
+            made[run.name, seed] = pool.submit(_one, home, run, seed, needs, where)
         try:
-            made = home.carry_out(run, seed)
-        except FailedRun as error:
-            failed = 1
-            print(f"{where}: failed: {error}", flush=True)
-            continue
-        loss = made.get("lm_loss_nats_after")
-        print(
-            f"{where}: {home.record(run, seed)['cpu_s']:.0f} CPU s"
-            + ("" if loss is None else f", LM loss {loss:.3f} nats"),
-            flush=True,
-        )
+            done = [future.result() for future in made.values()]
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            home.interrupt()
+            raise
     for row in chosen:
         measured = table.arms(home, row, seeds)
         for claim in row.claims:
@@ -121,7 +130,25 @@ def carry_out(home: Home, chosen: Sequence[Row], seeds: Sequence[int]) -> int:
                 f"{row.name}: {claim.better} below {claim.worse}: {table.verdict(claim, measured)}",
                 flush=True,
             )
-    return failed
+    return int(not all(done))
+
+
+def _one(home: Home, run: Run, seed: int, needs: Sequence[Future[Any]], where: str) -> bool:
+    """Make one run after those that it needs; whether it went well."""
+    for needed in needs:
+        needed.result()
+    try:
+        made = home.carry_out(run, seed)
+    except FailedRun as error:
+        print(f"{where}: failed: {error}", flush=True)
+        return False
+    loss = made.get("lm_loss_nats_after")
+    print(
+        f"{where}: {home.record(run, seed)['cpu_s']:.0f} CPU s"
+        + ("" if loss is None else f", LM loss {loss:.3f} nats"),
+        flush=True,
+    )
+    return True
 
 
 def listing(home: Home, chosen: Sequence[Row], seeds: Sequence[int], left: dict[str, float]) -> Iterator[str]:

@@ -6,7 +6,6 @@ seconds that all its starts took. It is finished as any run of a recipe is, when
 
 import json
 import os
-import resource
 import shlex
 import signal
 import subprocess
@@ -29,6 +28,7 @@ class Home:
         """`teacher_sha256`: of the study's teacher, a part of what runs are made of. `more`: typed for every run."""
         self.place, self.study = place.absolute() / study.name, study
         self.teacher_sha256, self.more = teacher_sha256, tuple(more)
+        self._at_work: set[subprocess.Popen[bytes]] = set()
 
     def directory(self, run: Run, seed: int) -> Path:
         """A run's."""
@@ -91,10 +91,10 @@ class Home:
         record = {"made_of": self._made_of(run, seed), "cpu_s": 0.0, "wall_s": 0.0, **self.record(run, seed)}
         self._log(run, seed).parent.mkdir(parents=True, exist_ok=True)
         write_text(self._record_file(run, seed), json.dumps(record, indent=2) + "\n")
-        begin, before = time.monotonic(), _cpu_of_children()
-        code = self._started(run, seed)
+        begin = time.monotonic()
+        code, cpu_s = self._started(run, seed)
         record["wall_s"] += round(time.monotonic() - begin, 1)
-        record["cpu_s"] += round(_cpu_of_children() - before, 1)
+        record["cpu_s"] += round(cpu_s, 1)
         write_text(self._record_file(run, seed), json.dumps(record, indent=2) + "\n")
         if code in (INTERRUPTED, INTERRUPTED_BY_USER):
             raise InterruptedRun(f"{run.name} was told to end")
@@ -102,20 +102,26 @@ class Home:
             raise FailedRun(f"exit code {code}, see {self._log(run, seed)}")
         return made
 
-    def _started(self, run: Run, seed: int) -> int:
-        """Run a recipe to its end, its output in its log; the exit code."""
+    def interrupt(self) -> None:
+        """Tell all that is at work to end; a terminal's Ctrl-C has reached it already."""
+        for process in list(self._at_work):
+            process.send_signal(signal.SIGINT)
+
+    def _started(self, run: Run, seed: int) -> tuple[int, float]:
+        """Run a recipe to its end, its output in its log; the exit code and the CPU seconds of it and its children."""
         line = self.command(run, seed)
         with open(self._log(run, seed), "a") as log:
             print(shlex.join(line), file=log, flush=True)
             # A killed study leaves no run at work, which would hold the directory that the next start needs.
             environment = with_package(**{LAUNCHED_BY: str(os.getpid())})
             process = subprocess.Popen(line, stdout=log, stderr=log, env=environment)
+            self._at_work.add(process)
             try:
-                return process.wait()
-            except KeyboardInterrupt:  # a terminal's reaches the run too
-                process.send_signal(signal.SIGINT)
-                process.wait()
-                return INTERRUPTED_BY_USER
+                _, status, used = os.wait4(process.pid, 0)
+            finally:
+                self._at_work.discard(process)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        return process.returncode, used.ru_utime + used.ru_stime
 
     def _made_of(self, run: Run, seed: int) -> list[str]:
         return [run.recipe, *self.typed(run, seed), f"teacher {self.teacher_sha256}"]
@@ -138,9 +144,3 @@ class Home:
 
     def _log(self, run: Run, seed: int) -> Path:
         return self.directory(run, seed).with_name(f"{run.name}.log")
-
-
-def _cpu_of_children() -> float:
-    """CPU seconds of those that have ended."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime

@@ -239,27 +239,37 @@ def _demo_rows() -> tuple[Row, ...]:
 
 
 def real(source: str, steps: int) -> Study:
-    """On SmolLM2-135M-Instruct or a model of its size, in a quarter of an hour a run.
+    """On SmolLM2-135M-Instruct or a model of its size, with docs/distillation.md's settings of it.
 
     Args:
         source: the checkpoint.
-        steps: of every arm, of 4 sequences of 256 tokens.
+        steps: of every arm, of one sequence of 512 tokens.
     """
-    batch = ("distill.global_batch_size=4",)
+    scoring = (f"source={source}", "prune.calibration_samples=64", "trainer.micro_batch_size=4")
+    small = ("distill.global_batch_size=1", "trainer.micro_batch_size=1")
+    rate = ("distill.optim.lr=3e-4", "distill.optim.min_lr=3e-6")
+
+    def learns(name: str, student: str, *more: str, rate: tuple[str, ...] = rate) -> Run:
+        return _distil(name, student, steps, *more, *small, *rate, teacher=source)
+
+    higher = ("distill.optim.lr=1e-3", "distill.optim.min_lr=1e-5")
     runs = [
-        Run("width", "prune", ("+conf=width", f"source={source}", "prune.calibration_samples=64")),
-        Run(
-            "depth",
-            "prune",
-            ("prune=depth", "prune.num_layers=1/2", f"source={source}", "prune.calibration_samples=64"),
-        ),
-        _distil("kd", "width", steps, *batch, teacher=source),
-        _distil("ce", "width", steps, _CE, *batch),
-        _distil("scratch_kd", "width", steps, _SCRATCH, *batch, teacher=source),
-        _distil("scratch_ce", "width", steps, _SCRATCH, _CE, *batch),
-        _distil("depth_kd", "depth", steps, *batch, teacher=source),
+        Run("width", "prune", ("+conf=width", *scoring)),
+        Run("depth", "prune", ("prune=depth", "prune.num_layers=1/2", *scoring)),
+        learns("kd", "width"),
+        learns("ce", "width", _CE),
+        learns("both", "width", "distill.ce_weight=0.5"),
+        learns("scratch_kd", "width", _SCRATCH),
+        learns("scratch_ce", "width", _SCRATCH, _CE),
+        learns("scratch_both", "width", _SCRATCH, "distill.ce_weight=0.5", rate=higher),
+        learns("depth_kd", "depth"),
     ]
-    rows = (
+    common = ("data.seq_length=512", "eval.samples=64")
+    return Study("real", source, common, {run.name: run for run in runs}, _real_rows(), 1, 512)
+
+
+def _real_rows() -> tuple[Row, ...]:
+    return (
         Row(
             "real_origin",
             "What a student of 81M begins with, and what it learns from",
@@ -268,8 +278,15 @@ def real(source: str, steps: int) -> Study:
                 "pruned, CE": "ce",
                 "random init, KD": "scratch_kd",
                 "random init, CE": "scratch_ce",
+                "random init, KD + CE / 2, 1e-3": "scratch_both",
             },
             _ORIGINS,
+        ),
+        Row(
+            "real_losses",
+            "The teacher's predictions alone, or half of the next-token loss beside them",
+            {"KD": "kd", "KD + CE / 2": "both"},
+            (Claim("KD", "KD + CE / 2", "forward KL alone 2.107, with CE 2.117 (T15)"),),
         ),
         Row(
             "real_shape",
@@ -278,5 +295,3 @@ def real(source: str, steps: int) -> Study:
             (Claim("width", "depth, by block influence", "width before depth up to 15B"),),
         ),
     )
-    common = ("data.seq_length=256", "eval.samples=32", "trainer.micro_batch_size=4")
-    return Study("real", source, common, {run.name: run for run in runs}, rows, 4, 256)

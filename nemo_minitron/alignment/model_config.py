@@ -69,12 +69,13 @@ def _rope_scaling(a: Architecture) -> dict[str, Any]:
     return {"scale_positional_embedding": True, **scaling}
 
 
-def run_config(t: TrainerConfig, *, cuda: bool) -> dict[str, Any]:
+def run_config(t: TrainerConfig, *, cuda: bool, fused: bool) -> dict[str, Any]:
     """What else the model has to know to train under a layout on this host.
 
     Args:
         t: the layout.
-        cuda: whether there is CUDA, and with it Transformer Engine's layers; the local spec is taken without.
+        cuda: whether there is CUDA.
+        fused: whether layers are Transformer Engine's; the local ones have none of its and Apex's fused operations.
     """
     layout = (
         "tensor_model_parallel_size",
@@ -87,7 +88,7 @@ def run_config(t: TrainerConfig, *, cuda: bool) -> dict[str, Any]:
         "global_batch_size",
     )
     settings: dict[str, Any] = {name: getattr(t, name) for name in layout}
-    if not cuda:
+    if not fused:
         settings |= dict.fromkeys(_FUSIONS, False)
     full = t.recompute_granularity == "full"
     return {
@@ -97,7 +98,7 @@ def run_config(t: TrainerConfig, *, cuda: bool) -> dict[str, Any]:
         "activations_checkpoint_num_layers": 1 if full else None,
         # Read before NeMo generates; nothing else is done with it here.
         "activations_checkpoint_layers_per_pipeline": None,
-        # On the CPU too: `cpu_compat.aligner` gives the local spec for Transformer Engine's name.
+        # Without it too: `cpu_compat.aligner` gives the local spec for Transformer Engine's name.
         "transformer_engine": True,
         "use_cpu_initialization": not cuda,
         "megatron_amp_O2": cuda and t.precision.startswith("bf16"),

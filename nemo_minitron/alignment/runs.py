@@ -37,6 +37,7 @@ def aligner_config(
     max_epochs: int,
     seed: int,
     cuda: bool,
+    fused: bool,
     data: dict[str, Any],
 ) -> DictConfig:
     """The configuration that NeMo-Aligner's scripts have, for one run.
@@ -46,6 +47,7 @@ def aligner_config(
         directory: the run's.
         tokenizer: a Hugging Face directory.
         seq_length: the context in tokens.
+        cuda, fused: see `run_config`.
         max_epochs: passes over the data that are begun at most; `t.max_steps` ends them.
         data: `model.data`.
     """
@@ -55,7 +57,7 @@ def aligner_config(
             "exp_manager": _exp_manager(directory, save_nemo=a.save_nemo),
             "model": {
                 **model_config(source.architecture, seq_length, str(as_version_4(tokenizer))),
-                **run_config(t, cuda=cuda),
+                **run_config(t, cuda=cuda, fused=fused),
                 "override_vocab_size": padded_rows(
                     source.architecture.vocab_size, t.tensor_model_parallel_size
                 ),

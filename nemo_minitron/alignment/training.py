@@ -40,6 +40,7 @@ def run_configuration(
         max_epochs=prepared.max_epochs,
         seed=r.seed,
         cuda=has_cuda(),
+        fused=cpu_compat.has_transformer_engine(),
         data=data,
     )
 

@@ -10,6 +10,7 @@ takes 15 s that work on Megatron alone need not pay:
 """
 
 import functools
+import importlib.util
 import logging
 
 from nemo_minitron.cpu_compat import imports
@@ -21,7 +22,10 @@ _choices: list[Choice] = []
 
 
 @functools.cache
-def _transformer_engine_is_present() -> bool:
+def has_transformer_engine() -> bool:
+    """Whether layers are Transformer Engine's: it imports, and there is CUDA."""
+    if not cuda_was_present():
+        return False
     from nemo_minitron.cpu_compat import local_spec
 
     return local_spec.transformer_engine_imports()
@@ -37,7 +41,7 @@ def prepare_megatron() -> bool:
     """
     imports.defer()
     if cuda_was_present():
-        if _transformer_engine_is_present():
+        if has_transformer_engine():
             logger.info("CUDA with Transformer Engine: its layers")
             return False
         from nemo_minitron.cpu_compat import local_spec
@@ -76,7 +80,7 @@ def _use_products() -> None:
 def prepare_nemo() -> bool:
     """`prepare_megatron` and the gaps of NeMo 2. Returns as `prepare_megatron`."""
     without_cuda = prepare_megatron()
-    if not without_cuda and _transformer_engine_is_present():
+    if not without_cuda and has_transformer_engine():
         return False
     with imports.without_collections():
         from nemo_minitron.cpu_compat import local_spec, nemo2
@@ -90,10 +94,16 @@ def prepare_nemo() -> bool:
 @functools.cache
 def prepare_aligner() -> bool:
     """`prepare_nemo` and the gaps of NeMo 1 and NeMo-Aligner. Returns as `prepare_megatron`."""
-    if not prepare_nemo():
+    without_cuda = prepare_nemo()
+    if has_transformer_engine():  # where it is, Apex is: NVIDIA's containers
         return False
     with imports.without_collections():
         from nemo_minitron.cpu_compat import aligner
 
-        aligner.close_gaps()
-    return True
+        if without_cuda:
+            aligner.close_gaps()
+            return True
+        aligner.close_transformer_engines()
+        if importlib.util.find_spec("apex") is None:
+            aligner.close_apexs()
+    return False

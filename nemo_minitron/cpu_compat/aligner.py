@@ -14,16 +14,27 @@ from nemo_minitron.errors import InputError
 
 def close_gaps() -> None:
     """Apply every gap of this file, in order."""
-    strategy_wants_apex()
-    layer_specs_need_transformer_engine()
-    apex_attributes_of_megatron()
-    apex_norms_and_lists()
-    clipping_wants_apex_and_cuda_gradients()
+    close_apexs()
+    close_transformer_engines()
+    clipping_wants_cuda_gradients()
     random_states_are_added_for_gpus_only()
     loaded_tensors_are_moved_to_cuda()
     aligner_counts_on_cuda()
     adamw_step_cannot_be_sharded()
     generation_moves_the_model_to_cuda()
+
+
+def close_apexs() -> None:
+    """Those without Apex, with CUDA or not."""
+    strategy_wants_apex()
+    apex_attributes_of_megatron()
+    apex_norms_and_lists()
+    clipping_wants_apex()
+
+
+def close_transformer_engines() -> None:
+    """Those of the local layers, with CUDA or not."""
+    layer_specs_need_transformer_engine()
     pairs_are_collated_with_a_mask()
 
 
@@ -82,11 +93,15 @@ def apex_norms_and_lists() -> None:
     utils.FusedLayerNorm = utils.FastLayerNorm = utils.MixedFusedRMSNorm = HostNorm
 
 
-def clipping_wants_apex_and_cuda_gradients() -> None:
-    """NeMo 1's `clip_grads.py` asserts `torch.cuda.FloatTensor` gradients (`:101`), writes `device="cuda"` and takes
-    the norm of a list of gradients from Apex. The loss scaler (`nlp_overrides.py:1710`) writes "cuda" as well."""
+def clipping_wants_cuda_gradients() -> None:
+    """NeMo 1's `clip_grads.py` asserts `torch.cuda.FloatTensor` gradients (`:101`) and writes `device="cuda"`. The loss
+    scaler (`nlp_overrides.py:1710`) writes "cuda" as well."""
     names = ("modules.common.megatron.clip_grads", "parts.nlp_overrides")
     show_cpu_torch_to(*(importlib.import_module(f"nemo.collections.nlp.{name}") for name in names))
+
+
+def clipping_wants_apex() -> None:
+    """NeMo 1's `clip_grads.py` takes the norm of a list of gradients from Apex."""
     from nemo.collections.nlp.modules.common.megatron import clip_grads
 
     def apply(operation: Any, overflow: Any, tensor_lists: list[list[torch.Tensor]], *args: Any) -> Any:

@@ -42,6 +42,7 @@ def through_aligner(source: Source, tp: int, tokens: torch.Tensor, output: Path)
         max_epochs=1,
         seed=1,
         cuda=False,
+        fused=False,
         data={},
     )
     _, model = training.open_model(cfg, "sft", sft.model_class, source)

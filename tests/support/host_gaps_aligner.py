@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import torch
 
+from nemo_minitron.cpu_compat import aligner
 from tests.support.host_gaps import (
     breaks,
     close,
@@ -77,9 +78,21 @@ def apex_norms_and_lists(gap: Callable[[], None]) -> None:
 
 
 @shows("aligner")
-def clipping_wants_apex_and_cuda_gradients(gap: Callable[[], None]) -> None:
+def clipping_wants_apex(gap: Callable[[], None]) -> None:
     from nemo.collections.nlp.modules.common.megatron import clip_grads
 
+    assert not hasattr(clip_grads, "multi_tensor_applier")
+    gap()
+    gradients = [torch.tensor([3.0, 4.0]), torch.tensor([[12.0]])]
+    norm, _ = clip_grads.multi_tensor_applier(clip_grads.amp_C.multi_tensor_l2norm, None, [gradients], False)
+    assert float(norm) == 13.0
+
+
+@shows("aligner")
+def clipping_wants_cuda_gradients(gap: Callable[[], None]) -> None:
+    from nemo.collections.nlp.modules.common.megatron import clip_grads
+
+    aligner.clipping_wants_apex()
     breaks(lambda: clip_grads.clip_grad_norm_fp32(weights_with_gradients(), 1.3))
     gap()
     for limit, factor in ((1.3, 0.1), (20.0, 1.0)):

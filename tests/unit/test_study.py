@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -62,8 +63,8 @@ def test_arms_train_on_equally_many_tokens(study: Study) -> None:
 
 
 def test_the_real_model_s_arms_have_100k_tokens() -> None:
-    study = rows.real("FILE", 100)
-    assert study.batch * study.length * 100 >= 100_000
+    study = rows.real("FILE", 200)
+    assert study.batch * study.length * 200 >= 100_000
     (batch,) = {t for run in study.runs.values() for t in run.overrides if "global_batch_size" in t}
     assert batch == f"distill.global_batch_size={study.batch}"
 
@@ -137,8 +138,9 @@ def test_finished_runs_are_kept_and_others_are_refused(tmp_path: Path) -> None:
         home.result(run, 1)
 
 
+@pytest.mark.parametrize("at_once", [1, 2])
 def test_a_run_that_fails_stops_only_those_that_need_it(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    at_once: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     runs = [
         Run("bad", "prune", ("+conf=width", "source=/nowhere")),
@@ -146,12 +148,33 @@ def test_a_run_that_fails_stops_only_those_that_need_it(
     ]
     row = Row("one", "?", {"a": "kd"}, ())
     home = Home(tmp_path, Study("demo", "", (), {r.name: r for r in runs}, (row,), 8, 256, "bad"), "")
-    assert driver.carry_out(home, [row], [1]) == 1
+    assert driver.carry_out(home, [row], [1], at_once) == 1
     first, second, *_ = capsys.readouterr().out.splitlines()
     assert re.search(r"^1/2 demo seed 1 bad: failed: exit code 2, see .*seed-1/bad.log", first)
     assert "source=/nowhere" in (tmp_path / "demo" / "seed-1" / "bad.log").read_text().splitlines()[-1]
     assert second == "2/2 demo seed 1 kd: failed: not begun, bad is not there"
     assert home.record(runs[0], 1)["cpu_s"] > 0
+
+
+def test_runs_at_once_wait_for_those_that_they_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study, done, at_work = STUDIES["real"], [], []
+    home = Home(tmp_path, study, "")
+
+    def started(run: Run, seed: int) -> tuple[int, float]:
+        assert {(name, seed) for name in run.needs} <= set(done)
+        at_work.append(len(done))
+        time.sleep(0.02)
+        place = home.directory(run, seed)
+        place.mkdir(parents=True)
+        (place / "result.json").write_text('{"lm_loss_nats_before": 1.0, "lm_loss_nats_after": 2.0}')
+        done.append((run.name, seed))
+        return 0, 1.0
+
+    monkeypatch.setattr(home, "_started", started)
+    assert driver.carry_out(home, study.rows, [1, 2], at_once=4) == 0
+    assert len(done) == 2 * len(study.runs)
+    assert {name for name, _ in done[:4]} == {"width", "depth"}
+    assert len(set(at_work)) < len(at_work)  # several had begun before the next one ended
 
 
 @pytest.mark.parametrize(
@@ -161,6 +184,7 @@ def test_a_run_that_fails_stops_only_those_that_need_it(
         (["--real", "/nowhere/m.gguf"], "--real /nowhere/m.gguf: is no checkpoint and no file"),
         (["--seeds", "0"], "--seeds 0: must be at least 1"),
         (["--steps", "1"], "--steps 1: must be at least 2"),
+        (["--at-once", "0"], "--at-once 0: must be at least 1"),
     ],
 )
 def test_what_cannot_be_is_refused(
