@@ -111,7 +111,7 @@ def subjects(commands: Commands) -> list[Subject]:
     writing = [f"synthesize.{key}={value}" for key, value in new.items()]
     sizes = "{hidden_size:[48,32],ffn_hidden_size:[80,48],num_attention_heads:null,num_layers:null}"
     grid = ["search.budget.parameters=0.72/1", "search.slack=0.4", f"search.grid={sizes}"]
-    off = ("correct", "sft", "preference", "answers", "evaluate", "export", "report")
+    off = ("correct", "sft", "preference", "answers", "evaluate", "export", "device", "report")
     steps = [
         f"source={teacher}",
         *(f"pipeline.steps.{name}.on=false" for name in off),

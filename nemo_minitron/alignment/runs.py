@@ -21,6 +21,7 @@ from nemo_minitron.padding import padded_rows
 from nemo_minitron.progress import end_if_asked
 
 ALIGNER = "aligner"
+_MEGATRONS = "mcore_distributed_optim"
 # Aligner reads all three back from the name when it resumes; one that is absent counts as 0.
 _NAME = "{step}-{consumed_samples}-{epoch}"
 
@@ -51,9 +52,10 @@ def aligner_config(
         max_epochs: passes over the data that are begun at most; `t.max_steps` ends them.
         data: `model.data`.
     """
+    optimizer = _optim(a, t, cuda=cuda, fused=fused)
     return OmegaConf.create(
         {
-            "trainer": _trainer(t, a, key, max_epochs, cuda=cuda),
+            "trainer": _trainer(t, a, key, max_epochs, optimizer, cuda=cuda),
             "exp_manager": _exp_manager(directory, save_nemo=a.save_nemo),
             "model": {
                 **model_config(source.architecture, seq_length, str(as_version_4(tokenizer))),
@@ -64,16 +66,20 @@ def aligner_config(
                 "seed": seed,
                 "answer_only_loss": True,
                 "peft": _peft(a),
-                "optim": _optim(a, t, cuda=cuda),
+                "optim": optimizer,
                 "data": data,
             },
         }
     )
 
 
-def _trainer(t: TrainerConfig, a: AlignConfig, key: str, max_epochs: int, *, cuda: bool) -> dict[str, Any]:
+def _trainer(
+    t: TrainerConfig, a: AlignConfig, key: str, max_epochs: int, optimizer: dict[str, Any], *, cuda: bool
+) -> dict[str, Any]:
     """Lightning's trainer, and under `key` Aligner's."""
     steps = {"max_epochs": max_epochs, "max_steps": t.max_steps}
+    # Megatron's optimizer clips in its step by Lightning's setting, and fails on none; Aligner clips for the others.
+    clips = {"gradient_clip_val": a.optim.clip_grad} if optimizer["name"] == _MEGATRONS else {}
     return {
         "accelerator": "gpu" if cuda else "cpu",
         "devices": t.ranks // t.num_nodes,
@@ -83,6 +89,7 @@ def _trainer(t: TrainerConfig, a: AlignConfig, key: str, max_epochs: int, *, cud
         "enable_checkpointing": False,
         "enable_model_summary": False,
         "use_distributed_sampler": False,
+        **clips,
         **steps,
         key: {
             **steps,
@@ -112,11 +119,12 @@ def _exp_manager(directory: Path, *, save_nemo: bool) -> dict[str, Any]:
     }
 
 
-def _optim(a: AlignConfig, t: TrainerConfig, *, cuda: bool) -> dict[str, Any]:
+def _optim(a: AlignConfig, t: TrainerConfig, *, cuda: bool, fused: bool) -> dict[str, Any]:
     o = a.optim
+    # See `cpu_compat.aligner.adamw_step_cannot_be_sharded`. Main weights beside 16-bit ones are Megatron's.
+    plain = not cuda or (not fused and t.precision == "32")
     return {
-        # Apex's and Transformer Engine's optimizers need CUDA; see `cpu_compat.aligner.adamw_step_cannot_be_sharded`.
-        "name": "mcore_distributed_optim" if cuda else "sharded_adamw",
+        "name": "sharded_adamw" if plain else _MEGATRONS,
         "lr": o.lr,
         "weight_decay": o.weight_decay,
         "betas": [o.adam_beta1, o.adam_beta2],

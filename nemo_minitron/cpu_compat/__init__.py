@@ -87,6 +87,8 @@ def prepare_nemo() -> bool:
 
         if without_cuda:
             nemo2.close_gaps()
+        else:
+            nemo2.container_version_is_asked_for()
         local_spec.steps_want_a_mask()
     return without_cuda
 

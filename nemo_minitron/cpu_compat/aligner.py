@@ -20,7 +20,6 @@ def close_gaps() -> None:
     random_states_are_added_for_gpus_only()
     loaded_tensors_are_moved_to_cuda()
     aligner_counts_on_cuda()
-    adamw_step_cannot_be_sharded()
     generation_moves_the_model_to_cuda()
 
 
@@ -36,6 +35,7 @@ def close_transformer_engines() -> None:
     """Those of the local layers, with CUDA or not."""
     layer_specs_need_transformer_engine()
     pairs_are_collated_with_a_mask()
+    adamw_step_cannot_be_sharded()
 
 
 def strategy_wants_apex() -> None:

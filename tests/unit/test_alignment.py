@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from nemo_minitron.alignment import runs
 from nemo_minitron.alignment.comparisons import encode_pairs
 from nemo_minitron.alignment.runs import RunLog, keep_done, keep_one_checkpoint
 from nemo_minitron.alignment.samples import Samples
@@ -223,3 +224,23 @@ def test_rendered_pairs_are_prompt_and_continuation(tmp_path: Path) -> None:
     bare = Preference(prompt, "this", "that", "p.jsonl, line 7")
     with pytest.raises(InputError, match="p.jsonl, line 7: no chosen_reward"):
         encode_pairs([bare], tokenizer, preference_loss="rpo_sq", **arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("cuda", "fused", "precision", "name"),
+    [
+        (False, False, "32", "sharded_adamw"),
+        (True, False, "32", "sharded_adamw"),
+        (True, False, "bf16-mixed", "mcore_distributed_optim"),
+        (True, True, "32", "mcore_distributed_optim"),
+    ],
+)
+def test_megatron_s_optimizer_clips_by_lightning_s_setting(
+    cuda: bool, fused: bool, precision: str, name: str
+) -> None:
+    a, t = AlignConfig(), TrainerConfig(precision=precision, max_steps=2)
+    optimizer = runs._optim(a, t, cuda=cuda, fused=fused)
+    made = runs._trainer(t, a, "sft", 1, optimizer, cuda=cuda)
+    assert optimizer["name"] == name
+    assert made.get("gradient_clip_val") == (a.optim.clip_grad if name.startswith("mcore") else None)
+    assert made["sft"]["gradient_clip_val"] == a.optim.clip_grad > 0

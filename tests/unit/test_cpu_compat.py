@@ -153,6 +153,37 @@ def test_cuda_without_transformer_engine_has_the_local_layers_and_its_own_names(
     )
 
 
+WITHOUT_APEX = """
+import json, os
+import torch
+torch.cuda.is_available = lambda: True
+from nemo_minitron import cpu_compat
+returned = [cpu_compat.prepare_nemo(), cpu_compat.prepare_aligner()]
+from nemo.collections.nlp.modules.common.megatron import clip_grads
+from nemo.collections.nlp.parts import nlp_overrides
+from nemo.core.optim.optimizers import AVAILABLE_OPTIMIZERS
+from nemo_aligner.utils import distributed
+print(json.dumps({
+    "returned": returned, "strategy": nlp_overrides.HAVE_APEX, "clips": hasattr(clip_grads, "amp_C"),
+    "version": os.environ["NVIDIA_PYTORCH_VERSION"], "optimizer": "sharded_adamw" in AVAILABLE_OPTIMIZERS,
+    "torch": [clip_grads.torch is torch, distributed.torch is torch],
+}))
+"""
+
+
+def test_cuda_without_apex_lets_alignment_run_on_its_own_names() -> None:
+    """Seen on one GPU; here CUDA is said to be there. Only what Apex and a container would bring is put in."""
+    seen = run(WITHOUT_APEX)
+    assert seen == {
+        "returned": [False, False],
+        "strategy": True,
+        "clips": True,
+        "optimizer": True,
+        "version": "25.02",
+        "torch": [True, True],
+    }
+
+
 # ---- the norm ------------------------------------------------------------------------------------------------
 
 
