@@ -4,9 +4,9 @@
     python benchmarks/gpu/plan.py ... --only parity_cpu parity_gpu            # a part, where a command has a limit
     python benchmarks/gpu/plan.py ... --list                                  # what would run
 
-**Not run so far on a GPU: no figure in docs comes from it.** It needs an environment as `make setup` makes it, or the
-machine's own torch with the wheels of `pack.py`; Transformer Engine is not needed. Without --model only what needs no
-real weights runs.
+Parts of it ran on one NVIDIA H200: docs/performance.md, "On a GPU", says which. It needs an environment as `make
+setup` makes it, or the machine's own torch with the wheels of `pack.py`; Transformer Engine is not needed. Without
+--model only what needs no real weights runs.
 
 Each step is a process of its own with a limit; the limits add up to less than --budget. OUT/steps.jsonl gets a line for
 each step (name, exit code, seconds, its own last JSON line), OUT/NAME.log all that it said. A step that fails does not
@@ -61,7 +61,7 @@ def steps(model: Path | None, out: Path) -> list[Step]:
     """All of them, in the order of what would be missed most."""
     real = real_recipes(model, out) if model else []
     return [
-        Step("environment", 90, ["-c", VERSIONS]),
+        Step("environment", 60, ["-c", VERSIONS]),
         *parity(),
         *real,
         *whole_steps(),
@@ -75,8 +75,8 @@ def parity() -> list[Step]:
     float32, random weights and tokens."""
     arguments = ["benchmarks/steps.py", "distill", "--tokens", "512", "--batch", "2", "--runs", "2"]
     return [
-        Step("parity_gpu", 120, arguments),
-        Step("parity_cpu", 180, arguments, {"CUDA_VISIBLE_DEVICES": ""}),
+        Step("parity_gpu", 90, arguments),
+        Step("parity_cpu", 120, arguments, {"CUDA_VISIBLE_DEVICES": ""}),
     ]
 
 
@@ -88,17 +88,17 @@ def whole_steps() -> list[Step]:
         for work in ("distill", "train", "forward"):
             arguments = ["benchmarks/steps.py", work, "--size", size, "--bf16"]
             made.append(
-                Step(f"step_{work}_{size}", 100, [*arguments, "--tokens", "2048", "--batch", str(batch)])
+                Step(f"step_{work}_{size}", 80, [*arguments, "--tokens", "2048", "--batch", str(batch)])
             )
     sizes = ["--num-layers", "16", "--hidden-size", "1536", "--teacher-hidden-size", "2048", "--bf16"]
     sizes += ["--vocab-size", "128256", "--seq-length", "2048", "--runs", "1"]
-    return [*made, Step("nemo_distill", 240, ["benchmarks/distill_step.py", *sizes])]
+    return [*made, Step("nemo_distill", 180, ["benchmarks/distill_step.py", *sizes])]
 
 
 def losses() -> list[Step]:
     """The loss alone beside ModelOpt's and the four bare products; the goal is 80 % of their rate."""
     sizes = ["--vocab", "128256", "--hidden-size", "3072", "--teacher-hidden-size", "4096", "--runs", "9"]
-    return [Step("loss", 120, ["benchmarks/kd_loss.py", "--bf16", "--tokens", "8192", *sizes])]
+    return [Step("loss", 60, ["benchmarks/kd_loss.py", "--bf16", "--tokens", "8192", *sizes])]
 
 
 def real_recipes(model: Path, out: Path) -> list[Step]:
@@ -106,11 +106,11 @@ def real_recipes(model: Path, out: Path) -> list[Step]:
     data = ["data.seq_length=512", "trainer.micro_batch_size=8"]
     tuned = ["align.max_steps=20", "align.optim.warmup_steps=2", "align.optim.lr=1e-4"]
     return [
-        Step("prune", 150, pruned("", str(model), out, *data)),
-        Step("distill", 180, distilled("", str(model), out, *data, "distill.max_steps=100")),
+        Step("prune", 90, pruned("", str(model), out, *data)),
+        Step("distill", 120, distilled("", str(model), out, *data, "distill.max_steps=100")),
         Step(
             "sft",
-            150,
+            100,
             [
                 *(
                     "recipes/sft.py",
@@ -129,9 +129,9 @@ def large(out: Path) -> list[Step]:
     teacher, bf16 = str(out / "1b"), ["trainer.precision=bf16-mixed", "trainer.micro_batch_size=2"]
     data = ["data.seq_length=2048", *bf16]
     return [
-        Step("make_1b", 90, ["-c", MAKE_1B, teacher]),
-        Step("prune_1b", 180, pruned("_1b", teacher, out, *data)),
-        Step("distill_1b", 180, distilled("_1b", teacher, out, *data, "distill.max_steps=20")),
+        Step("make_1b", 60, ["-c", MAKE_1B, teacher]),
+        Step("prune_1b", 120, pruned("_1b", teacher, out, *data)),
+        Step("distill_1b", 150, distilled("_1b", teacher, out, *data, "distill.max_steps=20")),
     ]
 
 

@@ -16,8 +16,8 @@ from nemo_minitron.run.main import register_resolvers
 from tests.unit.test_config import SCHEMAS
 
 ROOT = Path(__file__).resolve().parents[2]
-MODEL, LLAMA, OUT = Path("/models/m.gguf"), Path("/models/llama"), Path("/out")
-STEPS = plan.steps(MODEL, LLAMA, OUT)
+MODEL, OUT = Path("/models/m.gguf"), Path("/tmp/not-made/out")
+STEPS = plan.steps(MODEL, OUT)
 SIDE = """
 from benchmarks import in_turn
 count = iter(range(100))
@@ -53,8 +53,6 @@ def test_the_plan_fits_half_an_hour_and_its_parts_ten_minutes() -> None:
             "benchmarks/gpu/plan.py",
             "--model",
             MODEL,
-            "--llama",
-            LLAMA,
             "--out",
             OUT,
             "--list",
@@ -93,7 +91,7 @@ def test_a_plan_goes_on_after_a_step_that_fails(tmp_path: Path, monkeypatch: pyt
         plan.Step("left_out", 6000, ["-c", "1/0"]),
     ]
     monkeypatch.setattr(plan, "steps", lambda *_: made)
-    monkeypatch.setattr(sys, "argv", ["plan.py", "--model", "m", "--llama", "l", "--out", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["plan.py", "--model", "m", "--out", str(tmp_path)])
     assert plan.main() == 1
     lines = [json.loads(line) for line in (tmp_path / "steps.jsonl").read_text().splitlines()]
     assert [line["exit_code"] for line in lines] == [3, 124, 0, None]
