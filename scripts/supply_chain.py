@@ -1,8 +1,9 @@
 """Makes supply_chain/: the hashes of the pinned packages' files, their licences, and an SBOM.
 
-Run by `make supply-chain`, with the environment's interpreter, after constraints.txt has changed. The work is done by
-uv (`pip compile --generate-hashes`), pip-licenses and cyclonedx-py, which live in an environment of their own whose
-files supply_chain/tools.txt pins. Only the first needs the package index; the others look at what is installed.
+Run by `make supply-chain`, with the environment's interpreter, after constraints.txt or constraints-newest.txt has
+changed. The work is done by uv (`pip compile --generate-hashes`), pip-licenses and cyclonedx-py, which live in an
+environment of their own whose files supply_chain/tools.txt pins. Only the first needs the package index; the others
+look at what is installed.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 CONSTRAINTS = ROOT / "constraints.txt"
+NEWEST = ROOT / "constraints-newest.txt"
 MADE = ROOT / "supply_chain"
 OLDER = (
     'python_version < "3.11"'  # the marker of the lines for a Python that the tried one no longer supports
@@ -46,6 +48,11 @@ def hashes(programs: Path) -> str:
         return _compiled(programs, CONSTRAINTS, "3.11") + _compiled(programs, wanted, "3.10")
 
 
+def newest_hashes(programs: Path) -> str:
+    """The hashes of all files of what is tried in a newer version."""
+    return _compiled(programs, NEWEST, "3.11")
+
+
 def _compiled(programs: Path, wanted: Path, python: str) -> str:
     options = ["--universal", "--no-deps", "--generate-hashes", "--no-header", "--no-annotate"]
     command = [f"{programs}/uv", "pip", "compile", "-q", *options, "--python-version", python, str(wanted)]
@@ -70,9 +77,15 @@ def sbom(programs: Path) -> str:
 
 
 def main() -> None:
-    """Writes the three files."""
+    """Writes the four files."""
     programs = tools()
-    for name, make in (("hashes.txt", hashes), ("licences.csv", licences), ("sbom.json", sbom)):
+    makers = {
+        "hashes.txt": hashes,
+        "hashes-newest.txt": newest_hashes,
+        "licences.csv": licences,
+        "sbom.json": sbom,
+    }
+    for name, make in makers.items():
         (MADE / name).write_text(make(programs))
         print(MADE / name)
 

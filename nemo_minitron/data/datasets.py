@@ -25,9 +25,14 @@ SUMS = "sha256.json"
 
 @dataclass(frozen=True)
 class EndOfDocument:
-    """What GPTDataset asks of a tokenizer: the id that ends a document. No `pad`, since nothing is padded."""
+    """What GPTDataset asks of a tokenizer: the id that ends a document. No `pad`, since nothing is padded.
+
+    megatron-core 0.16 also asks for `vocab_size`, to know the width of tokens in files that it need not open; None:
+    it looks into them, as 0.13 does.
+    """
 
     eod: int
+    vocab_size: None = None
 
     @property
     def unique_identifiers(self) -> dict[str, int]:

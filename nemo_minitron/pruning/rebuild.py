@@ -47,10 +47,16 @@ def build_layer(model: Any, spec: Any, number: int, parameters: Mapping[str, Par
             spec,
             config=block.config,
             layer_number=number,
-            model_comm_pgs=block.model_comm_pgs,
             vp_stage=block.vp_stage,
+            **_process_groups(block),
         )
     return _filled(layer, parameters, model.training)
+
+
+def _process_groups(block: Any) -> dict[str, Any]:
+    """A block's process groups by the name that its layers take them by: megatron-core 0.13's, or from 0.16 on."""
+    name = "pg_collection" if hasattr(block, "pg_collection") else "model_comm_pgs"
+    return {name: getattr(block, name)}
 
 
 def build_final_norm(model: Any, parameters: Mapping[str, Parameter]) -> Module:

@@ -4,12 +4,13 @@ import copy
 import logging
 import math
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+
+from tests.support import process_groups
 
 pytestmark = pytest.mark.usefixtures("megatron")
 
@@ -49,13 +50,11 @@ def both(
         bf16=dtype is torch.bfloat16,
     )
     config.num_query_groups = groups
-    ranks = SimpleNamespace(tp=SimpleNamespace(size=lambda: tp))
+    ranks = process_groups.of_tensor_ranks(DotProductAttention, tp)
     made = []
     for kind in (HostAttention, DotProductAttention):
         config.window_size = window if kind is HostAttention else None
-        made.append(
-            kind(config, 3, AttnMaskType.causal, "self", softmax_scale=scale, model_comm_pgs=ranks).train()
-        )
+        made.append(kind(config, 3, AttnMaskType.causal, "self", softmax_scale=scale, **ranks).train())
         if window:
             config = copy.copy(config)
     return made[0], made[1]

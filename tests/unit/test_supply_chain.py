@@ -1,9 +1,11 @@
-"""supply_chain/ is of the pins in constraints.txt; `make supply-chain` makes it anew."""
+"""supply_chain/ is of the pins in constraints.txt and constraints-newest.txt; `make supply-chain` makes it anew."""
 
 import csv
 import json
 import re
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 MADE = ROOT / "supply_chain"
@@ -16,18 +18,25 @@ def normal(name: str, version: str) -> tuple[str, str]:
     return re.sub(r"[-_.]+", "-", name).lower(), version
 
 
-def pins() -> set[tuple[str, str]]:
-    """(name, version) of each line of constraints.txt."""
-    lines = (ROOT / "constraints.txt").read_text().splitlines()
+def pins(file: str = "constraints.txt") -> set[tuple[str, str]]:
+    """(name, version) of each line of such a file."""
+    lines = (ROOT / file).read_text().splitlines()
     wanted = (line.partition(";")[0].strip() for line in lines if line and not line.startswith("#"))
     return {normal(*line.split("==")) for line in wanted}
 
 
-def test_each_pin_has_the_hashes_of_its_files() -> None:
-    blocks = (MADE / "hashes.txt").read_text().replace("\\\n", " ").splitlines()
+@pytest.mark.parametrize("suffix", ["", "-newest"])
+def test_each_pin_has_the_hashes_of_its_files(suffix: str) -> None:
+    blocks = (MADE / f"hashes{suffix}.txt").read_text().replace("\\\n", " ").splitlines()
     found = {normal(*block.split()[0].split("==")): SHA256.findall(block) for block in blocks}
-    assert set(found) == pins()
+    assert set(found) == pins(f"constraints{suffix}.txt")
     assert all(found.values())
+
+
+def test_the_newest_pins_are_those_that_differ() -> None:
+    newest, tried = pins("constraints-newest.txt"), pins()
+    assert newest.isdisjoint(tried)
+    assert {name for name, _ in newest} <= {name for name, _ in tried}
 
 
 def test_the_licences_and_the_sbom_are_of_the_pins() -> None:

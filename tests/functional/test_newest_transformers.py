@@ -1,24 +1,28 @@
-"""What is exported, opened by transformers 5 in an environment of its own: the same distributions as transformers 4."""
+"""What is exported, opened by the newest transformers of each major version in an environment of its own: the same
+distributions as the pinned one's. What that one saves is read again: the same model."""
 
 import os
 import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from nemo_minitron.checkpoints.families import FAMILIES, config_of
+from nemo_minitron.checkpoints.source import find_source
 from nemo_minitron.export import generation, huggingface
 from nemo_minitron.export.tensors import Weights
 from tests.support.stacked_weights import of_family, saved, stacked
 
-VERSION = "5.24.0"
+VERSIONS = ("4.57.6", "5.24.0")
 TOKENIZER = Path(__file__).resolve().parents[2] / "assets" / "demo-teacher"
 TEXT = "def f(x1):\n    return 12345  # don't é\n\n"
-# Told the directory, it says what was warned of, and writes the logits of tokens.pt.
+# Told the directories, it writes the logits of each tokens.pt, saves what it has opened, and says what was warned of.
 SCRIPT = """
 import sys, warnings, logging, torch, transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -31,20 +35,20 @@ for directory in sys.argv[1:]:
     tokenizer = AutoTokenizer.from_pretrained(directory)
     assert tokenizer(TEXT, add_special_tokens=False)["input_ids"] == EXPECTED, type(tokenizer)
     assert GenerationConfig.from_pretrained(directory).eos_token_id == [0, 5]
+    model.save_pretrained(directory + "/again")
+    tokenizer.save_pretrained(directory + "/again")
     print(transformers.__version__, str(model.dtype))
 """
 
 
-@pytest.fixture(scope="module")
-def newest(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The interpreter of a virtual environment with transformers 5 on top of this one's packages."""
-    place = tmp_path_factory.mktemp("transformers-5") / "env"
+def interpreter(place: Path, version: str) -> Path:
+    """That of a virtual environment with a version of transformers on top of this one's packages."""
     subprocess.run([sys.executable, "-m", "venv", "--system-site-packages", str(place)], check=True)
     python = place / "bin" / "python"
     (site,) = place.glob("lib/python*/site-packages")
     (site / "zz_beside.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
     subprocess.run(
-        [python, "-m", "pip", "install", "-q", f"transformers=={VERSION}"], check=True, timeout=400
+        [python, "-m", "pip", "install", "-q", f"transformers=={version}"], check=True, timeout=400
     )
     return python
 
@@ -67,35 +71,54 @@ def exported(directory: Path, name: str) -> Path:
     return directory / "hf"
 
 
-@pytest.mark.slow
-def test_every_family(newest: Path, tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def weights_of(files: Iterable[Path]) -> dict[str, torch.Tensor]:
+    return {name: weight.float() for file in files for name, weight in load_file(file).items()}
 
-    directories = {name: exported(tmp_path / name, name) for name in FAMILIES}
-    tokens = torch.randint(1024, (2, 32), generator=torch.Generator().manual_seed(4))
-    for directory in directories.values():
-        torch.save(tokens, directory / "tokens.pt")
+
+def opened(python: Path, directories: dict[str, Path]) -> list[str]:
+    """What SCRIPT printed of exported models; it must warn of nothing."""
+    from transformers import AutoTokenizer
+
     expected_ids = AutoTokenizer.from_pretrained(TOKENIZER)(TEXT, add_special_tokens=False)["input_ids"]
     script = f"TEXT, EXPECTED = {TEXT!r}, {expected_ids}\n{SCRIPT}"
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [newest, "-c", script, *directories.values()],
+        [python, "-c", script, *directories.values()],
         capture_output=True,
         text=True,
         env=environment,
         timeout=400,
     )
     assert done.returncode == 0, done.stderr
-    dtypes = ["torch.bfloat16" if name == "mistral" else "torch.float32" for name in directories]
-    assert done.stdout.splitlines() == [f"{VERSION} {dtype}" for dtype in dtypes]
     for word in ("warn", "not used", "newly initialized", "unexpected", "deprecat"):
         assert word not in done.stderr.lower(), done.stderr
-    for name, directory in directories.items():
-        model = AutoModelForCausalLM.from_pretrained(directory, torch_dtype="auto").eval()
+    return done.stdout.splitlines()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", VERSIONS)
+def test_every_family(version: str, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    directories = {name: exported(tmp_path / name, name) for name in FAMILIES}
+    tokens = torch.randint(1024, (2, 32), generator=torch.Generator().manual_seed(4))
+    for directory in directories.values():
+        torch.save(tokens, directory / "tokens.pt")
+    # Version 4 opens all in float32 unless it is told another dtype.
+    bfloat16 = () if version.startswith("4.") else ("mistral",)
+    dtypes = ["bfloat16" if name in bfloat16 else "float32" for name in directories]
+    printed = opened(interpreter(tmp_path / "env", version), directories)
+    assert printed == [f"{version} torch.{dtype}" for dtype in dtypes]
+    for (name, directory), dtype in zip(directories.items(), dtypes, strict=True):
+        model = AutoModelForCausalLM.from_pretrained(directory, torch_dtype=getattr(torch, dtype)).eval()
         with torch.no_grad():
             expected = model(tokens).logits.float().log_softmax(-1)
         found = torch.load(directory / "logits.pt", weights_only=True).log_softmax(-1)
-        tolerance = 5e-2 if name == "mistral" else 1e-4
+        tolerance = 5e-2 if dtype == "bfloat16" else 1e-4
         torch.testing.assert_close(
             found, expected, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
         )
+        again, before = find_source(directory / "again"), find_source(directory)
+        assert (again.architecture, again.seq_length) == (before.architecture, before.seq_length)
+        assert again.dtype == dtype
+        torch.testing.assert_close(weights_of(again.files), weights_of(before.files), rtol=0, atol=0)
