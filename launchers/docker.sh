@@ -60,5 +60,7 @@ if [[ $dry_run ]]; then
     printf '%q ' "${command[@]}" && echo
     exit
 fi
+# A directory that docker makes for a mount is root's.
+for name in NEMO_MINITRON_HOME HF_HOME; do [[ $1 == build || -z ${!name:-} ]] || mkdir -p "${!name}"; done
 type docker >/dev/null 2>&1 || refuse "no docker on the path; --dry-run shows the command"
 exec "${command[@]}"

@@ -4,6 +4,7 @@ import os
 import re
 import shlex
 import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -47,11 +48,12 @@ def test_the_dockerfile_is_well_formed() -> None:
 def test_the_image_s_own_builds_stay() -> None:
     """pip installs without dependencies, in the versions of constraints.txt, and nothing that the image has built."""
     runs = " && ".join(rest for word, rest in instructions() if word == "RUN")
-    installs = [shlex.split(part) for part in runs.split("&&") if re.search(r"pip3? install", part)]
+    assert not re.search(r"(?<!-m )\bpip3? (install|list)", runs)  # another interpreter's, perhaps
+    installs = [shlex.split(part) for part in runs.split("&&") if re.search(r"pip install", part)]
     assert installs
     for install in installs:
         assert {"--no-deps", "--no-cache-dir"} <= set(install)
-        packages = [word for word in install[2:] if not word.startswith("-")]
+        packages = [word for word in install[install.index("install") + 1 :] if not word.startswith("-")]
         assert packages
         for package in packages:
             name, _, version = package.partition("==")
@@ -92,6 +94,26 @@ def test_the_command_line(tmp_path: Path) -> None:
     assert set(flags(words, "--volume")) == mounted
     assert f"PYTHONPATH={ROOT}" in flags(words, "--env")
     assert "--gpus" not in shlex.split(docker("--dry-run", "--gpus", "none", "true").stdout)
+
+
+def test_the_caches_are_the_user_s_before_they_are_mounted(tmp_path: Path) -> None:
+    """docker itself would make them root's. Instead of docker: what lists the directory."""
+    (tmp_path / "docker").write_text('#!/bin/sh\nls -d "$HF_HOME"\n')
+    (tmp_path / "docker").chmod(0o755)
+    cache = tmp_path / "not" / "yet"
+    done = docker("true", cwd=tmp_path, HF_HOME=str(cache), PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert (done.returncode, done.stdout) == (0, f"{cache}\n"), done.stderr
+
+
+def test_a_campaign_that_cannot_build_says_so(tmp_path: Path) -> None:
+    """tests/image_campaign.py, without buildah or without root: a line, and an exit code that is not 0."""
+    command = [sys.executable, "-m", "tests.image_campaign", "--home", str(tmp_path / "home")]
+    env = {**os.environ, "PATH": str(tmp_path)}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 77, done.stderr
+    assert len(done.stdout.splitlines()) == 1
+    assert "needs root" in done.stdout or "apt-get install" in done.stdout
+    assert not (tmp_path / "home").exists()
 
 
 def test_the_build() -> None:

@@ -16,8 +16,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import WriteItemType
 
 from nemo_minitron.checkpoints.source import find_source
+from nemo_minitron.checkpoints.untrusted import table_of_contents
 from nemo_minitron.data.tokenizer import load_tokenizer
 from nemo_minitron.errors import InputError
 from tests.functional.conftest import Teacher
@@ -244,6 +247,27 @@ def test_refused(commands: Commands, teacher: Teacher, name: str) -> None:
     assert len(line) < 600
     for part in says:
         assert part in line
+
+
+class Member:
+    """Pickled as an enum's member by Python 3.11.0 to 3.11.3."""
+
+    def __init__(self, of: type, name: str) -> None:
+        self.arguments = (of, name)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, self.arguments
+
+
+def test_an_enum_s_member_is_read_as_any_python_writes_it(tmp_path: Path) -> None:
+    """A class's attribute is not: it could be a function."""
+    file = tmp_path / ".metadata"
+    file.write_bytes(pickle.dumps(Metadata({"weight": Member(WriteItemType, "TENSOR")})))
+    assert table_of_contents(file, "x").state_dict_metadata == {"weight": WriteItemType.TENSOR}
+    for of, name in ((WriteItemType, "__reduce__"), (Metadata, "__init__"), (torch.Size, "numel")):
+        file.write_bytes(pickle.dumps(Metadata({"weight": Member(of, name)})))
+        with pytest.raises(InputError, match="not safe to open"):
+            table_of_contents(file, "x")
 
 
 def test_what_the_hostile_pickles_would_do(tmp_path: Path) -> None:

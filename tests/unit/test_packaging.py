@@ -19,6 +19,12 @@ import nemo_minitron
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "nemo_minitron"
 FRAMEWORK_FOLDERS = {"nemo", "alignment", "cpu_compat", "workflows"}
+# Classes derived from lm-evaluation-harness's, and what serves one fitness alone.
+WITH_LM_EVAL = {
+    "nemo_minitron.evaluation.benchmarks.adapter",
+    "nemo_minitron.evaluation.benchmarks.backend",
+    "nemo_minitron.workflows.evolve.by_benchmark",
+}
 FRAMEWORKS = {"nemo", "nemo_aligner", "nemo_run", "lightning", "pytorch_lightning"}
 CORE = sorted(
     path for path in PACKAGE.rglob("*.py") if path.relative_to(PACKAGE).parts[0] not in FRAMEWORK_FOLDERS
@@ -54,6 +60,25 @@ def imported(path: Path) -> set[str]:
     return names
 
 
+def imported_at_once(path: Path) -> set[str]:
+    """The modules, and names of them, that a file imports at once: not in functions, nor for a type checker alone."""
+    waiting: list[ast.AST] = [ast.parse(path.read_text())]
+    names: set[str] = set()
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            waiting += node.orelse
+            continue
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        waiting += ast.iter_child_nodes(node)
+    return names
+
+
 def test_version() -> None:
     assert nemo_minitron.__version__ == PROJECT["project"]["version"]
 
@@ -83,6 +108,18 @@ def test_the_core_loads_no_framework() -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_what_an_extra_brings_is_imported_where_it_is_used() -> None:
+    """NGC's image and `pip install nemo_minitron` have no extras: every recipe ran into gguf there."""
+    extras = PROJECT["project"]["optional-dependencies"].values()
+    brought = {Requirement(line).name.replace("-", "_") for lines in extras for line in lines}
+    assert {"gguf", "optuna", "cma", "lm_eval", "wandb"} <= brought
+    for path in sorted(PACKAGE.rglob("*.py")):
+        names = {
+            name for name in imported_at_once(path) if name in WITH_LM_EVAL or name.split(".")[0] in brought
+        }
+        assert not names or module_name(path) in WITH_LM_EVAL, (path, names)
 
 
 def test_only_the_package_is_packaged() -> None:

@@ -8,12 +8,14 @@ import mmap
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from nemo_minitron.errors import InputError
+from nemo_minitron.errors import InputError, need_package
+
+if TYPE_CHECKING:
+    from gguf import GGMLQuantizationType
 
 # What real files stay far below: a vocabulary of 256,000 with its merges takes about 10 MiB.
 MAX_HEADER_BYTES = 128 << 20
@@ -53,7 +55,7 @@ class TensorEntry:
 
     name: str
     shape: tuple[int, ...]
-    kind: GGMLQuantizationType
+    kind: "GGMLQuantizationType"
     start: int
     size: int
 
@@ -74,8 +76,9 @@ def read_header(path: Path, where: str) -> GGUFFile:
         where: how messages name the file, such as "source=model.gguf".
 
     Raises:
-        InputError: damaged, cut short, of another version, or split over several files.
+        InputError: damaged, cut short, of another version, or split over several files; gguf is not installed.
     """
+    need_package("gguf", f"{where}, a GGUF file")
     try:
         with open(path, "rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
             metadata, tensors = _read(_Cursor(data))
@@ -175,6 +178,8 @@ def _placed(
 ) -> dict[str, TensorEntry]:
     if not isinstance(alignment, int) or not 0 < alignment <= 1 << 20 or alignment & (alignment - 1):
         raise _Damaged(f"general.alignment is {alignment!r}")
+    from gguf import GGMLQuantizationType
+
     begin, tensors = -(-cursor.at // alignment) * alignment, {}
     for name, shape, kind, offset in raw:
         if name in tensors:
@@ -188,6 +193,8 @@ def _placed(
 
 def _size(name: str, shape: tuple[int, ...], kind: int) -> int:
     """Bytes of a tensor."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
     try:
         block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
     except (ValueError, KeyError):

@@ -11,16 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
-from gguf import GGMLQuantizationType as Kind
-from gguf.quants import dequantize
 
 from nemo_minitron.arch import Architecture
 from nemo_minitron.checkpoints.gguf.reader import GGUFFile, TensorEntry
 from nemo_minitron.errors import InputError
 
-_PLAIN = {Kind.F32: "float32", Kind.F16: "float16", Kind.BF16: "bfloat16"}
+_PLAIN = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _DTYPES = {"float32": ("F32", 4), "float16": ("F16", 2), "bfloat16": ("BF16", 2)}
 # Tensors that hold nothing of the model: rotary frequencies, which config.json gives.
 _COMPUTED = ("rope_freqs.weight", "attn_rot_embd.weight")
@@ -46,7 +43,7 @@ class Weight:
 
 def dtype_of(file: GGUFFile) -> str:
     """The dtype of config.json: the matrices' own if all have the same plain one; float32 for quantised weights."""
-    kinds = {tensor.kind for tensor in file.tensors.values() if len(tensor.shape) > 1}
+    kinds = {tensor.kind.name for tensor in file.tensors.values() if len(tensor.shape) > 1}
     return _PLAIN.get(kinds.pop(), "float32") if len(kinds) == 1 else "float32"
 
 
@@ -56,6 +53,8 @@ def table(file: GGUFFile, a: Architecture, where: str) -> list[Weight]:
     Raises:
         InputError: a tensor is missing, has another shape, is not part of such a model, or cannot be dequantised.
     """
+    import gguf
+
     architecture = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}[_architecture(file)]
     names = gguf.get_tensor_name_map(architecture, a.num_layers)
     rest = {name: tensor for name, tensor in file.tensors.items() if not name.endswith(_COMPUTED)}
@@ -93,9 +92,11 @@ def _weight(a: Architecture, architecture: str, name: str, tensor: TensorEntry) 
 
 def _check_kinds(weights: list[Weight], where: str) -> None:
     """One block of each type that occurs is dequantised, since gguf cannot do it for all that it names."""
+    import gguf
+
     for kind in {weight.tensor.kind for weight in weights}:
         try:
-            dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+            gguf.quants.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
         except NotImplementedError:
             raise InputError(f"{where}: weights of type {kind.name}: gguf cannot dequantise them") from None
 
@@ -135,6 +136,8 @@ def _norm(name: str, size: int, bias: bool) -> Iterator[tuple[str, tuple[int, ..
 
 def numbers(file: GGUFFile, tensor: TensorEntry) -> Any:
     """A tensor dequantised: numpy float32, of the tensor's shape."""
+    from gguf.quants import dequantize
+
     stored = np.memmap(file.path, np.uint8, "r", tensor.start, (tensor.size,))
     rows = stored.reshape(-1, tensor.size // max(1, int(np.prod(tensor.shape[:-1]))))
     out = np.empty((len(rows), tensor.shape[-1]), np.float32)

@@ -8,9 +8,6 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lm_eval import evaluator
-from lm_eval.tasks import TaskManager
-
 from nemo_minitron.evaluation.benchmarks.catalogue import Benchmark
 
 # What a task is known by, where it has several.
@@ -61,6 +58,9 @@ def run(lm: Any, benchmark: Benchmark, settings: Settings) -> tuple[list[Row], l
     Returns:
         The rows (of a group also its parts'), and what each item scored.
     """
+    from lm_eval import evaluator
+    from lm_eval.tasks import TaskManager
+
     wanted = benchmark.wanted
     with _quiet():
         found = evaluator.simple_evaluate(

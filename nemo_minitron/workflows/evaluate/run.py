@@ -15,8 +15,6 @@ from nemo_minitron.data.statistics import bits_per_byte
 from nemo_minitron.data.tokenizer import tokenizer_sha256
 from nemo_minitron.environment import peak_rss_gib, rank
 from nemo_minitron.evaluation.benchmarks import catalogue
-from nemo_minitron.evaluation.benchmarks.adapter import ShardedLM
-from nemo_minitron.evaluation.benchmarks.backend import BackendLM
 from nemo_minitron.evaluation.lm_figures import LMFigures, lm_figures, text_bytes
 from nemo_minitron.evaluation.transformers_text import transformers_figures
 from nemo_minitron.export.huggingface import generation_settings
@@ -83,6 +81,8 @@ def _with_transformers(
             ),
         )
     if prepared.benchmarks:
+        from nemo_minitron.evaluation.benchmarks.backend import BackendLM  # lm_eval, only for benchmarks
+
         length, batch = source.seq_length, r.eval.batch_size
         asking = Asking(
             r,
@@ -185,6 +185,8 @@ def _benchmarks(r: EvaluateRecipe, prepared: Prepared, session: Session, directo
     benchmarks = (
         catalogue.load(prepared.wanted, r.data) if prepared.benchmarks is None else prepared.benchmarks
     )
+    from nemo_minitron.evaluation.benchmarks.adapter import ShardedLM  # lm_eval, as above
+
     asking = Asking(r, prepared, directory, lambda *told: ShardedLM(model, prepared.tokenizer, *told))
     for benchmark in benchmarks:
         asking.ask(benchmark)
