@@ -212,3 +212,18 @@ def forward_memory(models: list[Architecture], layout: Layout, tokens: int, prec
             "loss": tokens * max(rows) * (4 if value == 4 else 4 + value),
         }
     )
+
+
+def streamed_memory(models: list[Architecture], layout: Layout, tokens: int, precision: str = "32") -> Memory:
+    """Of passes a layer at a time: a model of one layer, that layer as it was read, and the next one.
+
+    Args:
+        models: one after the other.
+        tokens: of a microbatch.
+    """
+    made = []
+    for a in models:
+        memory = forward_memory([a.replace(num_layers=1)], layout, tokens, precision)
+        fetched = 2.0 * a.layer_parameters() * _VALUE[precision]
+        made.append(Memory({**memory.parts, "fetched": fetched}))
+    return max(made, key=lambda memory: memory.total)

@@ -16,7 +16,14 @@ from nemo_minitron.errors import InputError
 from nemo_minitron.planning import machines
 from nemo_minitron.planning.layouts import layouts, options, step_flops
 from nemo_minitron.planning.machines import GIB, Cluster, gpu
-from nemo_minitron.planning.memory import Layout, Training, kept_values, parameters_on_rank, training_memory
+from nemo_minitron.planning.memory import (
+    Layout,
+    Training,
+    kept_values,
+    parameters_on_rank,
+    streamed_memory,
+    training_memory,
+)
 from nemo_minitron.workflows.plan_run.check import cluster_of
 from nemo_minitron.workflows.plan_run.work import Models, work_of
 from tests.support.pruning_models import FAMILIES, LLAMA
@@ -268,6 +275,23 @@ def test_the_work_of_others(model: str) -> None:
     with pytest.raises(InputError, match="distill.max_steps: has no value; a plan needs a number"):
         work_of("search", {**asked, "distill": {"global_batch_size": 8}}, Models())
     assert work_of("export", {**SETTINGS}, Models()).passes == []
+
+
+def test_the_work_of_a_model_that_no_memory_holds(model: str) -> None:
+    asked = {**SETTINGS, "source": model, "stream": True, "prune": {"hidden_size": "3/4"}}
+    assert work_of("prune", asked, Models()).stream
+    chance = {**asked, "prune": {"hidden_size": "3/4", "importance": "random"}}
+    assert work_of("prune", chance, Models()).passes == []
+
+
+def test_a_streamed_pass_holds_a_layer_and_what_stands_beside_it() -> None:
+    """By hand, of Llama-3.1-8B in bfloat16; a run of it took 4.6 GiB with NeMo's imports (docs/full_size.md)."""
+    assert not LLAMA_8B.share_embeddings_and_output_weights
+    parts = streamed_memory([LLAMA_8B], Layout(), 512, "bf16-mixed").parts
+    layer = 2 * 4096 * 4096 + 2 * 1024 * 4096 + 3 * 4096 * 14336 + 2 * 4096
+    assert parts["weights"] == 2 * (layer + 2 * 128256 * 4096 + 4096)
+    assert parts["fetched"] == 4 * layer
+    assert 3.5 < sum(parts.values()) / 2**30 < 4.6
 
 
 def test_a_model_that_is_not_there_is_asked_for() -> None:

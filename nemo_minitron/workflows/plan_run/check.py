@@ -13,7 +13,14 @@ from nemo_minitron.config.plan import HERE, PlanConfig, PlanRecipe
 from nemo_minitron.errors import InputError
 from nemo_minitron.planning.layouts import Option, options
 from nemo_minitron.planning.machines import GIB, Cluster, gpu, this_machine
-from nemo_minitron.planning.memory import Layout, Memory, Training, forward_memory, training_memory
+from nemo_minitron.planning.memory import (
+    Layout,
+    Memory,
+    Training,
+    forward_memory,
+    streamed_memory,
+    training_memory,
+)
 from nemo_minitron.workflows.one_process import OneProcess
 from nemo_minitron.workflows.pipeline.check import compose, shared_overrides
 from nemo_minitron.workflows.pipeline.steps import Step, steps_of
@@ -146,7 +153,8 @@ def _planned(step: Step, work: Work, config: dict[str, Any], cluster: Cluster) -
     if work.training is None:
         models = list(dict.fromkeys(each.model for each in work.passes))
         tokens = work.micro_batch * work.length
-        memory = forward_memory(models, layout, tokens, work.precision) if models else Memory()
+        needs = streamed_memory if work.stream else forward_memory
+        memory = needs(models, layout, tokens, work.precision) if models else Memory()
         return Planned(step, work, layout, memory, [])
     memory = training_memory(work.training, layout, cuda=not here)
     if here:

@@ -53,6 +53,7 @@ class Work:
         training: None where nothing is trained; `trainings`: how many times.
         passes: forward passes beside the training's own.
         length: tokens of a sequence; micro_batch: sequences of a pass; precision: the trainer's.
+        stream: whether passes go a layer at a time, with no whole model in memory.
         unknown: what it also does and is not counted.
     """
 
@@ -63,6 +64,7 @@ class Work:
     length: int = 512
     micro_batch: int = 1
     precision: str = "32"
+    stream: bool = False
     unknown: str = ""
 
     @property
@@ -153,7 +155,9 @@ def _prune(r: PruneRecipe, models: Models) -> Work:
     tokens = int(scored * p.iterations * p.calibration_samples * r.data.seq_length)
     after = (1 + p.control_seeds) * _measured(r)
     passes = [Pass(source, tokens + _measured(r)), Pass(target, after)]
-    return Work(target, passes=passes, **_common(r))
+    if r.stream and not scored:  # from file to file, without a pass
+        return Work(target, stream=True, unknown=_UNKNOWN["export"], **_common(r))
+    return Work(target, passes=passes, stream=r.stream, **_common(r))
 
 
 def _distill(r: DistillRecipe, models: Models) -> Work:
@@ -194,7 +198,8 @@ def _cache_teacher(r: CacheTeacherRecipe, models: Models) -> Work:
     plan = schedules(d.max_steps, d.global_batch_size, d.val_check_interval, d.limit_val_batches)
     train = r.cache.train_samples or plan["train"].used
     samples = train + (r.cache.valid_samples or plan["valid"].used)
-    return Work(None, passes=[Pass(teacher, samples * r.data.seq_length + _measured(r))], **_common(r))
+    tokens = samples * r.data.seq_length + _measured(r)
+    return Work(None, passes=[Pass(teacher, tokens)], stream=r.stream, **_common(r))
 
 
 def _pretrain(r: PretrainRecipe, models: Models) -> Work:
