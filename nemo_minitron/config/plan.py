@@ -41,8 +41,8 @@ class PlanConfig:
 @dataclass
 class PlanRecipe(CommonConfig):
     """`recipes/plan_run.py`. `source`: the teacher, as of prune; a config.json, or a directory with nothing else, is
-    enough. What else there is, `student`, `teacher`, `teacher_cache`, `sdg`, `optim` and the groups, belongs to
-    `plan.recipe`.
+    enough. What else there is, `student`, `teacher`, `teacher_cache`, `sdg`, `stream`, `optim` and the groups,
+    belongs to `plan.recipe`.
     """
 
     source: PathName = MISSING
@@ -50,6 +50,7 @@ class PlanRecipe(CommonConfig):
     teacher: PathName | None = None
     teacher_cache: PathName | None = None
     sdg: PathName | None = None
+    stream: bool | None = None
     optim: Any = None
     plan: PlanConfig = field(default_factory=PlanConfig)
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
