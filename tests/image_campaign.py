@@ -273,7 +273,8 @@ def check_recipes(inside: InImage, began: float) -> None:
     result = json.loads(Path(told.splitlines()[-1]).read_text())
     owners = {path.lstat().st_uid for path in (work, *work.rglob("*"))}
     assert owners == {USER}, owners
-    say(began, f"launchers/local.sh --nproc 2 recipes/prune.py +conf=width {layout}: {sorted(result)}")
+    losses = " -> ".join(f"{result[f'lm_loss_nats_{when}']:.3f}" for when in ("before", "after"))
+    say(began, f"launchers/local.sh --nproc 2 recipes/prune.py +conf=width {layout}: LM loss {losses}")
 
 
 def check_refused(buildah: Buildah, inside: InImage, began: float) -> None:

@@ -38,7 +38,7 @@ PAGES = [
 NOT_COMPOSED = {
     'python -c "import nemo_minitron"': "a measurement of importing; test_packaging imports it",
     "python -m tests.support.kill_trials": "hours; functional/test_random_kills.py does few of its trials",
-    "launchers/docker.sh build": "needs a Docker engine; functional/test_docker.py reads the command lines",
+    "launchers/docker.sh build": "needs a Docker engine; tests/image_campaign.py builds it by buildah",
     "launchers/slurm_on_loopback.py": "needs root; functional/test_slurm.py runs the block as it stands",
     "pip install": "the network",
     "ollama create": "needs Ollama",

@@ -19,12 +19,8 @@ import nemo_minitron
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "nemo_minitron"
 FRAMEWORK_FOLDERS = {"nemo", "alignment", "cpu_compat", "workflows"}
-# Classes derived from lm-evaluation-harness's, and what serves one fitness alone.
-WITH_LM_EVAL = {
-    "nemo_minitron.evaluation.benchmarks.adapter",
-    "nemo_minitron.evaluation.benchmarks.backend",
-    "nemo_minitron.workflows.evolve.by_benchmark",
-}
+# Classes derived from lm-evaluation-harness's.
+WITH_LM_EVAL = {f"nemo_minitron.evaluation.benchmarks.{name}" for name in ("adapter", "backend")}
 FRAMEWORKS = {"nemo", "nemo_aligner", "nemo_run", "lightning", "pytorch_lightning"}
 CORE = sorted(
     path for path in PACKAGE.rglob("*.py") if path.relative_to(PACKAGE).parts[0] not in FRAMEWORK_FOLDERS

@@ -52,6 +52,13 @@ class Settings:
     max_new_tokens: int | None
 
 
+def language_models() -> tuple[Any, Any]:
+    """`ShardedLM` and `BackendLM`, which are classes derived from lm_eval's."""
+    from nemo_minitron.evaluation.benchmarks import adapter, backend  # import lm_eval
+
+    return adapter.ShardedLM, backend.BackendLM
+
+
 def run(lm: Any, benchmark: Benchmark, settings: Settings) -> tuple[list[Row], list[dict[str, Any]]]:
     """Ask, and score.
 

@@ -14,7 +14,7 @@ from nemo_minitron.config.evaluate import EvaluateRecipe
 from nemo_minitron.data.statistics import bits_per_byte
 from nemo_minitron.data.tokenizer import tokenizer_sha256
 from nemo_minitron.environment import peak_rss_gib, rank
-from nemo_minitron.evaluation.benchmarks import catalogue
+from nemo_minitron.evaluation.benchmarks import catalogue, harness
 from nemo_minitron.evaluation.lm_figures import LMFigures, lm_figures, text_bytes
 from nemo_minitron.evaluation.transformers_text import transformers_figures
 from nemo_minitron.export.huggingface import generation_settings
@@ -81,14 +81,13 @@ def _with_transformers(
             ),
         )
     if prepared.benchmarks:
-        from nemo_minitron.evaluation.benchmarks.backend import BackendLM  # lm_eval, only for benchmarks
-
+        _, backend_lm = harness.language_models()
         length, batch = source.seq_length, r.eval.batch_size
         asking = Asking(
             r,
             prepared,
             directory,
-            lambda *told: BackendLM(model, prepared.tokenizer, length, batch, *told),
+            lambda *told: backend_lm(model, prepared.tokenizer, length, batch, *told),
         )
         for benchmark in prepared.benchmarks:
             asking.ask(benchmark)
@@ -185,9 +184,8 @@ def _benchmarks(r: EvaluateRecipe, prepared: Prepared, session: Session, directo
     benchmarks = (
         catalogue.load(prepared.wanted, r.data) if prepared.benchmarks is None else prepared.benchmarks
     )
-    from nemo_minitron.evaluation.benchmarks.adapter import ShardedLM  # lm_eval, as above
-
-    asking = Asking(r, prepared, directory, lambda *told: ShardedLM(model, prepared.tokenizer, *told))
+    sharded_lm, _ = harness.language_models()
+    asking = Asking(r, prepared, directory, lambda *told: sharded_lm(model, prepared.tokenizer, *told))
     for benchmark in benchmarks:
         asking.ask(benchmark)
     # The judge may take its time; the other ranks are not kept waiting for it.

@@ -5,7 +5,6 @@ from nemo_minitron.config.evolve import EvolveRecipe
 from nemo_minitron.environment import rank
 from nemo_minitron.errors import InputError
 from nemo_minitron.evaluation.benchmarks import catalogue, harness
-from nemo_minitron.evaluation.benchmarks.adapter import ShardedLM
 from nemo_minitron.evaluation.benchmarks.answers import Answers
 from nemo_minitron.evaluation.benchmarks.catalogue import Benchmark
 from nemo_minitron.export.huggingface import generation_settings
@@ -65,7 +64,8 @@ def _score(
     begin: int,
     end: int | None,
 ) -> float | None:
-    lm = ShardedLM(model, prepared.tokenizer, Answers(None))
+    sharded_lm, _ = harness.language_models()
+    lm = sharded_lm(model, prepared.tokenizer, Answers(None))
     settings = harness.Settings(end, benchmark.wanted.chat, r.eval.max_new_tokens)
     rows, items = harness.run(lm, benchmark, settings)
     main, _, chosen = next(row.metric for row in rows if row.main).partition(", ")

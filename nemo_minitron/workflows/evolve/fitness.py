@@ -13,6 +13,7 @@ from nemo_minitron.merging.megatron import fill
 from nemo_minitron.merging.models import Tensors
 from nemo_minitron.merging.path import Path, walking
 from nemo_minitron.nemo.session import Session, packed
+from nemo_minitron.workflows.evolve import by_benchmark
 from nemo_minitron.workflows.evolve.check import Prepared
 
 
@@ -84,8 +85,6 @@ class Fitness:
         return 1 - float(accuracy_and_margin(losses, task)[0][0])
 
     def _by_benchmark(self) -> Losses:
-        from nemo_minitron.workflows.evolve import by_benchmark  # lm_eval, only for this fitness
-
         benchmark = by_benchmark.read(self.r, self.prepared)
 
         def wrong(begin: int, end: int | None) -> float:
