@@ -4,7 +4,6 @@ import functools
 import json
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 
+from nemo_minitron import scratch
 from nemo_minitron.config.pipeline import PipelineRecipe
 from nemo_minitron.environment import COMPOSE, with_package
 from nemo_minitron.errors import InputError, need_package
@@ -105,8 +105,8 @@ def compose(step: Step, *, complete: bool = True) -> Mapping[str, Any]:
     Raises:
         InputError: what the recipe says.
     """
-    with tempfile.TemporaryDirectory() as place:
-        file = Path(place) / "composed.jsonl"
+    with scratch.directory("composed") as place:
+        file = place / "composed.jsonl"
         # What is there already is the pipeline's affair.
         done = subprocess.run(
             [*command(step), "overwrite=true"],
