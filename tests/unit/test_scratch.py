@@ -1,5 +1,6 @@
 """Temporary directories: whose they are, and that those of the dead go."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from nemo_minitron import scratch
+from nemo_minitron.files import replacing, write_text
 
 MAKES = "import sys, time\nfrom nemo_minitron import scratch\nprint(scratch.{}, flush=True)\n"
 
@@ -43,6 +45,43 @@ def test_what_sigkill_left_goes_with_the_next_one_and_what_is_in_use_stays(place
     assert there == {mine, made[1], made[2]}
     assert not mine.exists()
     assert made[1].joinpath("file").exists()
+
+
+@pytest.mark.parametrize("kind", ["file", "directory"])
+def test_what_was_half_made_goes_when_it_is_made_again(place: Path, kind: str) -> None:
+    """A converted checkpoint, say: another process that makes the same at the moment is left alone."""
+    making = (
+        "import sys, time\nfrom pathlib import Path\nfrom nemo_minitron.files import replacing\n"
+        f"with replacing(Path('{place}/final')) as new:\n"
+        f"    {'new.mkdir()' if kind == 'directory' else 'pass'}\n"
+        f"    {'(new / chr(120))' if kind == 'directory' else 'new'}.write_text('x')\n"
+        "    print(new, flush=True)\n    time.sleep(60)\n"
+    )
+    dead, alive = (subprocess.Popen([sys.executable, "-c", making], stdout=-1, text=True) for _ in range(2))
+    half = [Path(p.stdout.readline().strip()) for p in (dead, alive) if p.stdout]
+    assert [path.exists() for path in half] == [True, True]
+    dead.kill()
+    dead.wait()
+    with replacing(place / "final") as new:
+        new.write_text("whole")
+    there = set(place.iterdir())
+    alive.kill()
+    alive.wait()
+    assert there == {place / "final", half[1].parent}
+    assert (place / "final").read_text() == "whole"
+    write_text(place / "final", "again")
+    assert set(place.iterdir()) == {place / "final"}
+
+
+def test_many_at_once_lose_nothing(place: Path) -> None:
+    """Each looks for what others left while those make theirs."""
+    code = MAKES.format("__name__") + (
+        "for _ in range(300):\n    with scratch.directory('a') as mine:\n        (mine / 'x').write_text('x')\n"
+        "        assert (mine / 'x').read_text() == 'x'\n"
+    )
+    several = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL) for _ in range(4)]
+    assert [process.wait(timeout=100) for process in several] == list(itertools.repeat(0, 4))
+    assert list(place.iterdir()) == []
 
 
 def test_a_fork_holds_no_directory_back_and_removes_none(place: Path) -> None:

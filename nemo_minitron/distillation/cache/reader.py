@@ -24,7 +24,7 @@ from nemo_minitron.distillation.cache.format import (
 )
 from nemo_minitron.distillation.loss.losses import TopKTeacher
 from nemo_minitron.errors import InputError
-from nemo_minitron.files import check_regular, file_sha256
+from nemo_minitron.files import check_regular, file_sha256, user_path
 
 CACHE = "cache"
 _OPEN_SHARDS = 64
@@ -50,7 +50,7 @@ class TeacherCache:
 
     def __init__(self, path: str | Path) -> None:
         self.where = f"teacher_cache={path}"
-        self.directory = _directory(Path(path).expanduser(), self.where)
+        self.directory = _directory(user_path(path), self.where)
         self.manifest: Manifest = read_manifest(self.directory / MANIFEST, self.where)
         self._check_sizes()
         self._open = functools.lru_cache(_OPEN_SHARDS)(self._opened)

@@ -16,6 +16,7 @@ from nemo_minitron import scratch
 from nemo_minitron.config.pipeline import PipelineRecipe
 from nemo_minitron.environment import COMPOSE, with_package
 from nemo_minitron.errors import InputError, need_package
+from nemo_minitron.files import user_path
 from nemo_minitron.workflows.one_process import OneProcess
 from nemo_minitron.workflows.pipeline.state import State
 from nemo_minitron.workflows.pipeline.steps import Step, content_of, key_of, steps_of
@@ -43,7 +44,7 @@ def check(r: PipelineRecipe) -> Prepared:
         InputError: names the step and what is wrong with it; a source that is none; one that changed under finished
             steps.
     """
-    source = Path(r.source).expanduser().absolute()
+    source = user_path(r.source).absolute()
     content = functools.cache(content_of)  # several steps name the same teacher and corpus
     source_sha256 = content(source)
     if source_sha256 is None:
