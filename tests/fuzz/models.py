@@ -69,14 +69,15 @@ class Case:
         check_stages(t, arch.num_layers, f"{whose} num_layers")
 
 
-def architecture(draw: random.Random) -> dict[str, Any]:
-    """Any family's kind of model with any sizes; some are illegal."""
-    groups, per_group = draw.randint(1, 4), draw.randint(1, 4)
+def architecture(draw: random.Random, ranks: tuple[int, int, int]) -> dict[str, Any]:
+    """Any family's kind of model with any sizes; some are illegal, and some do not fit the layout."""
+    tp, pp = ranks[:2] if draw.random() < 0.85 else (1, 1)
+    groups, per_group = tp * draw.randint(1, 4 // tp), draw.randint(1, 4)
     heads = groups * per_group if draw.random() < 0.95 else groups * per_group + 1
     sizes = {
-        "num_layers": draw.randint(1, 6),
+        "num_layers": pp * draw.randint(1, 6 // pp),
         "hidden_size": draw.randint(8, 40),
-        "ffn_hidden_size": draw.choice([draw.randint(1, 40), 4 * draw.randint(1, 10)]),
+        "ffn_hidden_size": tp * draw.randint(1, 40 // tp),
         "num_attention_heads": heads,
         "num_query_groups": groups,
         # Half of it, where only half is rotated, must be even: of an odd number Megatron rotates one more.
@@ -90,7 +91,9 @@ def architecture(draw: random.Random) -> dict[str, Any]:
         "rotary_base": draw.choice([1e4, 5e5, 100.0]),
     }
     if draw.random() < 0.2:
-        sizes |= {"rope_scaling_factor": 8.0, "rope_original_context": draw.choice([8192, 16])}
+        sizes["rope_scaling_factor"] = draw.choice(
+            [8.0, 32.0]
+        )  # of 8192 tokens: Megatron's own model has no other
     return sizes
 
 
@@ -101,7 +104,7 @@ def drawn(draw: random.Random) -> Case:
         InputError: an architecture that is none.
     """
     ranks = draw.choice(RANKS)
-    arch = FAMILIES[draw.choice(sorted(FAMILIES))].replace(**architecture(draw))
+    arch = FAMILIES[draw.choice(sorted(FAMILIES))].replace(**architecture(draw, ranks))
     options: dict[str, Any] = {"fused_norms": True} if draw.random() < 0.3 else {}
     if ranks[1] > 1 and draw.random() < 0.4:
         place = draw.choice(["first", "last"])

@@ -103,3 +103,12 @@ def test_a_path_that_a_user_types_may_be_none_at_all(tmp_path: Path) -> None:
         assert lineage(path).legal == ()
         with pytest.raises(InputError, match=f"source={path}: no such"):
             find_source(path)
+
+
+def test_what_a_library_says_of_a_file_is_one_line(tmp_path: Path) -> None:
+    """safetensors repeats the name of a type that it does not know."""
+    header = b'{"a": {"dtype": "F\\n32", "shape": [1], "data_offsets": [0, 4]}}'
+    (tmp_path / "scores").write_bytes(len(header).to_bytes(8, "little") + header + b"1234")
+    with pytest.raises(InputError, match="not a scores file") as caught:
+        Scores.load(tmp_path / "scores")
+    assert len(str(caught.value).splitlines()) == 1

@@ -23,7 +23,7 @@ from nemo_minitron.distillation.cache.format import (
     read_manifest,
 )
 from nemo_minitron.distillation.loss.losses import TopKTeacher
-from nemo_minitron.errors import InputError
+from nemo_minitron.errors import InputError, first_line
 from nemo_minitron.files import check_regular, file_sha256, user_path
 
 CACHE = "cache"
@@ -97,7 +97,7 @@ class TeacherCache:
             check_regular(self.directory / name)
             return safe_open(self.directory / name, framework="pt")
         except (SafetensorError, OSError) as error:
-            raise InputError(f"{self.where}: {name} cannot be read ({error})") from None
+            raise InputError(f"{self.where}: {name} cannot be read ({first_line(error)})") from None
 
     @functools.cached_property
     def _index(self) -> tuple[Any, Any]:
