@@ -13,6 +13,7 @@ ARGS ?=
 WORKERS ?= 2
 FUZZ ?= --overrides 10000 --files 500
 KILLS ?= --trials 200 --hours 4
+ENDURANCE ?= --steps 20000 --every 500
 DOCS ?=
 STUDY ?= runs/study
 
@@ -59,9 +60,11 @@ test-slow:  ## the long tests
 	        echo "no slow test was selected" >&2; exit 5; fi; exit $$first; }
 
 # A seed of its own each time; --seed N among ARGS repeats one. docs/testing.md says when each was last run.
-test-full:  ## long campaigns: random settings and damaged files (FUZZ=), kills (KILLS=), the docs' commands, a killed comparison, killed pipelines, K-quants, the image
+test-full:  ## long campaigns: random settings and damaged files (FUZZ=), random models, kills (KILLS=), 20,000 steps (ENDURANCE=), the docs' commands, a killed comparison, killed pipelines, K-quants, the image
 	@$(WITH_PY) home=$$(mktemp -d) && missed= && { \
 	    "$$PY" -m tests.fuzz.campaign $(FUZZ) --seed "$$RANDOM" $(ARGS) --home "$$home/fuzz"; code=$$?; \
+	    "$$PY" -m tests.fuzz.models --cases 1000 --seed "$$RANDOM" || code=1; \
+	    "$$PY" -m tests.endurance_campaign $(ENDURANCE) --seed "$$RANDOM" --home "$$home/endurance" || code=1; \
 	    "$$PY" -m tests.kill_campaign $(KILLS) --seed "$$RANDOM" --home "$$home/kills" || code=1; \
 	    "$$PY" -m tests.docs_campaign $(DOCS) --home "$$home/docs" || code=1; \
 	    "$$PY" -m pytest -q tests/functional/compare_campaign.py || code=1; \

@@ -30,6 +30,7 @@ def launch(job: dict[str, Any], *arguments: str) -> None:
         ChildFailedError: ranks failed.
         SignalException: this process was told to end, and has ended them.
     """
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     alone = job["nnodes"] == 1
@@ -43,6 +44,8 @@ def launch(job: dict[str, Any], *arguments: str) -> None:
         rdzv_endpoint="localhost:0" if alone else job["rdzv_endpoint"],
         rdzv_configs={} if alone else {"rank": job["node_rank"]},
         local_addr="localhost" if alone else None,
+        # Empty directories, which torch makes in /tmp for good where it is given no place.
+        logs_specs=DefaultLogsSpecs(log_dir=f"{job['state']}/torch"),
     )
     # torch substitutes ${local_rank} and the like in what it passes on.
     elastic_launch(config, "/bin/bash")(*(text.replace("$", "$$") for text in arguments))

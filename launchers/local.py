@@ -27,7 +27,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -38,6 +37,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from launchers.stopped import StoppedRanks  # noqa: E402
+from nemo_minitron import scratch  # noqa: E402
 from nemo_minitron.environment import (  # noqa: E402
     GRACE_S,
     INTERRUPTED,
@@ -137,8 +137,8 @@ class Launcher:
         if self.options.prepare_only:
             print(run)
             return 0
-        with tempfile.TemporaryDirectory(prefix="nemo_minitron_ranks_") as state:
-            return self.run_ranks(run.resolve(), Path(state))
+        with scratch.directory("ranks") as state:
+            return self.run_ranks(run.resolve(), state)
 
     def on_signal(self, number: int, _frame: object) -> None:
         """Passes a signal on; the first that asks for the end sets the deadline, a second ends it now."""

@@ -21,7 +21,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -32,6 +31,7 @@ sys.path.insert(0, str(ROOT))
 
 from launchers import sbatch  # noqa: E402
 from launchers.sbatch import Job  # noqa: E402
+from nemo_minitron import scratch  # noqa: E402
 from nemo_minitron.environment import CHAIN, COMPOSE, RESULT, with_package  # noqa: E402
 from nemo_minitron.run.job_spec import HYDRA_WRITES_NOTHING  # noqa: E402
 
@@ -120,8 +120,8 @@ def chain_of(step: list[str]) -> list[list[str]]:
     if Path(recipe).name != PIPELINE:
         return [step]
     cluster = [text for text in overrides if re.match(r"\+?cluster[=@.]", text)]
-    with tempfile.TemporaryDirectory(prefix="nemo_minitron_chain_") as scratch:
-        file = Path(scratch, "chain.jsonl")
+    with scratch.directory("chain") as place:
+        file = place / "chain.jsonl"
         own = [text for text in overrides if text not in cluster]
         code = subprocess.call(
             [sys.executable, recipe, *own], env=with_package(**{CHAIN: str(file)}), stdout=sys.stderr
@@ -142,10 +142,10 @@ def compose(recipe: Path, overrides: list[str], before: Job | None) -> Job:
         SystemExit: it refused; its own line is on stderr.
         Refused: the configurations of a sweep do not fit into one job array.
     """
-    with tempfile.TemporaryDirectory(prefix="nemo_minitron_compose_") as scratch:
-        composed = Path(scratch, "composed.jsonl")
+    with scratch.directory("compose") as place:
+        composed = place / "composed.jsonl"
         # In a run of its own Hydra writes nothing (conf/common.yaml); a sweep has a directory.
-        own = [f"hydra.sweep.dir='{scratch}'", "hydra.sweep.subdir=${hydra.job.num}"]
+        own = [f"hydra.sweep.dir='{place}'", "hydra.sweep.subdir=${hydra.job.num}"]
         own += ["hydra/hydra_logging=none"]
         if not any(re.match(r"\+?cluster[=@]", override) for override in overrides):
             own.append("+cluster=slurm")

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from nemo_minitron import scratch
 from nemo_minitron.environment import rank
 
 # JSON and YAML that is read as a whole; Python objects take about twenty times the bytes.
@@ -153,17 +154,14 @@ def file_sha256(path: str | Path) -> str:
 def replacing(final: Path) -> Iterator[Path]:
     """A path beside `final` to write a file or a directory at.
 
-    It is synced and gets the name `final` when the block ends well, and is removed when it does not. A file there is
-    replaced; a directory is replaced only where it is empty, as the operating system does it.
+    It is synced and gets the name `final` when the block ends well, and is removed when it does not, or by the next who
+    makes the same where a kill came. A file there is replaced; a directory is replaced only where it is empty, as the
+    operating system does it.
     """
     final.parent.mkdir(parents=True, exist_ok=True)
-    temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
-    remove(temporary)
-    try:
+    with scratch.beside(final) as temporary:
         yield temporary
         put(temporary, final)
-    finally:
-        remove(temporary)
 
 
 @contextmanager
@@ -201,6 +199,16 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def user_path(path: str | os.PathLike[str]) -> Path:
+    """A path as it is typed, with ~; where there is no such user, `Path.expanduser` raises a RuntimeError."""
+    return Path(os.path.expanduser(path))
+
+
+def real(path: str | os.PathLike[str]) -> Path:
+    """The absolute path without links; before Python 3.13 `Path.resolve` raises RuntimeError at one that is a loop."""
+    return Path(os.path.realpath(user_path(path)))
 
 
 def sync(path: Path) -> None:

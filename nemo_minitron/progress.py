@@ -46,10 +46,21 @@ def end_if_asked() -> None:
         raise KeyboardInterrupt
 
 
+def measure_bars_steadily() -> None:
+    """Let all bars of this process, libraries' too, measure by a clock that nobody sets.
+
+    tqdm asks `time.time` (4.67): set the clock back by hours, and a bar says "-1:59:54" and stands still for as long.
+    """
+    from tqdm import _monitor, std
+
+    std.time = _monitor.time = time.monotonic  # type: ignore[attr-defined]
+
+
 def open_bar(label: str, total: int, unit: str) -> Any:
     """tqdm's bar on stderr, renewed in place on a terminal, now and then elsewhere; `unit`: "B" for bytes."""
     from tqdm import tqdm
 
+    measure_bars_steadily()
     every = 1.0 if sys.stderr.isatty() else 10.0
     return tqdm(
         total=total, desc=label, unit=unit, unit_scale=unit == "B", file=sys.stderr, mininterval=every

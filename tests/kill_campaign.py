@@ -209,7 +209,7 @@ class Campaign:
     def kill(self, victim: str, process: "subprocess.Popen[bytes]", ranks: dict[int, int]) -> bool:
         """Whether it was there to be killed."""
         if victim == "all":
-            pids = self.all_of_them()
+            pids = list(self.commands.processes())
         elif victim == "agent":
             pids = [parent_of(ranks[0])] if ranks and Path(f"/proc/{ranks[0]}").exists() else []
         elif victim in ("launcher", "process"):
@@ -223,15 +223,6 @@ class Campaign:
         except ProcessLookupError:
             return victim == "all"
         return bool(pids)
-
-    def all_of_them(self) -> list[int]:
-        """Every process of this campaign's runs."""
-        mark, found = f"NEMO_MINITRON_HOME={self.commands.home / 'cache'}".encode(), []
-        for process in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):
-                if mark in (process / "environ").read_bytes().split(b"\0"):
-                    found.append(int(process.name))
-        return found
 
 
 def there(process: "subprocess.Popen[bytes]", subject: Subject, run_dir: Path) -> dict[int, int]:

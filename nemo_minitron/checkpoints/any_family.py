@@ -13,6 +13,7 @@ from nemo_minitron.checkpoints.source import weights_sha256
 from nemo_minitron.checkpoints.untrusted import check_regular, read_json
 from nemo_minitron.checkpoints.weight_files import Tensor, read_headers
 from nemo_minitron.errors import InputError, first_line
+from nemo_minitron.files import user_path
 
 _CONTEXT = 2048  # where a config names none, as lm-evaluation-harness takes it
 _LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
@@ -56,7 +57,7 @@ def find_any(path: str | Path, key: str = "source") -> AnyModel:
         InputError: no Hugging Face directory, a family that transformers has no class for, quantised weights, a weight
             that is missing or has another shape.
     """
-    directory, where = Path(path).expanduser(), f"{key}={path}"
+    directory, where = user_path(path), f"{key}={path}"
     if not (directory / "config.json").is_file():
         raise InputError(
             f"{where}: the hf backend opens Hugging Face directories (config.json, *.safetensors)"

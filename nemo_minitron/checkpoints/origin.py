@@ -8,7 +8,7 @@ from nemo_minitron.checkpoints.source import CHECKPOINT, find_source
 from nemo_minitron.config.recipes import DataConfig
 from nemo_minitron.environment import RESULT
 from nemo_minitron.errors import InputError
-from nemo_minitron.files import read_text
+from nemo_minitron.files import read_text, real, user_path
 
 # Runs that change a student's weights, and whose own `student` is one step nearer to its source.
 _TRAINED = ("distill", "sft", "preference")
@@ -17,7 +17,7 @@ _MOST_STEPS = 20
 
 def absolute(path: str | Path) -> str:
     """Where a checkpoint lies, for those who look for it from elsewhere."""
-    return str(Path(path).expanduser().resolve())
+    return str(real(path))
 
 
 def teacher_of(student: str | Path, data: DataConfig | None = None) -> str:
@@ -32,7 +32,7 @@ def teacher_of(student: str | Path, data: DataConfig | None = None) -> str:
     """
     where = f"teacher: student={student}"
     advice = "give teacher=DIR, or train on next tokens alone with distill.loss=cross_entropy"
-    made = _pruned(Path(student).expanduser())
+    made = _pruned(user_path(student))
     if made is None:
         raise InputError(f"{where} does not say what it was pruned from; {advice}")
     source, sha256 = made
@@ -56,7 +56,7 @@ def _pruned(run: Path) -> tuple[str, str] | None:
     for _ in range(_MOST_STEPS):
         result = _result(run)
         if result.get("recipe") in _TRAINED and isinstance(result.get("student"), str):
-            run = Path(result["student"]).expanduser()
+            run = user_path(result["student"])
             continue
         source, sha256 = result.get("source"), result.get("source_sha256")
         return (source, sha256) if isinstance(source, str) and isinstance(sha256, str) else None

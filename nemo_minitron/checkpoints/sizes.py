@@ -10,6 +10,7 @@ from nemo_minitron.checkpoints.gguf import is_gguf, reader
 from nemo_minitron.checkpoints.source import find_source
 from nemo_minitron.checkpoints.untrusted import read_json
 from nemo_minitron.config.recipes import DataConfig
+from nemo_minitron.files import user_path
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ def sizes_of(path: str | Path, key: str = "source", data: DataConfig | None = No
     Raises:
         InputError: as `find_source`, but for weights that are missing.
     """
-    found, where = Path(path).expanduser(), f"{key}={path}"
+    found, where = user_path(path), f"{key}={path}"
     file = found / "config.json" if found.is_dir() else found
     if is_gguf(found):
         values = gguf_config.config_json(reader.read_header(found, where), where)

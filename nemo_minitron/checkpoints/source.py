@@ -35,7 +35,7 @@ from nemo_minitron.checkpoints.weight_files import check_tensors, dtype_of, read
 from nemo_minitron.config.recipes import DataConfig, cache_dir
 from nemo_minitron.environment import RESULT, rank
 from nemo_minitron.errors import InputError
-from nemo_minitron.files import file_sha256
+from nemo_minitron.files import file_sha256, user_path
 
 CHECKPOINT = "checkpoint"
 # Beside layers that are no model by themselves: the way through them, which only data-flow merges know.
@@ -110,7 +110,7 @@ def find_source(path: str | Path, key: str = "source", data: DataConfig | None =
     Raises:
         InputError: nothing there, no checkpoint, half-written, or a model that is not supported.
     """
-    directory = Path(path).expanduser()
+    directory = user_path(path)
     where = f"{key}={path}"
     if is_gguf(directory):
         cache = cache_dir(data or DataConfig(), "gguf")

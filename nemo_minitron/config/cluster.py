@@ -2,11 +2,11 @@
 
 import re
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from nemo_minitron.config.ranges import Count, Positive
 from nemo_minitron.config.trainer import TrainerConfig
 from nemo_minitron.errors import InputError
+from nemo_minitron.files import user_path
 
 # sbatch's --time: minutes, minutes:seconds, hours:minutes:seconds, days-hours, and so on.
 _TIME = re.compile(r"\d+|\d+:\d+(:\d+)?|\d+-\d+(:\d+){0,2}")
@@ -124,7 +124,7 @@ def _check_container(c: ClusterConfig) -> None:
         return
     # What enroot fetches has no such beginning or ending: nvcr.io#nvidia/nemo:25.07
     is_file = image.endswith(".sqsh") or image.startswith(("/", "./", "../", "~"))
-    if is_file and not Path(image).expanduser().is_file():
+    if is_file and not user_path(image).is_file():
         raise InputError(
             f"cluster.container_image={image}: no such file; make one with enroot import, or name a registry's"
         )

@@ -1,15 +1,13 @@
 """Tokenizers: train a byte-level BPE, load one in Hugging Face format, and name one by its content."""
 
-import atexit
 import functools
 import hashlib
 import json
-import shutil
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nemo_minitron import scratch
 from nemo_minitron.checkpoints.untrusted import check_no_pointer, check_regular, read_json
 from nemo_minitron.errors import InputError, first_line
 from nemo_minitron.files import check_tokenizer_files
@@ -172,10 +170,9 @@ def as_version_4(directory: str | Path) -> Path:
     """
     if not Path(directory).is_dir() or _changes_of_version_5(Path(directory)) is None:
         return Path(directory)
-    copy = tempfile.mkdtemp(prefix="nemo_minitron-tokenizer-")
-    atexit.register(shutil.rmtree, copy, ignore_errors=True)
-    load_tokenizer(directory).save_pretrained(copy)
-    return Path(copy)
+    copy = scratch.lasting("tokenizer")
+    load_tokenizer(directory).save_pretrained(str(copy))
+    return copy
 
 
 def tokenizer_sha256(tokenizer: "PreTrainedTokenizerBase") -> str:

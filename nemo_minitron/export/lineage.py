@@ -8,7 +8,7 @@ from typing import Any
 
 from nemo_minitron.checkpoints.gguf.reader import read_header
 from nemo_minitron.errors import InputError
-from nemo_minitron.files import read_text
+from nemo_minitron.files import read_text, real, user_path
 
 _MOST_STEPS = 20
 _CHECKPOINT = "checkpoint"
@@ -51,13 +51,13 @@ def lineage(source: str | Path) -> Lineage:
     Args:
         source: as the user names it: a run, the checkpoint in one, a Hugging Face directory, a GGUF file.
     """
-    path, steps = Path(source).expanduser(), list[Step]()
+    path, steps = user_path(source), list[Step]()
     while len(steps) < _MOST_STEPS and (step := _step(path)) is not None:
         steps.append(step)
         before = step.result.get("student") or step.result.get("source")
         if not isinstance(before, str):
             return Lineage(steps)
-        path = Path(before).expanduser()
+        path = user_path(before)
     name, licence = _said_by(path)
     legal = (
         sorted(f for f in path.iterdir() if _LEGAL.fullmatch(f.name) and f.is_file()) if path.is_dir() else []
@@ -100,7 +100,7 @@ def _said_by(base: Path) -> tuple[str | None, str | None]:
 
 def _name_of_directory(base: Path) -> str | None:
     """Of a snapshot in the hub's cache: models--ORG--NAME/snapshots/..."""
-    for part in base.resolve().parts:
+    for part in real(base).parts:
         if part.startswith("models--") and part.count("--") == 2:
             return part.removeprefix("models--").replace("--", "/")
     return None

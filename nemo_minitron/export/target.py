@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from nemo_minitron.errors import InputError
-from nemo_minitron.files import put, remove
+from nemo_minitron.files import put, real, remove
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _BESIDE_WEIGHTS = 64 << 20  # bytes; tokenizer, template, card
@@ -45,7 +45,7 @@ def check_target(to: str | Path, *sources: str | Path, size: int, overwrite: boo
     """
     target, above = _place(to)
     for source in sources:
-        origin = Path(source).expanduser().resolve()
+        origin = real(source)
         if target == origin or origin in target.parents:
             raise InputError(f"to={to}: is inside the source {source}; choose another place")
         if target in origin.parents:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nemo_minitron.arch import Architecture
 from nemo_minitron.axes import BY_NAME
-from nemo_minitron.errors import InputError
+from nemo_minitron.errors import InputError, first_line
 from nemo_minitron.files import check_regular, replacing
 from nemo_minitron.importance.aggregation import STATISTICS
 
@@ -83,7 +83,7 @@ class Scores:
         except FileNotFoundError:
             raise InputError(f"{path}: no such scores file") from None
         except (SafetensorError, OSError) as error:
-            raise InputError(f"{path}: not a scores file ({error})") from None
+            raise InputError(f"{path}: not a scores file ({first_line(error)})") from None
         if metadata is None:
             raise InputError(f"{path}: a safetensors file, but not one with scores")
         found = _parse(metadata, path)

@@ -6,7 +6,6 @@ Precision differs: mergekit computes in `dtype`, here it is float32 and the resu
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -68,7 +67,7 @@ def read(path: str, seed: int) -> Merge:
     """
     file = _File(path)
     try:
-        given = yaml.safe_load(files.read_text(Path(path).expanduser(), _LARGEST))
+        given = yaml.safe_load(files.read_text(files.user_path(path), _LARGEST))
         check_expanded(given)
     except (OSError, UnicodeDecodeError, yaml.YAMLError, ValueError, RecursionError) as error:
         reason = (isinstance(error, OSError) and error.strerror) or first_line(error)

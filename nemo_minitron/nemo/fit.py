@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,14 @@ def _logger(directory: Path, every_n_steps: int, found: dict[str, Any]) -> Any:
         save_context_on_train_end=True,
         always_save_context=True,
     )
-    return nl.NeMoLogger(
+
+    class Logger(nl.NeMoLogger):  # type: ignore[misc]
+        """Goes on in the files of an earlier start; NeMo moves those to run_0, run_1 and so on, four a start."""
+
+        def _setup_files_to_move(self, log_dir: Path, app_state: Any) -> None:
+            app_state.files_to_move, app_state.files_to_copy = [], None
+
+    return Logger(
         explicit_log_dir=str(directory / "nemo"), ckpt=checkpoints, update_logger_directory=False, **found
     )
 
@@ -128,10 +136,11 @@ def _resume(directory: Path, start: Path | None) -> Any:
     import nemo.lightning as nl
 
     class Resume(nl.AutoResume):
-        """Begins anew where a kill came while the first checkpoint was being written; NeMo's own refuses that."""
+        """Begins anew where a kill came while the first checkpoint was being written, which NeMo's own refuses; of two
+        it takes the one of more steps, NeMo's the one of the later date."""
 
         def _find_trainer_ckpt_path(self) -> Path | None:
-            return super()._find_trainer_ckpt_path() if _checkpoints(directory) else None
+            return last_checkpoint(directory) if _checkpoints(directory) else None
 
     return Resume(
         resume_if_exists=True,
@@ -153,4 +162,5 @@ def last_checkpoint(directory: Path) -> Path:
     """The newest finished checkpoint of a training run (`*-last`)."""
     found = _checkpoints(directory)
     assert found, f"{directory}: NeMo left no checkpoint"
-    return max(found, key=lambda p: p.stat().st_mtime)
+    # By the steps in the name: a clock that was set back dates a newer one before an older.
+    return max(found, key=lambda p: [int(number) for number in re.findall(r"\d+", p.name)])

@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 import torch
 
 from nemo_minitron.environment import peak_rss_gib, rank
-from nemo_minitron.files import read_steps
+from nemo_minitron.files import read_steps, write_text
 from nemo_minitron.nemo.proven_checkpoints import describe_step
 from nemo_minitron.progress import end_if_asked, track
 
@@ -39,7 +39,7 @@ class StepLog(pl.Callback):
         """Lightning's hook."""
         if rank() == 0:
             kept = [entry for entry in read_steps(self.path) if entry["step"] < trainer.global_step]
-            self.path.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+            write_text(self.path, "".join(json.dumps(entry) + "\n" for entry in kept))
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Lightning's hook."""

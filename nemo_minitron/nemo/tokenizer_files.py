@@ -5,12 +5,10 @@ of a model's directory the weights too, and where it holds a directory (`.cache`
 `original`) saving ends with an IsADirectoryError. Of a hub id nothing is copied, and the checkpoint has no tokenizer.
 """
 
-import atexit
 import functools
-import shutil
-import tempfile
 from pathlib import Path
 
+from nemo_minitron import scratch
 from nemo_minitron.data.tokenizer import as_version_4, load_tokenizer
 from nemo_minitron.export import generation
 
@@ -37,9 +35,7 @@ def tokenizer_files(directory: str | Path, settings_of: Path | None = None) -> P
         settings = generation.gathered(settings_of)
     if place.is_dir() and _alone(place) and generation.carried(place) == settings:
         return place
-    scratch = tempfile.mkdtemp(prefix="nemo_minitron-tokenizer-")
-    atexit.register(shutil.rmtree, scratch, ignore_errors=True)
-    copy = Path(scratch) / _NAME
+    copy = scratch.lasting("tokenizer") / _NAME
     load_tokenizer(directory).save_pretrained(str(copy))
     generation.write(settings, copy)
     return copy

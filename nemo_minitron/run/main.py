@@ -239,6 +239,7 @@ class _Run:
             print(directory.resolve(), flush=True)
             return None
         cpu_compat.take_products(choice)
+        progress.measure_bars_steadily()
         return {**self.run(parsed, prepared, directory), "cpu_products": str(choice)}
 
     def _take(self, directory: Path, config: DictConfig) -> None:

@@ -5,7 +5,6 @@ import json
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,6 +12,7 @@ import numpy as np
 from nemo_minitron.data.beginning import AUTO, beginning
 from nemo_minitron.data.records import Record, kind_of, read_records, read_text_lines
 from nemo_minitron.errors import InputError
+from nemo_minitron.files import user_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -76,7 +76,7 @@ def read_prompts(path: str, key: str, tokenizer: "PreTrainedTokenizerBase", *, b
 
 
 def _texts(path: str, key: str) -> Iterator[tuple[str, str]]:
-    file = Path(path).expanduser()
+    file = user_path(path)
     try:
         if kind_of(file) == "text":
             for number, line in read_text_lines(file):

@@ -14,7 +14,7 @@ from nemo_minitron.data.instruct import cached_instruct_set
 from nemo_minitron.data.tokenizer import load_tokenizer, tokenizer_sha256
 from nemo_minitron.errors import InputError
 from nemo_minitron.export import generation
-from nemo_minitron.files import making_once, read_text
+from nemo_minitron.files import making_once, read_text, user_path
 
 
 def prepared_tokenizer(chat_template: str | None, student: Source, d: DataConfig, key: str) -> Path:
@@ -89,7 +89,7 @@ def files_of(
                 f"{group}.{name}=null: give a JSONL file, as for the other split, or leave out both"
             )
     files = {
-        name: [str(Path(file).expanduser()) for file in ([value] if isinstance(value, str) else value)]
+        name: [str(user_path(file)) for file in ([value] if isinstance(value, str) else value)]
         for name, value in given.items()
     }
     refuse_shared(files["train"], files["valid"], f"{group}.train", f"{group}.valid")

@@ -15,6 +15,7 @@ from nemo_minitron.data.prepare import PreparedData
 from nemo_minitron.data.tokenizer import is_trained_here, load_tokenizer
 from nemo_minitron.environment import rank
 from nemo_minitron.errors import InputError
+from nemo_minitron.files import user_path
 
 logger = logging.getLogger("nemo_minitron")
 # Below a run directory: what `layer_stream.LayerStream` keeps until the run is done.
@@ -63,7 +64,7 @@ def huggingface_source(path: str | Path, key: str, data: DataConfig) -> Source:
         InputError: of another form than a Hugging Face directory; as `find_source`.
     """
     reads = f"{key}={path}: stream=true reads a Hugging Face directory"
-    if is_gguf(Path(path).expanduser()):
+    if is_gguf(user_path(path)):
         raise InputError(f"{reads}, this is a GGUF file")
     source = find_source(path, key, data)
     if source.kind != "huggingface":

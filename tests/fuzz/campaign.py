@@ -17,7 +17,6 @@ import json
 import os
 import random
 import resource
-import shutil
 import signal
 import sys
 import tempfile
@@ -28,8 +27,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from nemo_minitron.pruning import PrunePlan
 from nemo_minitron.run.registry import RECIPES
-from tests.fuzz import files, overrides
+from tests.fuzz import overrides, targets
 from tests.fuzz.places import Places, make_places
 
 # A pipeline's check, and a plan's, starts the recipes of its steps, to compose them: programs are what is watched for.
@@ -58,6 +58,9 @@ _CHANGES = {
     "os.truncate",
     "shutil.rmtree",
 }
+
+
+READERS: dict[str, Callable[[str], Any]] = {"PrunePlan.load": PrunePlan.load}
 
 
 class TooLong(BaseException):
@@ -112,14 +115,19 @@ class Watch:
 
 
 class Checks:
-    """The recipes' checks, each run as often as asked for."""
+    """The recipes' checks, each run as often as asked for.
 
-    def __init__(self, places: Places) -> None:
+    Args:
+        family: of the files that are damaged; None: any.
+    """
+
+    def __init__(self, places: Places, family: str | None = None) -> None:
         from hydra import initialize_config_dir
 
         from tests.unit.test_config import CONF, SCHEMAS
 
-        self.places, self.schemas = places, SCHEMAS
+        self.places, self.schemas, self.family = places, SCHEMAS, family
+        self.accepted = 0
         assert set(RECIPES) == set(SCHEMAS)
         self.modules = {
             name: importlib.import_module(f"nemo_minitron.workflows.{name}.check") for name in TRIED
@@ -138,6 +146,7 @@ class Checks:
         before, begin = _resident(reset=True), time.process_time()
         with self.watch.case():
             code, said = self.answer(recipe, asked)
+        self.accepted += code == 0
         seconds, grown = time.process_time() - begin, _resident() - before
         if self.watch.seen:
             return f"did what no check may: {self.watch.seen[0]}"
@@ -145,7 +154,7 @@ class Checks:
             return said.strip()
         if seconds > SECONDS or grown > BYTES:
             return f"took {seconds:.0f} s and {grown / 2**20:.0f} MiB"
-        return _misspoken(said, names) if code == 2 else None
+        return misspoken(said, names) if code == 2 else None
 
     def answer(self, recipe: str, asked: list[str]) -> tuple[int, str]:
         """Exit code and line of a recipe up to its work; what Hydra itself refuses, `recipe.main` brings into form."""
@@ -155,6 +164,8 @@ class Checks:
         from nemo_minitron.errors import InputError
         from nemo_minitron.run.main import register_resolvers
 
+        if recipe in READERS:
+            return self.read(recipe, asked[0])
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             register_resolvers(recipe)
             try:
@@ -170,6 +181,18 @@ class Checks:
                 return 1, traceback.format_exc()
         return 0, ""
 
+    def read(self, reader: str, file: str) -> tuple[int, str]:
+        """As `answer`, of one of the package's readers."""
+        from nemo_minitron.errors import InputError
+
+        try:
+            READERS[reader](file)
+        except InputError as error:
+            return 2, str(error)
+        except BaseException:
+            return 1, traceback.format_exc()
+        return 0, ""
+
 
 def _resident(*, reset: bool = False) -> int:
     """Peak resident memory in bytes since the last reset."""
@@ -181,7 +204,8 @@ def _resident(*, reset: bool = False) -> int:
     raise AssertionError("no VmHWM")
 
 
-def _misspoken(line: str, names: list[str]) -> str | None:
+def misspoken(line: str, names: list[str]) -> str | None:
+    """What is wrong with a refusal that has to be one plain line and name one of these, if any are given."""
     if len(line.splitlines()) > 1 or "Traceback" in line or len(line) > LONGEST_LINE:
         return f"no plain line ({len(line)} characters): {line[:300]!r}"
     if line and names and not any(name and name in line for name in names):
@@ -215,10 +239,7 @@ def override_case(checks: Checks, rng: random.Random) -> Case:
 
 def file_case(checks: Checks, rng: random.Random) -> Case:
     """As `override_case`, with a damaged file."""
-    place = checks.places.home / "case"
-    shutil.rmtree(place, ignore_errors=True)
-    place.mkdir()
-    recipe, asked, done = files.mutate(rng, checks.places, place)
+    recipe, asked, done = targets.mutate(rng, checks.places, checks.places.home / "case", checks.family)
     return recipe, asked, [], done
 
 
@@ -236,7 +257,7 @@ def run(checks: Checks, kind: str, seed: int, numbers: list[int]) -> list[dict[s
     make: Callable[[Checks, random.Random], Case] = {"overrides": override_case, "files": file_case}[kind]
     found = []
     for done_before, number in enumerate(numbers):
-        if done_before % 1000 == 999:
+        if done_before % 200 == 199:
             print(f"{kind}: {done_before + 1} done, {len(found)} faults", flush=True)
         recipe, asked, given, done = make(checks, random.Random(f"{seed}/{kind}/{number}"))
         fault = checks.fault(recipe, asked, names_of(given))
@@ -255,6 +276,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--overrides", type=int, default=1000)
     parser.add_argument("--files", type=int, default=100)
+    parser.add_argument("--of", choices=targets.FAMILIES, help="the damaged files: these only")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", help="CAMPAIGN:NUMBER,NUMBER...")
     parser.add_argument("--home", type=Path, required=True, help="a directory of the campaign's own")
@@ -269,12 +291,15 @@ def main() -> int:
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     tempfile.tempdir = os.environ["TMPDIR"]
     begin = time.monotonic()
-    checks = Checks(make_places(home / "places"))
+    checks = Checks(make_places(home / "places"), options.of)
     os.chdir(home / "user")
     for name in TRIED:
         # Not watched: libraries look at the machine when they are first imported.
         code, said = checks.answer(name, checks.places.base(name))
         assert code == 0, (name, said)
+    for name, given in targets.undamaged(checks.places, checks.places.home / "case") if options.files else ():
+        code, said = checks.answer(name, given)
+        assert code == 0, (name, given, said)
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size + 2 * BYTES, size + 2 * BYTES))
     asked = {"overrides": list(range(options.overrides)), "files": list(range(options.files))}
@@ -284,8 +309,11 @@ def main() -> int:
     print(f"seed {options.seed}; ready after {time.monotonic() - begin:.0f} s", flush=True)
     found = [fault for kind, numbers in asked.items() for fault in run(checks, kind, options.seed, numbers)]
     seconds, cpu = time.monotonic() - begin, time.process_time()
-    counts = {kind: len(numbers) for kind, numbers in asked.items()}
-    print(f"{counts}: {len(found)} faults, {seconds:.0f} s, {cpu:.0f} s of CPU")
+    counts = ", ".join(f"{len(numbers)} {kind}" for kind, numbers in asked.items())
+    print(
+        f"{counts}{f' of {options.of}' if options.of else ''}, {checks.accepted} accepted, {len(found)} faults"
+    )
+    print(f"{seconds:.0f} s, {cpu:.0f} s of CPU")
     if options.report:
         options.report.write_text(json.dumps(found, indent=1))
     return 1 if found else 0

@@ -1,18 +1,16 @@
-"""Damaged and hostile files: one file of what a recipe reads, changed at random."""
+"""Damaged and hostile files: how one is changed at random; `targets` has which."""
 
 import json
 import os
 import pickle
 import random
-import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from tests.fuzz.places import Places
+from tests.fuzz import gguf_changes
 
 DEEP = "[" * 200_000
 VALUES: list[Any] = [
@@ -104,90 +102,8 @@ TEMPLATES = [
 DTYPES = ["F16", "BF16", "F64", "I64", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F4", "", "X", 3, None, []]
 
 
-@dataclass(frozen=True)
-class Target:
-    """A file of one directory, the recipes that read it, and how one names the directory."""
-
-    file: str
-    recipes: tuple[str, ...]
-    kind: str
-    of: str = "hf"
-    key: str | None = None
-
-
-MODEL = ("prune", "search", "distill", "synthesize", "sft", "evaluate_instruct", "export", "chat")
-TARGETS = [
-    Target("config.json", MODEL, "json"),
-    Target("config.json", MODEL, "json"),
-    Target("generation_config.json", MODEL, "json"),
-    Target("model.safetensors", MODEL, "safetensors"),
-    Target("model.safetensors", MODEL, "safetensors"),
-    Target("model.safetensors.index.json", MODEL, "index"),
-    Target("tokenizer.json", MODEL, "json"),
-    Target("tokenizer_config.json", MODEL, "json"),
-    Target("special_tokens_map.json", MODEL, "json"),
-    Target("tokenizer_config.json", ("sft", "preference", "evaluate_instruct", "instruct_data"), "template"),
-    Target("tokenizer_config.json", ("sft", "preference", "evaluate_instruct", "instruct_data"), "template"),
-    Target("context/model.yaml", MODEL, "yaml", "nemo"),
-    Target("context/model.yaml", MODEL, "yaml", "nemo"),
-    Target("context/io.json", MODEL, "json", "nemo"),
-    Target("weights/metadata.json", MODEL, "json", "nemo"),
-    Target("weights/.metadata", MODEL, "pickle", "nemo"),
-    Target("weights/common.pt", MODEL, "pickle", "nemo"),
-    Target("scores.safetensors", ("prune", "search"), "safetensors", "", "prune.scores"),
-    Target("scores.safetensors", ("prune", "search"), "safetensors", "", "prune.scores"),
-    Target("task.jsonl", ("prune",), "jsonl", "", "prune.task_file"),
-    Target("conversations.jsonl", ("sft",), "jsonl", "", "align.train"),
-    Target("conversations.jsonl", ("instruct_data",), "jsonl", "", "instruct_data.input"),
-    Target("preferences.jsonl", ("preference",), "jsonl", "", "align.valid"),
-    Target("instruct.jsonl", ("evaluate_instruct",), "jsonl", "", "instruct.file"),
-    Target("prompts.jsonl", ("synthesize",), "jsonl", "", "synthesize.prompts"),
-    Target("corpus.jsonl", ("prune", "pretrain"), "jsonl", "", "data.train"),
-    Target("train.txt", ("prune", "pretrain"), "bytes", "", "data.valid"),
-    Target("text/train.jsonl", ("distill",), "jsonl", "sdg", "sdg"),
-    Target("result.json", ("distill",), "json", "sdg", "sdg"),
-    Target("cache/manifest.json", ("distill",), "json", "cached", "teacher_cache"),
-    Target("cache/head.safetensors", ("distill",), "safetensors", "cached", "teacher_cache"),
-    Target("plan.json", ("distill",), "json", "run", "student"),
-]
-
-
-def mutate(rng: random.Random, places: Places, place: Path) -> tuple[str, list[str], str]:
-    """Make a copy in `place` with one file changed.
-
-    Returns:
-        The recipe, its overrides, and what was done, in words.
-    """
-    target = rng.choice(TARGETS)
-    recipe = rng.choice(target.recipes)
-    source = places.home / target.of
-    copy = place / "damaged"
-    if target.of:
-        shutil.copytree(source, copy, symlinks=True)
-    else:
-        copy.mkdir()
-        shutil.copy(source / target.file, copy / target.file)
-    if target.kind == "index":
-        (copy / "model.safetensors").rename(copy / "part.safetensors")
-        entries = {"weight_map": {"model.norm.weight": "part.safetensors"}, "metadata": {}}
-        (copy / target.file).write_text(json.dumps(entries))
-    if not (copy / target.file).exists():
-        candidates = [path.name for path in (copy / target.file).parent.glob("*")]
-        raise AssertionError(f"{target.file} is not in the original: {candidates}")
-    done = _change(rng, target.kind, copy / target.file)
-    if target.kind == "template" and recipe == "instruct_data":
-        overrides = [*places.base(recipe), f"instruct_data.tokenizer={copy}"]
-    elif target.key is None:
-        overrides = places.base(recipe, copy)
-    else:
-        named = copy if target.of else copy / target.file
-        overrides = [*places.base(recipe), f"{target.key}={named}"]
-        overrides += {"sdg": ["distill=sdg"], "data.train": ["data.text_key=text"]}.get(target.key, [])
-        overrides += [f"synthesize.prompt_key={'prompt'}"] if target.key == "synthesize.prompts" else []
-    return recipe, overrides, f"{target.of or '.'}/{target.file}: {done}"
-
-
-def _change(rng: random.Random, kind: str, file: Path) -> str:
+def change(rng: random.Random, kind: str, file: Path) -> str:
+    """Change a file of a kind; what was done, in words."""
     if kind == "template":
         return _template(rng, file)
     if rng.random() < 0.15:
@@ -201,6 +117,7 @@ def _change(rng: random.Random, kind: str, file: Path) -> str:
         "jsonl": _jsonl,
         "safetensors": _safetensors,
         "pickle": _pickle,
+        "gguf": gguf_changes.change,
     }[kind](rng, file)
 
 

@@ -4,11 +4,13 @@ import json
 import os
 import shutil
 import socket
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.support.cached_teachers import random_cache
+import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 CONTEXT, VOCABULARY = 256, 300
@@ -32,6 +34,15 @@ _WORDS = [
     "are",
     "not",
     "many",
+]
+
+
+# Of the distillation whose teacher's states are cached.
+CACHED = [
+    "distill.max_steps=4",
+    "distill.global_batch_size=2",
+    "distill.val_check_interval=4",
+    "distill.limit_val_batches=1",
 ]
 
 
@@ -135,14 +146,49 @@ def make_places(home: Path) -> Places:
 
     made = converted(find_source(places.huggingface), DataConfig(cache_dir=str(home / "made-cache")))
     shutil.copytree(made.path, places.nemo)
+    (home / "run" / "checkpoint").symlink_to(places.nemo)
+    _cache(places)
+    _gguf(home / "model.gguf")
     (home / "made").touch()
     return places
+
+
+_OF_A_RANK = ("RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def _cache(places: Places) -> None:
+    """A teacher's states by the recipe itself, which ends well."""
+    base = [text for text in places.base("cache_teacher") if not text.startswith("distill.")]
+    command = [sys.executable, str(ROOT / "recipes" / "cache_teacher.py"), *base, *CACHED]
+    # Without what the conversion of the model, in this process, has said about its own single rank.
+    environment = {k: v for k, v in os.environ.items() if k not in _OF_A_RANK}
+    done = subprocess.run(
+        [*command, f"run_dir={places.home / 'cached'}"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def _gguf(file: Path) -> None:
+    from gguf import GGMLQuantizationType as Kind
+
+    from tests.support import gguf_files
+
+    rules = [{"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}]
+    bpe = gguf_files.byte_level(gguf_files.TEXT, 340, rules)
+    model = gguf_files.make_model("llama", bpe.get_vocab_size())
+    template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    vocabulary = {**gguf_files.gpt2_vocabulary(bpe, "gpt-2"), "tokenizer.chat_template": template}
+    gguf_files.write_gguf(file, model, Kind.F16, vocabulary)
 
 
 def _texts(home: Path) -> None:
     text = " ".join(_WORDS * 300)
     (home / "train.txt").write_text(text)
-    (home / "valid.txt").write_text(text[::2] * 3)
+    (home / "valid.txt").write_text(" ".join(_WORDS[::-1] * 300))
     turns = [{"role": "user", "content": "what is it"}, {"role": "assistant", "content": "a model"}]
     pair = {"messages": turns[:1], "chosen": "a model", "rejected": "a word"}
     rewards = {"chosen_reward": 1.0, "rejected_reward": 0.0}
@@ -177,8 +223,19 @@ def _model(home: Path) -> None:
         head_dim=8,
         max_position_embeddings=CONTEXT,
     )
-    LlamaForCausalLM(config).save_pretrained(home / "hf")
-    train_bpe([(home / "train.txt").read_text(), " ".join(map(str, range(3000)))], VOCABULARY, home / "hf")
+    texts = [(home / "train.txt").read_text(), " ".join(map(str, range(3000)))]
+    tokenizer, model = train_bpe(texts, VOCABULARY, home / "hf"), LlamaForCausalLM(config)
+    # One that knows less than the frequency of tokens is refused where it is to teach.
+    ids, optimizer = (
+        torch.tensor(tokenizer(texts[0])["input_ids"]),
+        torch.optim.Adam(model.parameters(), 3e-3),
+    )
+    for _ in range(20):
+        rows = ids[: len(ids) // 64 * 64].view(-1, 64)[:8]
+        model(input_ids=rows, labels=rows).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(home / "hf")
 
 
 def _run(home: Path) -> None:
@@ -201,9 +258,10 @@ def _run(home: Path) -> None:
     tensors = {name: torch.rand(*shape, generator=g) for name, shape in shapes.items()}
     Scores(a, source.sha256(), "l2", "mean", 4, 256, "d", tensors).save(home / "scores.safetensors")
     (home / "run").mkdir()
-    PrunePlan(source.sha256(), a, a.replace(num_layers=1), {}, Kept(layers=[0])).save(
-        home / "run" / "plan.json"
-    )
+    for directory in (home, home / "run"):
+        PrunePlan(source.sha256(), a, a.replace(num_layers=1), {}, Kept(layers=[0])).save(
+            directory / "plan.json"
+        )
     (home / "reported").mkdir()
     finished = {
         "recipe": "prune",
@@ -214,10 +272,17 @@ def _run(home: Path) -> None:
     (home / "reported" / "result.json").write_text(json.dumps(finished))
     (home / "sdg" / "text").mkdir(parents=True)
     shutil.copy(home / "corpus.jsonl", home / "sdg" / "text" / "train.jsonl")
-    for run in ("sdg", "run", "cached"):
+    for run in ("sdg", "run"):
         (home / run).mkdir(exist_ok=True)
         (home / run / "result.json").write_text("{}")
-    random_cache(home / "cached", "hidden").write()
+    models = [{"model": str(home / "hf"), "parameters": {"weight": weight}} for weight in ([0.2, 0.8], 0.5)]
+    merge = {
+        "models": models,
+        "merge_method": "linear",
+        "dtype": "float32",
+        "parameters": {"normalize": True},
+    }
+    (home / "merge.yaml").write_text(yaml.safe_dump(merge))
 
 
 def _odd(odd: Path) -> None:

@@ -145,11 +145,19 @@ class Commands:
         Raises:
             AssertionError: something does, after `timeout` seconds: its command line.
         """
-        mark = f"NEMO_MINITRON_HOME={self.cache}".encode()
         deadline = time.monotonic() + timeout
-        while left := _processes_with(mark):
-            assert time.monotonic() < deadline, f"left behind: {left}"
+        while left := self.processes():
+            assert time.monotonic() < deadline, f"left behind: {list(left.values())}"
             time.sleep(0.05)
+
+    def processes(self) -> dict[int, str]:
+        """Command lines of what runs with this user's cache, by process id; zombies have none."""
+        mark, found = f"NEMO_MINITRON_HOME={self.cache}".encode(), {}
+        for directory in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if mark in (directory / "environ").read_bytes().split(b"\0"):
+                    found[int(directory.name)] = (directory / "cmdline").read_text().replace("\0", " ")
+        return found
 
     def ask(self, asked: list[dict[str, Any]], script: str = "refusals.py") -> list[dict[str, Any]]:
         """What comes of recipes that shall be refused, in one process for all; see refusals.py and in_turn.py."""
@@ -194,16 +202,6 @@ class Commands:
     def pretraining(self, run_dir: Path) -> list[str]:
         """The overrides of `pretrain`."""
         return [*self.data(), *self.sizes(), "optim.warmup_steps=2", f"run_dir={run_dir}"]
-
-
-def _processes_with(variable: bytes) -> list[str]:
-    """Command lines of processes with this in their environment; zombies have none."""
-    found = []
-    for directory in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if variable in (directory / "environ").read_bytes().split(b"\0"):
-                found.append((directory / "cmdline").read_text().replace("\0", " "))
-    return found
 
 
 def _limit(file_bytes: int) -> Callable[[], None]:

@@ -46,7 +46,7 @@ def loss_sums(
 def _outcomes(log_probabilities: Tensor, chosen: Tensor, tail: bool) -> Tensor:
     s, b, _ = log_probabilities.shape
     kept = log_probabilities[chosen].view(s, b, -1)
-    if not tail:
+    if not tail or kept.shape[-1] == chosen.shape[-1]:  # of the whole vocabulary nothing is left
         return kept.log_softmax(-1)
     rest = log_probabilities.masked_fill(chosen, -torch.inf).logsumexp(-1, keepdim=True)
     return torch.cat((kept, rest), dim=-1)

@@ -172,6 +172,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a path": (edit(lambda m: m["head"].update(name="/etc/passwd")), "'/etc/passwd'"),
     "a word": (edit(lambda m: m["contents"].update(hidden_size="5")), "ValueError: sizes"),
+    "two lines": (edit(lambda m: m["contents"].update(data_sha256="a\nb")), "ValueError: names"),
     "more": (edit(lambda m: m["contents"]["samples"].update(train=9)), "ValueError: sequences"),
     "sauce": (edit(lambda m: m["contents"].update(sauce=1)), "TypeError"),
     "no head": (edit(lambda m: m.update(head=None)), "ValueError: head"),

@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 
 from nemo_minitron import files
+from nemo_minitron.checkpoints.source import find_source
 from nemo_minitron.data.corpora import files_corpus
 from nemo_minitron.data.records import read_records
 from nemo_minitron.data.tokenizer import load_tokenizer
 from nemo_minitron.errors import InputError
 from nemo_minitron.evaluation.multiple_choice import load_task
+from nemo_minitron.export.lineage import lineage
 from nemo_minitron.importance.scores import Scores
 from nemo_minitron.pruning import PrunePlan
 from nemo_minitron.synthesis.prompts import read_prompts
@@ -89,3 +91,24 @@ def test_what_keeps_a_directory_from_being_made(tmp_path: Path) -> None:
     assert files.obstacle(tmp_path / "a" / "b") is None
     assert files.obstacle(tmp_path / "file" / "b") == tmp_path / "file"
     assert files.obstacle(Path("/dev/null/b")) == Path("/dev/null")
+
+
+def test_a_path_that_a_user_types_may_be_none_at_all(tmp_path: Path) -> None:
+    """A user who is not there, and a link to itself: `pathlib` raises a RuntimeError at both."""
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    assert files.user_path("~") == Path.home()
+    assert files.real(tmp_path / "a" / ".." / "b") == tmp_path.resolve() / "b"
+    for path in ("~nobody-of-that-name/x", str(loop)):
+        assert lineage(path).legal == ()
+        with pytest.raises(InputError, match=f"source={path}: no such"):
+            find_source(path)
+
+
+def test_what_a_library_says_of_a_file_is_one_line(tmp_path: Path) -> None:
+    """safetensors repeats the name of a type that it does not know."""
+    header = b'{"a": {"dtype": "F\\n32", "shape": [1], "data_offsets": [0, 4]}}'
+    (tmp_path / "scores").write_bytes(len(header).to_bytes(8, "little") + header + b"1234")
+    with pytest.raises(InputError, match="not a scores file") as caught:
+        Scores.load(tmp_path / "scores")
+    assert len(str(caught.value).splitlines()) == 1

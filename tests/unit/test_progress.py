@@ -44,3 +44,24 @@ def test_a_lost_interrupt_ends_the_work_at_its_next_step(rank: str) -> None:
         timeout=60,
     )
     assert (done.returncode, done.stdout.splitlines()) == (130, ["0 False", "1 False"]), done.stderr
+
+
+# A clock that is set back by two hours whenever it is asked.
+SET_BACK = """
+import time
+moments = iter(range(10**9, 0, -7200))
+time.time = lambda: next(moments)
+from nemo_minitron import progress
+show = progress.progress_bar("working", 4)
+for step in range(4):
+    show(step + 1)
+"""
+
+
+def test_a_bar_measures_by_a_clock_that_nobody_sets() -> None:
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", SET_BACK], cwd=root, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert "4/4 [00:00<00:00" in done.stderr
+    assert "-" not in done.stderr

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "nemo_minitron"
 # From the ground up: a room imports from those before it. Rooms of one line do not import each other.
 FLOORS = [
-    ["__version__", "errors", "environment", "parallel", "axes"],
+    ["__version__", "errors", "environment", "scratch", "parallel", "axes"],
     ["files", "arch", "padding", "megatron_gpt", "progress", "wording"],
     ["config"],
     ["cpu_compat"],

@@ -164,7 +164,10 @@ def read_contents(fields: Any) -> Contents:
     texts = [fields[name] for name in ("teacher", "vocabulary_sha256", "data", "data_sha256")]
     _expect(fields["form"] in FORMS and fields["dtype"] in DTYPES, "form or dtype")
     _expect(all(_is_count(n) for n in counts) and set(fields["samples"]) == {"train", "valid"}, "sizes")
-    _expect(all(isinstance(t, str) for t in [*texts, *fields["teacher_sha256"]]), "names")
+    texts += fields["teacher_sha256"]
+    _expect(
+        all(isinstance(t, str) and len(t.splitlines()) < 2 for t in texts), "names"
+    )  # messages are one line
     _expect(type(fields["data_seed"]) is int, "data_seed")
     k, temperature = fields["top_k"], fields["temperature"]
     if fields["form"] == "hidden":

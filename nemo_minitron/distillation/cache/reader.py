@@ -23,8 +23,8 @@ from nemo_minitron.distillation.cache.format import (
     read_manifest,
 )
 from nemo_minitron.distillation.loss.losses import TopKTeacher
-from nemo_minitron.errors import InputError
-from nemo_minitron.files import check_regular, file_sha256
+from nemo_minitron.errors import InputError, first_line
+from nemo_minitron.files import check_regular, file_sha256, user_path
 
 CACHE = "cache"
 _OPEN_SHARDS = 64
@@ -50,7 +50,7 @@ class TeacherCache:
 
     def __init__(self, path: str | Path) -> None:
         self.where = f"teacher_cache={path}"
-        self.directory = _directory(Path(path).expanduser(), self.where)
+        self.directory = _directory(user_path(path), self.where)
         self.manifest: Manifest = read_manifest(self.directory / MANIFEST, self.where)
         self._check_sizes()
         self._open = functools.lru_cache(_OPEN_SHARDS)(self._opened)
@@ -97,7 +97,7 @@ class TeacherCache:
             check_regular(self.directory / name)
             return safe_open(self.directory / name, framework="pt")
         except (SafetensorError, OSError) as error:
-            raise InputError(f"{self.where}: {name} cannot be read ({error})") from None
+            raise InputError(f"{self.where}: {name} cannot be read ({first_line(error)})") from None
 
     @functools.cached_property
     def _index(self) -> tuple[Any, Any]:

@@ -22,7 +22,7 @@ from nemo_minitron.distillation.cache.format import (
     shards_of,
 )
 from nemo_minitron.errors import InputError
-from nemo_minitron.files import file_sha256, read_text, replacing, write_text
+from nemo_minitron.files import file_sha256, read_text, remove, replacing, write_text
 
 PLAN = "plan.json"
 
@@ -57,7 +57,7 @@ class CachePlan:
         """Say what the directory is to become, and remove what killed writers left; one process calls."""
         self.directory.mkdir(parents=True, exist_ok=True)
         for left_over in self.directory.glob(".*.tmp"):
-            left_over.unlink()
+            remove(left_over)
         write_text(self.directory / PLAN, json.dumps(self.to_dict(), indent=1) + "\n")
 
     def finished(self) -> dict[int, File]:

@@ -17,10 +17,10 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from typing import Any
 
+from nemo_minitron import scratch
 from nemo_minitron.errors import InputError
 from nemo_minitron.evaluation.benchmarks.items import dataset, records, tasks_of_harness
 
@@ -117,7 +117,7 @@ def runs_to_its_end(program: str, seconds: float = SECONDS, memory_bytes: int = 
     memory; what would write a file, remove one or start a process raises. This keeps accidents away, and is no prison.
     """
     word = secrets.token_hex(16)
-    with tempfile.TemporaryDirectory() as place:
+    with scratch.directory("program") as place:
         process = subprocess.Popen(
             [*_without_network(), sys.executable, "-I", "-B", "-c", _CHILD],
             cwd=place,

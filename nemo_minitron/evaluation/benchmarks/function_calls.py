@@ -12,13 +12,13 @@ import importlib
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from nemo_minitron import scratch
 from nemo_minitron.config.recipes import DataConfig
 from nemo_minitron.evaluation.benchmarks.items import rows, written
 from nemo_minitron.evaluation.benchmarks.packages import FUNCTION_CALLS, opened
@@ -119,8 +119,8 @@ def _importable(root: Path) -> Iterator[None]:
     variable = "BFCL_PROJECT_ROOT"
     before = os.environ.get(variable)
     # It makes directories for results when it is imported.
-    with tempfile.TemporaryDirectory() as scratch:
-        os.environ[variable] = scratch
+    with scratch.directory("results") as place:
+        os.environ[variable] = str(place)
         sys.modules |= absent
         sys.path.insert(0, str(root))
         try:

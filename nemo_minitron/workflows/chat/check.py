@@ -16,7 +16,7 @@ from nemo_minitron.data.chat.encoding import render_prompt
 from nemo_minitron.environment import RESULT
 from nemo_minitron.errors import InputError, need_package
 from nemo_minitron.export import huggingface
-from nemo_minitron.files import read_text
+from nemo_minitron.files import read_text, user_path
 from nemo_minitron.workflows.one_process import OneProcess, check_one_process
 
 TEMPLATE = "tokenizer.chat_template"
@@ -42,7 +42,7 @@ def check(r: ChatRecipe) -> Prepared:
     check_one_process(r.trainer, "chat")
     if r.prompt is not None and not r.prompt.strip():
         raise InputError("prompt: is empty; leave it out to type messages")
-    path = exported(Path(r.source).expanduser())
+    path = exported(user_path(r.source))
     if (file := gguf_at(path)) is not None:
         return _of_file(r, file)
     return _of_source(r, path)

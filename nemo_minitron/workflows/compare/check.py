@@ -17,7 +17,7 @@ from nemo_minitron.data.tokenizer import load_tokenizer
 from nemo_minitron.environment import RESULT
 from nemo_minitron.errors import InputError
 from nemo_minitron.evaluation.benchmarks import catalogue
-from nemo_minitron.files import read_text
+from nemo_minitron.files import read_text, real, user_path
 from nemo_minitron.workflows.chat.check import exported, gguf_at
 from nemo_minitron.workflows.evaluate.check import examine
 from nemo_minitron.workflows.one_process import OneProcess, check_one_process
@@ -90,7 +90,7 @@ def _names(r: CompareRecipe) -> list[str]:
         raise InputError("models=[]: must name at least one model, such as models=[DIR,RUN,FILE.gguf]")
     found: dict[Path, str] = {}
     for given in r.models:
-        place = Path(given).expanduser().resolve()
+        place = real(given)
         if place in found:
             raise InputError(f"models={given}: is there twice")
         if not place.exists():
@@ -123,15 +123,15 @@ def _baseline(r: CompareRecipe, names: list[str]) -> str:
     wanted = r.compare.baseline
     if wanted is None or wanted in names:
         return wanted or names[0]
-    place = Path(wanted).expanduser().resolve()
+    place = real(wanted)
     for name, given in zip(names, r.models, strict=True):
-        if Path(given).expanduser().resolve() == place:
+        if real(given) == place:
             return name
     raise InputError(f"compare.baseline={wanted}: is not among models; those are {', '.join(names)}")
 
 
 def _contender(r: CompareRecipe, name: str, given: str) -> Contender:
-    where, path = f"models={given}", exported(Path(given).expanduser())
+    where, path = f"models={given}", exported(user_path(given))
     evaluation = _evaluation(path, where)
     source, key = str(path.absolute()), ""
     if evaluation is not None:

@@ -13,6 +13,7 @@ from nemo_minitron.data.instruct import cached_instruct_set
 from nemo_minitron.data.tokenizer import load_tokenizer
 from nemo_minitron.errors import InputError, need_package, of_setting
 from nemo_minitron.evaluation import instruct
+from nemo_minitron.files import user_path
 from nemo_minitron.workflows.one_process import check_one_process
 
 
@@ -69,7 +70,7 @@ def gguf_of(e: InstructEvalConfig) -> Path | None:
     """
     if e.gguf is None:
         return None
-    place = Path(e.gguf).expanduser()
+    place = user_path(e.gguf)
     found = sorted(place.glob("*.gguf")) if place.is_dir() else [place]
     if len(found) != 1 or not is_gguf(found[0]):
         raise InputError(f"instruct.gguf={e.gguf}: must be a GGUF file, or a directory with one")

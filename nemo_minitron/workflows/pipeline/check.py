@@ -4,7 +4,6 @@ import functools
 import json
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,9 +12,11 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 
+from nemo_minitron import scratch
 from nemo_minitron.config.pipeline import PipelineRecipe
 from nemo_minitron.environment import COMPOSE, with_package
 from nemo_minitron.errors import InputError, need_package
+from nemo_minitron.files import user_path
 from nemo_minitron.workflows.one_process import OneProcess
 from nemo_minitron.workflows.pipeline.state import State
 from nemo_minitron.workflows.pipeline.steps import Step, content_of, key_of, steps_of
@@ -43,7 +44,7 @@ def check(r: PipelineRecipe) -> Prepared:
         InputError: names the step and what is wrong with it; a source that is none; one that changed under finished
             steps.
     """
-    source = Path(r.source).expanduser().absolute()
+    source = user_path(r.source).absolute()
     content = functools.cache(content_of)  # several steps name the same teacher and corpus
     source_sha256 = content(source)
     if source_sha256 is None:
@@ -105,8 +106,8 @@ def compose(step: Step, *, complete: bool = True) -> Mapping[str, Any]:
     Raises:
         InputError: what the recipe says.
     """
-    with tempfile.TemporaryDirectory() as place:
-        file = Path(place) / "composed.jsonl"
+    with scratch.directory("composed") as place:
+        file = place / "composed.jsonl"
         # What is there already is the pipeline's affair.
         done = subprocess.run(
             [*command(step), "overwrite=true"],

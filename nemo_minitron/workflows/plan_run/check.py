@@ -11,6 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 from nemo_minitron.config.pipeline import StepConfig
 from nemo_minitron.config.plan import HERE, PlanConfig, PlanRecipe
 from nemo_minitron.errors import InputError
+from nemo_minitron.files import user_path
 from nemo_minitron.planning.layouts import Option, options
 from nemo_minitron.planning.machines import GIB, Cluster, gpu, this_machine
 from nemo_minitron.planning.memory import (
@@ -112,7 +113,7 @@ def _steps(r: PlanRecipe) -> list[Step]:
     Raises:
         InputError: settings of a run beside a pipeline, or the other way round; what `steps_of` refuses.
     """
-    run_dir, source = Path(r.run_dir).absolute(), str(Path(r.source).expanduser().absolute())
+    run_dir, source = Path(r.run_dir).absolute(), str(user_path(r.source).absolute())
     if r.plan.recipe is None:
         for text in _typed():
             if (key := _key(text)) not in (*_OWN, *_OF_STEPS, "conf"):
