@@ -68,7 +68,8 @@ def made(*patterns: str) -> Callable[[Path], Any]:
     """The result without measurements and without where it lies, and the files of these patterns."""
 
     def outcome(run_dir: Path) -> Any:
-        said = {key: value for key, value in fields(run_dir).items() if not key.endswith(("_s", "seconds"))}
+        measured = ("_s", "seconds", "_rss_gib_after_writing")
+        said = {key: value for key, value in fields(run_dir).items() if not key.endswith(measured)}
         return json.dumps(said, sort_keys=True).replace(str(run_dir), "RUN"), digests(run_dir, *patterns)
 
     return outcome
