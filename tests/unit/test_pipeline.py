@@ -48,6 +48,22 @@ def test_every_step_of_every_pipeline_composes(monkeypatch: pytest.MonkeyPatch) 
     assert len(typed) > 25
 
 
+@pytest.mark.parametrize("axis", ["width", "depth"])
+def test_the_papers_pipelines_keep_none_of_the_demos_lengths(axis: str) -> None:
+    """They inherit its steps. 94B tokens are 9,961 steps of 1,152 x 8,192 (arXiv 2408.11796)."""
+    with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
+        register_resolvers("pipeline")
+        demo, papers = (
+            compose("pipeline", [f"pipeline={name}_{axis}", "run_dir=run"]).pipeline.steps
+            for name in ("minitron", "llama31_8b")
+        )
+    for step in ("correct", "distill"):
+        assert papers[step].set.distill.max_steps == 9961
+    shortened = {name for name in demo if OmegaConf.select(demo[name].set, "align.max_steps")}
+    assert shortened
+    assert all(papers[name].set.align.max_steps > 2 * demo[name].set.align.max_steps for name in shortened)
+
+
 def made(steps: dict[str, StepConfig], *shared: str) -> dict[str, Step]:
     return {step.name: step for step in steps_of(steps, "/t", RUN, list(shared))}
 
@@ -56,7 +72,8 @@ def test_each_step_reads_what_the_one_before_made() -> None:
     steps = made(preset(), "data=files", "data.train=x")
     assert steps["distill"].overrides == (
         *("data=files", "data.train=x", "+conf=width"),
-        *("student=/runs/x/prune", "teacher=/runs/x/correct", "run_dir=/runs/x/distill"),
+        *("student=/runs/x/prune", "teacher=/runs/x/correct"),
+        *("distill.max_steps=150", "run_dir=/runs/x/distill"),
     )
     assert {name: step.needs for name, step in steps.items()} == {
         "correct": (),
