@@ -22,7 +22,7 @@ class Rule:
 
     Attributes:
         rates: (parameters, learning rate), smallest first.
-        warmup: steps of a small model; of others a tenth of all steps, at most the second number.
+        warmup: the most steps of a small model, which takes a fifth of all, and of others, which take a tenth.
     """
 
     rates: tuple[tuple[float, float], ...]
@@ -41,8 +41,9 @@ class Rule:
         return rate
 
     def warmup_steps(self, parameters: int, steps: int) -> int:
-        """Of a training of so many steps."""
-        return self.warmup[0] if is_small(parameters) else min(self.warmup[1], max(steps // 10, 1))
+        """Of a training of so many steps: a short one, too, has to reach its learning rate."""
+        small, other = self.warmup
+        return min(small, max(steps // 5, 1)) if is_small(parameters) else min(other, max(steps // 10, 1))
 
 
 # The last of `distill` and `correction` are those of Llama-3.1-Minitron-4B and its teacher (arXiv 2408.11796). How it

@@ -186,7 +186,11 @@ CASES: dict[str, Case] = {
                 "search.distill_candidates=0",
                 "at least 1",
             ),
-            "steps of warm-up": (["search.distill_steps=20"], "search.distill_steps=20", "warmup_steps=20"),
+            "steps of warm-up": (
+                ["search.distill_steps=20", "distill.optim.warmup_steps=20"],
+                "search.distill_steps=20",
+                "warmup_steps=20",
+            ),
             "random weights": (
                 ["search.distill_steps=40", "distill.from_scratch=true"],
                 "distill.from_scratch=true",

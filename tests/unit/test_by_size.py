@@ -66,7 +66,7 @@ def test_the_demo_s_presets_are_what_they_were(
     config = composed(recipe, typed)
     group = "align" if recipe in ("sft", "preference") else "distill"
     for parameters in (STUDENT, DEMO):
-        for steps in (4, 100, 300):
+        for steps in (100, 300, 1900):
             o = OptimConfig(**OmegaConf.to_container(config[group].optim))  # type: ignore[arg-type]
             settle(o, f"{group}.optim", parameters, steps)
             assert (o.lr, o.min_lr, o.warmup_steps) == (lr, min_lr, warmup)
@@ -80,6 +80,13 @@ def test_the_demo_s_presets_are_what_they_were(
 def test_the_papers_sizes_learn_as_published(table: str, parameters: int, rate: float, warmup: int) -> None:
     o = chosen(table, parameters, 9961)
     assert (o.lr, o.min_lr, o.warmup_steps) == (rate, pytest.approx(rate / 10), warmup)
+
+
+@pytest.mark.parametrize("table", RULES)
+def test_a_short_training_reaches_its_learning_rate(table: str) -> None:
+    """What is chosen leaves four fifths of the steps; what is given stays."""
+    assert [chosen(table, STUDENT, steps).warmup_steps for steps in (1, 4, 12, 20, 99)] == [1, 1, 2, 4, 19]
+    assert chosen(table, STUDENT, 4, warmup_steps=20).warmup_steps == 20
 
 
 @pytest.mark.parametrize("table", RULES)
