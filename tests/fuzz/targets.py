@@ -15,7 +15,7 @@ from tests.fuzz.places import CACHED, Places
 class Target:
     """A file of one directory, the recipes that read it, and how one names the directory.
 
-    `recipes`: also a reader of the package, which gets the file itself.
+    `recipes`: also a reader of the package, which gets the file itself. `weight`: how often it is drawn, beside others.
     """
 
     file: str
@@ -23,6 +23,7 @@ class Target:
     kind: str
     of: str = "hf"
     key: str | None = None
+    weight: int = 1
 
     @property
     def family(self) -> str:
@@ -47,25 +48,25 @@ class Target:
 
 MODEL = ("prune", "search", "distill", "synthesize", "sft", "evaluate_instruct", "export", "chat")
 TARGETS = [
-    Target("config.json", MODEL, "json"),
-    Target("config.json", MODEL, "json"),
+    Target("config.json", MODEL, "json", weight=2),
     Target("generation_config.json", MODEL, "json"),
-    Target("model.safetensors", MODEL, "safetensors"),
-    Target("model.safetensors", MODEL, "safetensors"),
+    Target("model.safetensors", MODEL, "safetensors", weight=2),
     Target("model.safetensors.index.json", MODEL, "index"),
     Target("tokenizer.json", MODEL, "json"),
     Target("tokenizer_config.json", MODEL, "json"),
     Target("special_tokens_map.json", MODEL, "json"),
-    Target("tokenizer_config.json", ("sft", "preference", "evaluate_instruct", "instruct_data"), "template"),
-    Target("tokenizer_config.json", ("sft", "preference", "evaluate_instruct", "instruct_data"), "template"),
-    Target("context/model.yaml", MODEL, "yaml", "nemo"),
-    Target("context/model.yaml", MODEL, "yaml", "nemo"),
+    Target(
+        "tokenizer_config.json",
+        ("sft", "preference", "evaluate_instruct", "instruct_data"),
+        "template",
+        weight=2,
+    ),
+    Target("context/model.yaml", MODEL, "yaml", "nemo", weight=2),
     Target("context/io.json", MODEL, "json", "nemo"),
     Target("weights/metadata.json", MODEL, "json", "nemo"),
     Target("weights/.metadata", MODEL, "pickle", "nemo"),
     Target("weights/common.pt", MODEL, "pickle", "nemo"),
-    Target("scores.safetensors", ("prune", "search"), "safetensors", "", "prune.scores"),
-    Target("scores.safetensors", ("prune", "search"), "safetensors", "", "prune.scores"),
+    Target("scores.safetensors", ("prune", "search"), "safetensors", "", "prune.scores", weight=2),
     Target("task.jsonl", ("prune",), "jsonl", "", "prune.task_file"),
     Target("conversations.jsonl", ("sft",), "jsonl", "", "align.train"),
     Target("conversations.jsonl", ("instruct_data",), "jsonl", "", "instruct_data.input"),
@@ -76,15 +77,12 @@ TARGETS = [
     Target("valid.txt", ("prune", "pretrain"), "bytes", "", "data.valid"),
     Target("text/train.jsonl", ("distill",), "jsonl", "sdg", "sdg"),
     Target("result.json", ("distill",), "json", "sdg", "sdg"),
-    Target("cache/manifest.json", ("distill",), "json", "cached", "teacher_cache"),
-    Target("cache/manifest.json", ("distill",), "json", "cached", "teacher_cache"),
+    Target("cache/manifest.json", ("distill",), "json", "cached", "teacher_cache", weight=2),
     Target("cache/head.safetensors", ("distill",), "safetensors", "cached", "teacher_cache"),
     Target("cache/shard-000000.safetensors", ("distill",), "safetensors", "cached", "teacher_cache"),
     Target("plan.json", ("distill",), "json", "run", "student"),
-    Target("plan.json", ("PrunePlan.load",), "json", ""),
-    Target("plan.json", ("PrunePlan.load",), "json", ""),
-    Target("model.gguf", MODEL, "gguf", "", "model"),
-    Target("model.gguf", MODEL, "gguf", "", "model"),
+    Target("plan.json", ("PrunePlan.load",), "json", "", weight=2),
+    Target("model.gguf", MODEL, "gguf", "", "model", weight=2),
     Target("merge.yaml", ("merge",), "yaml", "", "merge.file"),
 ]
 FAMILIES = sorted({target.family for target in TARGETS})
@@ -98,7 +96,7 @@ def mutate(
     Returns:
         The recipe, its overrides, and what was done, in words.
     """
-    target = rng.choice([t for t in TARGETS if family in (None, t.family)])
+    target = rng.choice([t for t in TARGETS if family in (None, t.family) for _ in range(t.weight)])
     recipe = rng.choice(target.recipes)
     copy = _copied(target, places, place)
     if target.kind == "index":
