@@ -54,7 +54,7 @@ def lineage(source: str | Path) -> Lineage:
     path, steps = user_path(source), list[Step]()
     while len(steps) < _MOST_STEPS and (step := _step(path)) is not None:
         steps.append(step)
-        before = step.result.get("student") or step.result.get("source")
+        before = _before(step.result)
         if not isinstance(before, str):
             return Lineage(steps)
         path = user_path(before)
@@ -63,6 +63,11 @@ def lineage(source: str | Path) -> Lineage:
         sorted(f for f in path.iterdir() if _LEGAL.fullmatch(f.name) and f.is_file()) if path.is_dir() else []
     )
     return Lineage(steps, path, name, licence, tuple(legal))
+
+
+def _before(result: dict[str, Any]) -> Any:
+    """What a run changed: a distillation names its teacher too, a correction of a teacher nothing else."""
+    return result.get("student") or result.get("source") or result.get("teacher")
 
 
 def _step(path: Path) -> Step | None:

@@ -67,6 +67,21 @@ def facts(run: Path, **changes: Any) -> card.Facts:
     return card.Facts(**{**values, **changes})
 
 
+def test_a_corrected_teacher_hands_its_base_on(distilled: Path, base: Path) -> None:
+    """The teacher of a correction is what it changed; that of a distillation is not."""
+    corrected = {"recipe": "correct_teacher", "teacher": str(base), "steps": 4}
+    place = write_run(
+        distilled.parent / "corrected", corrected, f"python recipes/correct_teacher.py teacher={base}"
+    )
+    before, after = lineage(base), lineage(place)
+    assert (after.base, after.licence, after.legal) == (before.base, before.licence, before.legal)
+    assert after.licence == "llama3.2"
+    assert [step.result["recipe"] for step in after.steps] == ["correct_teacher"]
+    by_it = {"recipe": "distill", "student": str(distilled), "teacher": str(place)}
+    found = lineage(write_run(distilled.parent / "again", by_it, "python recipes/distill.py"))
+    assert [step.result["recipe"] for step in found.steps] == ["distill", "distill", "prune"]
+
+
 def test_a_card_tells_where_a_model_comes_from(distilled: Path, base: Path) -> None:
     text = card.card(facts(distilled))
     data = ModelCard(text).data

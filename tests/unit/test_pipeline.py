@@ -13,7 +13,7 @@ from nemo_minitron.config.recipes import parse
 from nemo_minitron.environment import RESULT
 from nemo_minitron.errors import InputError
 from nemo_minitron.run.main import register_resolvers
-from nemo_minitron.workflows.pipeline.check import check_packages
+from nemo_minitron.workflows.pipeline.foresight import check_packages
 from nemo_minitron.workflows.pipeline.state import FILE, State
 from nemo_minitron.workflows.pipeline.steps import Step, content_of, key_of, steps_of
 from tests.unit.test_docs import compose_and_parse
@@ -202,10 +202,8 @@ def test_a_damaged_record_is_none(text: str, tmp_path: Path) -> None:
 
 def test_llama_cpp_is_missed_before_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
     steps = [Step(name, "evaluate_instruct", (), RUN, ()) for name in ("answers", "device")]
-    composed: list[dict[str, Any]] = [{"config": {"instruct": {"gguf": gguf}}} for gguf in (None, "RUN/gguf")]
+    composed: list[dict[str, Any]] = [{"instruct": {"gguf": gguf}} for gguf in (None, "RUN/gguf")]
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    check_packages(
-        [steps[0], Step("prune", "prune", (), RUN, ())], [composed[0], {"config": {"instruct": None}}]
-    )
+    check_packages([steps[0], Step("prune", "prune", (), RUN, ())], [composed[0], {"instruct": None}])
     with pytest.raises(InputError, match=r"pipeline\.steps\.device: needs the package xllamacpp"):
         check_packages(steps, composed)

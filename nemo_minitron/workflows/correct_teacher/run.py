@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron.checkpoints import origin
 from nemo_minitron.config.recipes import CorrectTeacherRecipe
 from nemo_minitron.workflows.correct_teacher.check import training_of
 from nemo_minitron.workflows.distill import run as distill
@@ -34,4 +35,5 @@ def run(r: CorrectTeacherRecipe, prepared: Prepared, directory: Path) -> dict[st
         "peak_rss_gib",
         "checkpoint",
     )
-    return {"recipe": "correct_teacher", "teacher": str(r.teacher), **{name: result[name] for name in kept}}
+    teacher = origin.absolute(r.teacher)
+    return {"recipe": "correct_teacher", "teacher": teacher, **{name: result[name] for name in kept}}

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron.arch import Architecture
 from nemo_minitron.checkpoints.families import FAMILIES
 from nemo_minitron.checkpoints.source import find_source
 from nemo_minitron.config.export import GGUF_QUANTISED, ExportRecipe
@@ -49,22 +50,18 @@ def check(r: ExportRecipe) -> Prepared:
     shard_bytes = bytes_of("export.shard_size", r.export.shard_size)
     if r.export.dtype == FP8:
         fp8.check(r.format)
-    if r.format == GGUF:
-        _check_gguf(r)
+    check_packages(r)
     came_from = lineage(r.source)
-    licence = _licence(r, came_from)
+    licence = check_licence(r, came_from)
     to = r.to or Path(r.run_dir) / _NAMES[r.format]
     source = find_source(r.source, data=r.data)
     arch = source.architecture
-    if arch.model_type is None:
-        raise InputError(f"source={r.source}: a plain GPTModel; format={r.format} has {', '.join(FAMILIES)}")
+    check_family(r, arch)
     # The bytes of a value are known once the weights are open; the least are checked before a conversion.
     check_target(to, r.source, size=arch.parameters(), overwrite=r.overwrite)
     settings = huggingface.generation_settings(source.tokenizer, arch.vocab_size)
     vocabulary = None
     if r.format == GGUF:
-        if (reason := consumers.refusal("llama.cpp", arch)) is not None:
-            raise InputError(f"source={r.source}: format=gguf: {reason}")
         tokenizer = huggingface.load_tokenizer(source.tokenizer, arch.vocab_size)
         vocabulary = vocabulary_of(tokenizer, settings, arch.vocab_size, str(source.tokenizer))
     model, source, target, sha256 = _opened(r, source, to)
@@ -77,13 +74,37 @@ def measured(r: ExportRecipe) -> bool:
     return r.format == GGUF and coarse and r.export.perplexity_tokens > 1
 
 
-def _check_gguf(r: ExportRecipe) -> None:
+def check_family(r: ExportRecipe, arch: Architecture) -> None:
+    """Refuse a model that the format does not have.
+
+    Raises:
+        InputError: a GPT-style model; one that llama.cpp does not open.
+    """
+    if arch.model_type is None:
+        raise InputError(f"source={r.source}: a plain GPTModel; format={r.format} has {', '.join(FAMILIES)}")
+    if r.format == GGUF and (reason := consumers.refusal("llama.cpp", arch)) is not None:
+        raise InputError(f"source={r.source}: format=gguf: {reason}")
+
+
+def check_packages(r: ExportRecipe) -> None:
+    """Refuse a type whose packages are not installed, or a file where a directory is written.
+
+    Raises:
+        InputError: names the value.
+    """
+    if r.format != GGUF:
+        return
     gguf_quantiser.check_packages(r.export.quantization, GGUF_QUANTISED, measured(r))
     if r.to is not None and str(r.to).lower().endswith(".gguf"):
         raise InputError(f"to={r.to}: format=gguf writes a directory: the file, its Modelfile and its card")
 
 
-def _licence(r: ExportRecipe, came_from: Lineage) -> Licence | None:
+def check_licence(r: ExportRecipe, came_from: Lineage) -> Licence | None:
+    """The licence of what is exported.
+
+    Raises:
+        InputError: none is known; one that forbids derivatives; a name on the hub that it does not allow.
+    """
     licence = licence_of(r.license, came_from)
     if r.publish is None:
         if r.push:

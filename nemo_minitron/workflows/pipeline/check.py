@@ -4,7 +4,7 @@ import functools
 import json
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +15,10 @@ from hydra.core.hydra_config import HydraConfig
 from nemo_minitron import scratch
 from nemo_minitron.config.pipeline import PipelineRecipe
 from nemo_minitron.environment import COMPOSE, with_package
-from nemo_minitron.errors import InputError, need_package
+from nemo_minitron.errors import InputError
 from nemo_minitron.files import user_path
 from nemo_minitron.workflows.one_process import OneProcess
+from nemo_minitron.workflows.pipeline.foresight import check_ahead
 from nemo_minitron.workflows.pipeline.state import State
 from nemo_minitron.workflows.pipeline.steps import Step, content_of, key_of, steps_of
 
@@ -53,8 +54,9 @@ def check(r: PipelineRecipe) -> Prepared:
     steps = steps_of(r.pipeline.steps, str(source), run_dir, shared_overrides())
     with ThreadPoolExecutor(max_workers=2) as pool:
         composed = list(pool.map(compose, steps))
-    if r.cluster is None:  # a login node may lack what the jobs have
-        check_packages(steps, composed)
+    check_ahead(
+        steps, composed, source, packages=r.cluster is None
+    )  # a login node may lack what the jobs have
     keys: dict[str, str] = {}
     for step, line in zip(steps, composed, strict=True):
         keys[step.name] = key_of(step, line["config"], source, keys, content)
@@ -63,21 +65,6 @@ def check(r: PipelineRecipe) -> Prepared:
     state.check_pipeline(name, overwrite=r.overwrite)
     ranks = {step.name: line["ranks"] for step, line in zip(steps, composed, strict=True)}
     return Prepared(steps, keys, ranks, source_sha256, name)
-
-
-def check_packages(steps: Sequence[Step], composed: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse a step that would end for want of a package once all before it are done.
-
-    Args:
-        composed: what `compose` gives for each step.
-
-    Raises:
-        InputError: names the step and the package.
-    """
-    for step, line in zip(steps, composed, strict=True):
-        settings = line["config"]
-        if (settings.get("instruct") or {}).get("gguf") is not None:
-            need_package("xllamacpp", f"pipeline.steps.{step.name}")
 
 
 def _chosen() -> str | None:
