@@ -1,6 +1,7 @@
 """What a pipeline's last steps would refuse is refused before its first."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,11 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from nemo_minitron.config.pipeline import StepConfig
+from nemo_minitron.config.pipeline import PipelineRecipe, StepConfig
+from nemo_minitron.config.recipes import parse
 from nemo_minitron.errors import InputError
 from nemo_minitron.run.main import register_resolvers
+from nemo_minitron.workflows.pipeline.check import check
 from nemo_minitron.workflows.pipeline.foresight import check_ahead
 from nemo_minitron.workflows.pipeline.steps import steps_of
 
@@ -107,6 +110,34 @@ def test_a_student_that_llama_cpp_does_not_open(tmp_path: Path) -> None:
         ahead(source, {})
     sizes = {"hidden_size": 32, "num_attention_heads": 2, "num_query_groups": 1}
     ahead(source, {"prune": {"prune": sizes}})
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (None, "no such directory"),
+        ({**SIZES, "model_type": "mamba"}, "model_type 'mamba' is not converted"),
+        ({**SIZES, "model_type": "llama"}, r"model\.safetensors is missing"),
+    ],
+)
+def test_a_source_that_is_none(config: dict[str, Any] | None, said: str, tmp_path: Path) -> None:
+    source = tmp_path / "teacher"
+    if config is not None:
+        source.mkdir()
+        (source / "config.json").write_text(json.dumps(config))
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        register_resolvers("pipeline")
+        typed = ["pipeline=minitron_width", f"source={source}", f"run_dir={tmp_path / 'run'}"]
+        recipe = parse(PipelineRecipe, compose("pipeline", typed))
+    with pytest.raises(InputError, match=rf"^source={re.escape(str(source))}: .*{said}"):
+        check(recipe)
+
+
+def test_a_file_that_is_no_model(tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUX" + bytes(100))
+    with pytest.raises(InputError, match=rf"^source={re.escape(str(file))}: a damaged GGUF file"):
+        ahead(file, {})
 
 
 def test_a_package_that_is_missing(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,8 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 
 from nemo_minitron import scratch
+from nemo_minitron.checkpoints.gguf import is_gguf
+from nemo_minitron.checkpoints.source import find_source
 from nemo_minitron.config.pipeline import PipelineRecipe
 from nemo_minitron.environment import COMPOSE, with_package
 from nemo_minitron.errors import InputError
@@ -47,16 +49,17 @@ def check(r: PipelineRecipe) -> Prepared:
     """
     source = user_path(r.source).absolute()
     content = functools.cache(content_of)  # several steps name the same teacher and corpus
+    if not is_gguf(source):  # which the first step converts; its header is read below
+        find_source(r.source)
     source_sha256 = content(source)
     if source_sha256 is None:
-        raise InputError(f"source={r.source}: is no checkpoint and no file")
+        raise InputError(f"source={r.source}: its weights cannot be read")
     run_dir = Path(r.run_dir).absolute()
     steps = steps_of(r.pipeline.steps, str(source), run_dir, shared_overrides())
     with ThreadPoolExecutor(max_workers=2) as pool:
         composed = list(pool.map(compose, steps))
-    check_ahead(
-        steps, composed, source, packages=r.cluster is None
-    )  # a login node may lack what the jobs have
+    # A login node may lack what the jobs have.
+    check_ahead(steps, composed, source, packages=r.cluster is None)
     keys: dict[str, str] = {}
     for step, line in zip(steps, composed, strict=True):
         keys[step.name] = key_of(step, line["config"], source, keys, content)

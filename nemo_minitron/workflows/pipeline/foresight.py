@@ -39,7 +39,7 @@ def check_ahead(
         packages: whether this machine has to have what the steps import.
 
     Raises:
-        InputError: names the step and the value; of a missing licence all steps that ask for it.
+        InputError: names the step and the value; of a missing licence all steps that ask for it; a source that is none.
     """
     configs = [line["config"] for line in composed]
     if packages:
@@ -63,10 +63,7 @@ def check_packages(steps: Sequence[Step], configs: Sequence[Mapping[str, Any]]) 
 
 def _check_sizes(steps: Sequence[Step], configs: Sequence[Mapping[str, Any]], source: Path) -> None:
     """Follow the source's sizes through the steps; models from elsewhere, and those of a search, are not followed."""
-    try:
-        known = {str(source): sizes_of(source).architecture}
-    except InputError:
-        return  # the first step says so, in the words of its key
+    known = {str(source): sizes_of(source).architecture}
     for step, settings in zip(steps, configs, strict=True):
         arch = known.get(str(settings.get(_TAKES.get(step.recipe, ""))))
         if arch is None:
