@@ -1,11 +1,13 @@
 """Fixtures of the functional tests: one small teacher and one pruned student serve them all."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from nemo_minitron.data.tokenizer import load_tokenizer, tokenizer_sha256
 from tests.support.commands import Commands, Ended
 
 
@@ -17,6 +19,18 @@ class Teacher:
     huggingface: Path
     ended: Ended
     result: dict[str, Any]
+
+    def corpus(self, cache: Path) -> Path:
+        """Where the recipes indexed its corpus with its own tokenizer: other tests index the same text with theirs."""
+        tokenizer = tokenizer_sha256(load_tokenizer(str(self.huggingface)))
+        wanted = {"manifest_sha256": self.result["data_sha256"], "tokenizer_sha256": tokenizer}
+        found = [
+            manifest.parent
+            for manifest in (cache / "data").rglob("manifest.json")
+            if wanted.items() <= json.loads(manifest.read_text()).items()
+        ]
+        assert len(found) == 1, found
+        return found[0]
 
 
 @dataclass(frozen=True)

@@ -141,8 +141,7 @@ def test_a_nemo_script_s_first_step_is_what_transformers_computes(
     """The transform in nl.Trainer(callbacks=...), without a recipe; the batches are those that it trained on."""
     from transformers import LlamaForCausalLM
 
-    manifests = (commands.cache / "data").rglob("manifest.json")
-    (train,) = (m.with_name("train") for m in manifests if teacher.result["data_sha256"] in m.read_text())
+    train = teacher.corpus(commands.cache) / "train"
     student = pruned.run_dir / "checkpoint"
     script = ROOT / "tests" / "support" / "recorded_distillation.py"
     done = subprocess.run(

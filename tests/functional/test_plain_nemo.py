@@ -21,9 +21,8 @@ def output(commands: Commands, teacher: Teacher) -> Path:
     directory = commands.home / "plain"
     directory.mkdir()
     # The corpus of the recipes, indexed by them.
-    manifests = (commands.cache / "data").rglob("manifest.json")
-    (train,) = (m.with_name("train.bin") for m in manifests if teacher.result["data_sha256"] in m.read_text())
-    arguments = [teacher.run_dir / "checkpoint", train.with_suffix(""), train.with_name("valid"), directory]
+    corpus = teacher.corpus(commands.cache)
+    arguments = [teacher.run_dir / "checkpoint", corpus / "train", corpus / "valid", directory]
     done = subprocess.run(
         [sys.executable, str(SCRIPT), *map(str, arguments)],
         env=commands.environment(PYTHONPATH=str(ROOT)),
