@@ -7,6 +7,7 @@ with one line; `layout` has the trainer's part. What needs the model's sizes (ta
 
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -304,8 +305,7 @@ def parse(schema: type[SchemaT], config: DictConfig) -> SchemaT:
     try:
         plain = _without_nulls(config)
         check_shape(schema, plain)
-        merged = OmegaConf.merge(OmegaConf.structured(schema), plain)
-        result: Any = OmegaConf.to_object(merged)
+        result: Any = OmegaConf.to_object(merged(schema, plain))
     except (OmegaConfBaseException, ValueError, TypeError, ArithmeticError, RecursionError) as error:
         if isinstance(error, InputError):
             raise
@@ -328,6 +328,14 @@ def parse(schema: type[SchemaT], config: DictConfig) -> SchemaT:
             f"data.cache_dir={result.data.cache_dir}: {place} is no directory that can be written to"
         )
     return result
+
+
+def merged(schema: type[Any], config: Mapping[Any, Any]) -> DictConfig:
+    """A composed configuration in its schema, not checked; what is null takes the schema's default."""
+    plain = {name: value for name, value in config.items() if value is not None}
+    found = OmegaConf.merge(OmegaConf.structured(schema), plain)
+    assert isinstance(found, DictConfig)
+    return found
 
 
 def _without_nulls(config: DictConfig) -> dict[Any, Any]:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ def lineage(source: str | Path) -> Lineage:
     path, steps = user_path(source), list[Step]()
     while len(steps) < _MOST_STEPS and (step := _step(path)) is not None:
         steps.append(step)
-        before = _before(step.result)
+        before = changed_by(step.result)
         if not isinstance(before, str):
             return Lineage(steps)
         path = user_path(before)
@@ -65,8 +66,8 @@ def lineage(source: str | Path) -> Lineage:
     return Lineage(steps, path, name, licence, tuple(legal))
 
 
-def _before(result: dict[str, Any]) -> Any:
-    """What a run changed: a distillation names its teacher too, a correction of a teacher nothing else."""
+def changed_by(result: Mapping[str, Any]) -> Any:
+    """The model that a run changed: a distillation names its teacher too, a correction nothing else."""
     return result.get("student") or result.get("source") or result.get("teacher")
 
 

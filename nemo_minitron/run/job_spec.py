@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_minitron.config.recipes import CommonConfig, parse
+from nemo_minitron.config.recipes import CommonConfig, merged, parse
 
 # In a configuration that is started without conf/common.yaml, which says the same: a run keeps its own record.
 HYDRA_WRITES_NOTHING: dict[str, Any] = {
@@ -30,8 +30,7 @@ def hand_over(config: DictConfig, schema: type[CommonConfig], file: Path) -> Com
     Raises:
         InputError: as `config.parse`, but for missing values.
     """
-    plain = OmegaConf.create({k: v for k, v in _container(config).items() if v is not None})
-    missing = sorted(OmegaConf.missing_keys(OmegaConf.merge(OmegaConf.structured(schema), plain)))
+    missing = sorted(OmegaConf.missing_keys(merged(schema, _container(config))))
     for key in missing:
         OmegaConf.update(config, key, f"<{key}>", force_add=True)
     parsed = parse(schema, config)

@@ -9,13 +9,14 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from nemo_minitron.config.pipeline import PipelineRecipe, StepConfig
+from nemo_minitron.config.pipeline import PipelineRecipe
 from nemo_minitron.config.recipes import parse
 from nemo_minitron.errors import InputError
 from nemo_minitron.run.main import register_resolvers
 from nemo_minitron.workflows.pipeline.check import check
 from nemo_minitron.workflows.pipeline.foresight import check_ahead
 from nemo_minitron.workflows.pipeline.steps import steps_of
+from tests.unit.test_pipeline import preset
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 SIZES = {
@@ -45,11 +46,7 @@ def written(place: Path, family: str, card: str) -> Path:
 
 def ahead(source: Path, changes: dict[str, dict[str, Any]], *, packages: bool = False) -> None:
     """Of the demo's pipeline, with more settings of its steps."""
-    loaded = OmegaConf.load(CONF / "pipeline" / "minitron_width.yaml")
-    listed: dict[str, StepConfig] = {
-        name: OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(StepConfig), settings))  # type: ignore[misc]
-        for name, settings in loaded.steps.items()
-    }
+    listed = preset()
     for name, more in changes.items():
         listed[name].set |= more
     steps = steps_of(listed, str(source), source.parent / "run", [])

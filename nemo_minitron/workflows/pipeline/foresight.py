@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from nemo_minitron.arch import Architecture
 from nemo_minitron.checkpoints.sizes import sizes_of
 from nemo_minitron.config.export import ExportRecipe
-from nemo_minitron.config.recipes import PruneRecipe
+from nemo_minitron.config.recipes import PruneRecipe, merged
 from nemo_minitron.errors import InputError, need_package
 from nemo_minitron.export.licences import NONE
 from nemo_minitron.export.lineage import Lineage, lineage
@@ -100,8 +100,7 @@ def _check_licences(steps: Sequence[Step], configs: Sequence[Mapping[str, Any]],
 
 def _parsed(schema: Any, settings: Mapping[str, Any]) -> Any:
     """As a schema has it; it was checked where it was composed, as one of the ranks that the step will have."""
-    plain = {name: value for name, value in settings.items() if value is not None and name != "cluster"}
-    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), plain))
+    return OmegaConf.to_object(merged(schema, settings))
 
 
 def _told(step: Step, check: Any, *of: Any) -> Any:

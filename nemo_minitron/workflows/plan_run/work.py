@@ -22,6 +22,7 @@ from nemo_minitron.config.recipes import (
     PretrainRecipe,
     PruneRecipe,
     SearchRecipe,
+    merged,
 )
 from nemo_minitron.data.sequences import schedules
 from nemo_minitron.errors import InputError
@@ -121,14 +122,13 @@ def _parsed(schema: Any, config: Mapping[str, Any]) -> Any:
     Raises:
         InputError: a number that is not given.
     """
-    plain = {name: value for name, value in config.items() if value is not None and name != "cluster"}
-    merged = OmegaConf.merge(OmegaConf.structured(schema), plain)
-    for key in sorted(OmegaConf.missing_keys(merged)):
+    found = merged(schema, {**config, "cluster": None})
+    for key in sorted(OmegaConf.missing_keys(found)):
         try:
-            OmegaConf.update(merged, key, f"<{key}>")
+            OmegaConf.update(found, key, f"<{key}>")
         except ValidationError:
             raise InputError(f"{key}: has no value; a plan needs a number") from None
-    return OmegaConf.to_object(merged)
+    return OmegaConf.to_object(found)
 
 
 def _common(r: Any) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from nemo_minitron.config.report import ReportRecipe
 from nemo_minitron.errors import InputError
+from nemo_minitron.export.lineage import changed_by
 from nemo_minitron.report.chain import Chain, read_chain
 from nemo_minitron.workflows.one_process import OneProcess, check_one_process
 
@@ -37,7 +38,7 @@ def _speakers(chain: Chain) -> list[tuple[str, str]]:
         raise InputError("report.samples: the run is a measurement; give the run that made the model")
     last = chain.runs[-1]
     teachers = [run.result["teacher"] for run in chain.runs if isinstance(run.result.get("teacher"), str)]
-    before = last.result.get("student") or last.result.get("source")
+    before = changed_by(last.result)
     first = teachers[0] if teachers else chain.base
     named = [
         ("teacher" if teachers else "base model", first),
